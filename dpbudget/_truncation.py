@@ -1,0 +1,54 @@
+"""What the bounded tail of the noise generator costs, charged to delta.
+
+A Box-Muller pair whose radius comes from a 64-bit uniform never leaves the disc of radius
+``CAP = sqrt(2 * 64 * ln 2)`` standard deviations, so some outputs are possible under one dataset and impossible under its
+neighbour. For steps with inclusion probability q_t and noise multiplier sigma_t in d dimensions, with
+R_t = 1 / sigma_t, CAP - R_t >= sqrt(3) and n_t uses,
+
+    delta_total <= F * delta_ideal + sum_t n_t q_t [ CAP exp(-CAP^2/2) sqrt(ceil(d/2)) R_t + exp(-(CAP - R_t)^2/2) ],
+    F = (1 - 2^-64)^(-ceil(d/2) * T).
+
+``docs/accounting.md``, section "Truncated noise", has the proof. The ideal mechanism is in real arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+RADIUS_BITS = 64
+CAP = math.sqrt(2.0 * RADIUS_BITS * math.log(2.0))
+#: Truncation may use at most this share of delta; beyond it the plan is refused.
+MAX_SHARE = 0.01
+# Relative slack that covers the rounding of the few operations below.
+_PAD = 1.0 + 1e-12
+
+
+def truncation_delta(steps: Iterable[tuple[float, float, int]], max_parameters: int) -> float:
+    """Upper bound of the additive part, over ``(rate, noise_multiplier, count)`` phases; infinite where unproved."""
+    pairs = (max_parameters + 1) // 2
+    total = 0.0
+    for rate, sigma, count in steps:
+        shift = 1.0 / sigma
+        if CAP - shift < math.sqrt(3.0) * _PAD:
+            return math.inf
+        spread = CAP * math.exp(-0.5 * CAP * CAP) * math.sqrt(pairs) * shift
+        lump = math.exp(-0.5 * (CAP - shift) ** 2)
+        total += count * rate * (spread + lump)
+    return total * _PAD
+
+
+def truncation_factor_log(count: int, max_parameters: int) -> float:
+    """Upper bound of log F for ``count`` steps in total."""
+    # -log(1 - x) <= x + x^2 for 0 <= x <= 1/2, with x = 2^-64 the second term is below the padding.
+    return count * ((max_parameters + 1) // 2) * 2.0**-RADIUS_BITS * _PAD
+
+
+def ideal_delta(delta: float, steps: Iterable[tuple[float, float, int]], max_parameters: int) -> float:
+    """The delta that is left for the ideal mechanism, rounded down; not positive where nothing is left."""
+    phases = list(steps)
+    additive = truncation_delta(phases, max_parameters)
+    if not math.isfinite(additive):
+        return 0.0
+    log_factor = truncation_factor_log(sum(count for _, _, count in phases), max_parameters)
+    return (delta - additive) * math.exp(-log_factor) * (1.0 - 1e-15)

@@ -1,0 +1,42 @@
+"""Answers of an accountant: two-sided bounds and privacy curves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Kind = Literal["certified", "numerical"]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """A two-sided answer; ``upper`` is the guarantee, ``lower`` shows how much of it could be slack.
+
+    ``certified`` means that every error term of both ends is bounded (assuming IEEE arithmetic and elementary functions
+    within 8 ulp); ``numerical`` means that some constant is an estimate, and such an interval is never claimed.
+    """
+
+    lower: float
+    upper: float
+    kind: Kind = "certified"
+
+    def __post_init__(self) -> None:
+        # An interval with NaN or crossed ends would be a guarantee about nothing.
+        if not (self.lower <= self.upper) or math.isnan(self.lower) or math.isnan(self.upper):
+            raise ArithmeticError(f"bounds [{self.lower!r}, {self.upper!r}] are not an interval")
+
+    @property
+    def width(self) -> float:
+        """upper - lower; infinite when nothing is known above."""
+        return self.upper - self.lower
+
+
+class PrivacyCurve(Protocol):
+    """The privacy profile of a composition, as far as an accountant can bound it."""
+
+    def epsilon(self, delta: float) -> Bounds:
+        """Smallest epsilon >= 0 such that the composition is (epsilon, delta)-DP in both directions; 0 < delta < 1."""
+
+    def delta(self, epsilon: float) -> Bounds:
+        """Smallest delta such that the composition is (epsilon, delta)-DP in both directions; epsilon >= 0."""

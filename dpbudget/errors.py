@@ -1,0 +1,186 @@
+"""Every error that dpbudget and dptrainer raise, in one tree.
+
+::
+
+    DPBudgetError                 base: message, hint, stable code, exit code of the command line
+    ├── InvalidParameter          2   a value is out of its range or of the wrong kind
+    ├── MissingExtra              2   an optional dependency is not installed
+    ├── BudgetExceeded            3   the owner's budget does not allow it
+    │   └── PlanExhausted         3   a step beyond the signed plan was asked for
+    ├── NotComputable             6   no certified answer exists for this question
+    ├── Unreadable                4   a file is missing, not ours, or of an unknown version
+    │   └── UnsafeKeyFile         4   a private key that others could read or replace
+    ├── Tampered                  1   bytes, chain, signature or arithmetic do not agree
+    ├── Unanchored                5   valid, but the demanded outside anchor was not met
+    ├── StorageFailed             4   the ledger could not make a spend durable; nothing was released
+    └── PrivacyViolation          2   the training code would break the guarantee; it was stopped before release
+        └── ReceiptSpent          2   a receipt was used twice, or in a forked process
+
+Messages say what happened with the offending value; ``hint`` says the way out. Codes never change their meaning.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+#: What each stable code means, as ``dpbudget explain CODE`` prints it.
+CODES: dict[str, str] = {
+    "DP001": "Epsilon must be a finite number greater than 0. Epsilon 0 would mean that the model may not depend on "
+    "the data at all.",
+    "DP002": "Delta must lie strictly between 0 and 1. It bounds the probability that the epsilon guarantee fails "
+    "outright, so it should be well below 1 / (number of people).",
+    "DP003": "Delta is at least 1 / nominal size: a mechanism that publishes a whole random record would satisfy it. "
+    "Choose a delta well below 1 / nominal size.",
+    "DP004": "No noise multiplier up to 1e6 reaches the requested epsilon with this sampling rate and number of steps.",
+    "DP005": "The noise multiplier (noise standard deviation / clipping norm) must be a finite number in [1e-3, 1e6].",
+    "DP006": "Noise multiplier 0: epsilon is infinite and nothing is protected.",
+    "DP007": "The clipping norm must be a finite number in (0, 1e12].",
+    "DP008": "The sampling rate is the probability with which each record enters a batch, so it lies in (0, 1].",
+    "DP009": "A count (steps, epochs, batch size, dataset size, parameters) must be a positive number in its range.",
+    "DP010": "The model has a layer that mixes examples of a batch or keeps statistics of them, so that clipping each "
+    "example's gradient no longer bounds its influence.",
+    "DP011": "The optimizer holds parameters that do not belong to this model, or belongs to another model.",
+    "DP012": "The optimizer leaves out parameters that still require a gradient.",
+    "DP013": "A buffer is updated from private data without noise (running statistics, for example).",
+    "DP014": "The model is in evaluation mode; per-example gradients of a training step need model.train().",
+    "DP015": "A parameter received no gradient; it is updated by noise alone.",
+    "DP017": "The optimizer evaluates the loss several times per step; each evaluation would be a release of its own.",
+    "DP018": "The model has no trainable parameter, more of them than the plan allows, or one of an unsupported kind.",
+    "DP019": "A layer or parameter cannot be trained privately with the chosen engine.",
+    "DP020": "A shuffled or sequential loader is not Poisson sampling, and its epsilon is larger.",
+    "DP021": "A batch did not come from the private sampler of this run.",
+    "DP022": "A weighted or custom sampler changes the privacy analysis and cannot be used.",
+    "DP023": "A batch is not the one that the private sampler drew for this step.",
+    "DP024": "Poisson sampling picks records by index, so it needs a map-style dataset.",
+    "DP030": "The loss does not give one value per example, or its reduction is not the declared one.",
+    "DP031": "A backward pass ran outside the private step, or twice within it; its gradients are not clipped.",
+    "DP032": "A private model was stepped by an optimizer that is not under the run's control; nothing was updated.",
+    "DP033": "The output for one example changes when another example changes.",
+    "DP050": "The signed plan is used up. A further step would not be covered by the guarantee.",
+    "DP051": "The weights and the ledger disagree about the private steps taken; the ledger decides what was spent.",
+    "DP052": "The plan does not fit what is left of the owner's budget.",
+    "DP053": "The plan's delta is too small for the noise mode: truncation of the noise would not be negligible.",
+    "DP060": "Unknown option.",
+    "DP061": "Unknown accountant.",
+    "DP062": "The mechanism, sampling or adjacency is not supported by this accountant.",
+    "DP063": "No certified answer: the accountant could not bound this question.",
+    "DP064": "Too many or too few unknowns: exactly the missing quantity is solved for.",
+    "DP070": "The file is not a dpbudget ledger or export, or cannot be read.",
+    "DP071": "The ledger was changed, cut or damaged: bytes, chain, head, signature or rules do not agree.",
+    "DP072": "The ledger is signed by a key that is not the trusted one.",
+    "DP073": "A private key file could be read or replaced by others, so it is refused as ssh would.",
+    "DP074": "A file would be overwritten.",
+    "DP075": "The ledger could not make the spend durable. The step was not released; the budget may err upward.",
+    "DP076": "A run, receipt or key was used in a forked process; parent and child would draw the same noise.",
+    "DP077": "A receipt was used twice for the same purpose.",
+    "DP078": "The run is closed, or another lease of it is live in another process.",
+    "DP079": "The ledger is valid, but the outside anchor that was demanded was not met.",
+    "DP080": "The key cannot do this: roles are separate (owner grants, writer spends).",
+    "DP081": "The ledger knows no plan or run of this name.",
+    "DP082": "A record or number is not in the canonical form of the ledger format.",
+    "DP083": "The ledger's store is unsafe (network file system, unexpected schema, symbolic link).",
+    "DP090": "An optional dependency is missing.",
+    "DP091": "The data file cannot be read or lacks what was asked for.",
+    "DP092": "The configuration file cannot be read.",
+}
+
+
+class DPBudgetError(Exception):
+    """Base of all errors: what happened, with its numbers; ``hint`` is the way out.
+
+    Attributes:
+        code: stable code, a key of :data:`CODES`.
+        hint: one sentence that says how to go on; empty where there is none.
+        exit_code: exit code of the command line (class attribute).
+    """
+
+    exit_code: ClassVar[int] = 2
+    default_code: ClassVar[str] = "DP060"
+
+    def __init__(self, message: str, *, hint: str = "", code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.code = code or self.default_code
+
+    def __str__(self) -> str:
+        text = f"{self.code} {self.message}"
+        return f"{text} Fix: {self.hint}" if self.hint else text
+
+
+class InvalidParameter(DPBudgetError, ValueError):
+    """A value is out of range or of the wrong kind; nothing was computed or changed."""
+
+    default_code = "DP009"
+
+
+class MissingExtra(DPBudgetError, ImportError):
+    """An optional dependency is not installed; the hint names the extra."""
+
+    default_code = "DP090"
+
+
+class BudgetExceeded(DPBudgetError):
+    """The owner's budget does not allow it; nothing was charged."""
+
+    exit_code = 3
+    default_code = "DP052"
+
+
+class PlanExhausted(BudgetExceeded):
+    """A step beyond the signed plan was asked for; the model is unchanged."""
+
+    default_code = "DP050"
+
+
+class NotComputable(DPBudgetError, ArithmeticError):
+    """No certified answer exists for this question with this accountant."""
+
+    exit_code = 6
+    default_code = "DP063"
+
+
+class Unreadable(DPBudgetError):
+    """A file is missing, not ours, or of an unknown version; nothing was written."""
+
+    exit_code = 4
+    default_code = "DP070"
+
+
+class UnsafeKeyFile(Unreadable):
+    """A private key file that others could read or replace."""
+
+    default_code = "DP073"
+
+
+class Tampered(DPBudgetError):
+    """Bytes, chain, signature or rules do not agree."""
+
+    exit_code = 1
+    default_code = "DP071"
+
+
+class Unanchored(DPBudgetError):
+    """The ledger is valid in itself, but the demanded outside anchor was not met."""
+
+    exit_code = 5
+    default_code = "DP079"
+
+
+class StorageFailed(DPBudgetError, OSError):
+    """A spend could not be made durable; nothing was released and the process will not retry."""
+
+    exit_code = 4
+    default_code = "DP075"
+
+
+class PrivacyViolation(DPBudgetError):
+    """The training code would break the guarantee; it was stopped before any release."""
+
+    default_code = "DP031"
+
+
+class ReceiptSpent(PrivacyViolation):
+    """A receipt was used twice for one purpose, or in a forked process."""
+
+    default_code = "DP077"
