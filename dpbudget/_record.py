@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 
 from dpbudget.errors import Tampered
 
@@ -186,6 +186,22 @@ class Record(BaseModel):
     def digest(self) -> str:
         """SHA-256 of the canonical bytes, 64 lower-case hexadecimal digits."""
         return hashlib.sha256(self.encode()).hexdigest()
+
+    @classmethod
+    def parse(cls, data: bytes, *, max_bytes: int = MAX_STATEMENT_BYTES) -> Self:
+        """Read canonical bytes; anything else, unknown fields included, raises :class:`Tampered` (DP082)."""
+        return cls.from_jsonable(decode(data, max_bytes=max_bytes))
+
+    @classmethod
+    def from_jsonable(cls, value: Mapping[str, Any]) -> Self:
+        """Inverse of :meth:`to_jsonable`; raises :class:`Tampered` (DP082) for anything that is not a valid value."""
+        try:
+            # JSON mode of a strict model reads lists as tuples and strings as enums, and converts nothing else.
+            return cls.model_validate_json(encode(value))
+        except ValueError as error:
+            problem = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+            where = ".".join(str(part) for part in problem["loc"]) or "record"
+            raise Tampered(f"{cls.__name__} field {where}: {problem['msg']}", code="DP082") from None
 
     def replace(self, **changes: Any) -> Self:
         """A copy with the given fields changed, validated like a new value."""

@@ -42,13 +42,3 @@ def truncation_factor_log(count: int, max_parameters: int) -> float:
     """Upper bound of log F for ``count`` steps in total."""
     # -log(1 - x) <= x + x^2 for 0 <= x <= 1/2, with x = 2^-64 the second term is below the padding.
     return count * ((max_parameters + 1) // 2) * 2.0**-RADIUS_BITS * _PAD
-
-
-def ideal_delta(delta: float, steps: Iterable[tuple[float, float, int]], max_parameters: int) -> float:
-    """The delta that is left for the ideal mechanism, rounded down; not positive where nothing is left."""
-    phases = list(steps)
-    additive = truncation_delta(phases, max_parameters)
-    if not math.isfinite(additive):
-        return 0.0
-    log_factor = truncation_factor_log(sum(count for _, _, count in phases), max_parameters)
-    return (delta - additive) * math.exp(-log_factor) * (1.0 - 1e-15)

@@ -28,7 +28,7 @@ class Bounds:
 
     @property
     def width(self) -> float:
-        """upper - lower; infinite when nothing is known above."""
+        """Upper - lower; infinite when nothing is known above."""
         return self.upper - self.lower
 
 

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from dpbudget.curve import PrivacyCurve
-from dpbudget.mechanisms import Adjacency, Mechanism
+from dpbudget.mechanisms import Adjacency, Charge
 
-
-@dataclass(frozen=True)
-class Charge:
-    """``count`` uses of one mechanism, count >= 0; a composition is a sequence of charges."""
-
-    mechanism: Mechanism
-    count: int
+__all__ = ["Accountant", "Charge"]
 
 
 class Accountant(Protocol):

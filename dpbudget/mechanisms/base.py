@@ -58,3 +58,11 @@ class Mechanism(Record, ABC):
         Raises:
             NotComputable: no proved pair is known for this adjacency (DP062).
         """
+
+
+@dataclass(frozen=True)
+class Charge:
+    """``count`` uses of one mechanism, count >= 0; a composition is a sequence of charges."""
+
+    mechanism: Mechanism
+    count: int

@@ -1,0 +1,1 @@
+"""The signed budget ledger: rules, signatures, stores."""
