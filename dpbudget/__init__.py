@@ -1,1 +1,101 @@
-"""dpbudget."""
+"""Privacy budgets that are certified before, enforced during and proved after training.
+
+One document flows one way: :func:`calibrate` writes a :class:`Plan`; a :class:`Ledger` signs it in and hands out
+receipts; noise cannot be added without a receipt; :func:`verify` replays the ledger and recomputes every number.
+
+Names load on first use, so that ``import dpbudget`` stays light: no scipy, torch or matplotlib.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpbudget._calibrate import calibrate, delta_of, epsilon_of, max_steps, plan_for
+    from dpbudget._surface import create_ledger, open_ledger, start
+    from dpbudget._verify import Report, verify
+    from dpbudget.accountants import get_accountant
+    from dpbudget.curve import Bounds, PrivacyCurve
+    from dpbudget.errors import DPBudgetError
+    from dpbudget.filters import PortfolioFilter
+    from dpbudget.ledger.keys import load_key, load_public_key, new_key
+    from dpbudget.ledger.ledger import Ledger
+    from dpbudget.mechanisms import Adjacency, Charge, Gaussian, PoissonSampled
+    from dpbudget.meter import Meter
+    from dpbudget.plan import Budget, Phase, Plan
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Adjacency": "dpbudget.mechanisms",
+    "Bounds": "dpbudget.curve",
+    "Budget": "dpbudget.plan",
+    "Charge": "dpbudget.mechanisms",
+    "DPBudgetError": "dpbudget.errors",
+    "Gaussian": "dpbudget.mechanisms",
+    "Ledger": "dpbudget.ledger.ledger",
+    "Meter": "dpbudget.meter",
+    "Phase": "dpbudget.plan",
+    "Plan": "dpbudget.plan",
+    "PoissonSampled": "dpbudget.mechanisms",
+    "PortfolioFilter": "dpbudget.filters",
+    "PrivacyCurve": "dpbudget.curve",
+    "Report": "dpbudget._verify",
+    "calibrate": "dpbudget._calibrate",
+    "create_ledger": "dpbudget._surface",
+    "delta_of": "dpbudget._calibrate",
+    "epsilon_of": "dpbudget._calibrate",
+    "get_accountant": "dpbudget.accountants",
+    "load_key": "dpbudget.ledger.keys",
+    "load_public_key": "dpbudget.ledger.keys",
+    "max_steps": "dpbudget._calibrate",
+    "new_key": "dpbudget.ledger.keys",
+    "open_ledger": "dpbudget._surface",
+    "plan_for": "dpbudget._calibrate",
+    "start": "dpbudget._surface",
+    "verify": "dpbudget._verify",
+}
+
+__all__ = [
+    "Adjacency",
+    "Bounds",
+    "Budget",
+    "Charge",
+    "DPBudgetError",
+    "Gaussian",
+    "Ledger",
+    "Meter",
+    "Phase",
+    "Plan",
+    "PoissonSampled",
+    "PortfolioFilter",
+    "PrivacyCurve",
+    "Report",
+    "calibrate",
+    "create_ledger",
+    "delta_of",
+    "epsilon_of",
+    "get_accountant",
+    "load_key",
+    "load_public_key",
+    "max_steps",
+    "new_key",
+    "open_ledger",
+    "plan_for",
+    "start",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'dpbudget' has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,8 +1,8 @@
 """What the bounded tail of the noise generator costs, charged to delta.
 
 A Box-Muller pair whose radius comes from a 64-bit uniform never leaves the disc of radius
-``CAP = sqrt(2 * 64 * ln 2)`` standard deviations, so some outputs are possible under one dataset and impossible under its
-neighbour. For steps with inclusion probability q_t and noise multiplier sigma_t in d dimensions, with
+``CAP = sqrt(2 * 64 * ln 2)`` standard deviations, so some outputs are possible under one dataset and impossible under
+its neighbour. For steps with inclusion probability q_t and noise multiplier sigma_t in d dimensions, with
 R_t = 1 / sigma_t, CAP - R_t >= sqrt(3) and n_t uses,
 
     delta_total <= F * delta_ideal + sum_t n_t q_t [ CAP exp(-CAP^2/2) sqrt(ceil(d/2)) R_t + exp(-(CAP - R_t)^2/2) ],

@@ -16,8 +16,8 @@ class PoissonSampled(Mechanism):
 
     The rate is an integer over 2^64 so that planner, accountant and sampler hold the same number to the last bit.
 
-    Guarantee: dominated by ((1-q) N(0) + q N(1), N(0)) under add-remove and zero-out adjacency (Zhu, Dong and Wang 2022,
-    Theorem 11; Mironov, Talwar and Zhang 2019, Theorem 4 for the reduction to one dimension).
+    Guarantee: dominated by ((1-q) N(0) + q N(1), N(0)) under add-remove and zero-out adjacency (Zhu, Dong and Wang
+    2022, Theorem 11; Mironov, Talwar and Zhang 2019, Theorem 4 for the reduction to one dimension).
     """
 
     kind: Literal["poisson-sampled"] = "poisson-sampled"
