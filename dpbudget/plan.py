@@ -30,12 +30,10 @@ def rate_from_float(rate: float) -> int:
         InvalidParameter: ``rate`` is not a probability in [2^-64, 1] (DP008).
     """
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 2.0**-64 <= rate <= 1.0:
-        hint = f"did you mean a batch size of {rate:g}? Pass it with the dataset size instead" if rate > 1 else ""
-        raise InvalidParameter(
-            f"sampling rate is a probability in (0, 1], got {rate!r}",
-            code="DP008",
-            hint=hint or "pass batch size / n",
-        )
+        hint = "pass batch size / dataset size"
+        if isinstance(rate, int | float) and rate > 1:
+            hint = f"did you mean a batch size of {rate:g}? Pass it together with the dataset size"
+        raise InvalidParameter(f"sampling rate is a probability in (0, 1], got {rate!r}", code="DP008", hint=hint)
     return round(float(rate) * 2**64)
 
 

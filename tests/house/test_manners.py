@@ -63,7 +63,7 @@ def test_every_public_name_has_a_docstring() -> None:
 
 def test_an_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'epsilonn'"):
-        dpbudget.epsilonn  # noqa: B018
+        dpbudget.epsilonn
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

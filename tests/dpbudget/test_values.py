@@ -1,0 +1,72 @@
+"""Small values: bounds, meter, mechanisms, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpbudget import errors
+from dpbudget.curve import Bounds
+from dpbudget.mechanisms import Adjacency, Gaussian, PoissonSampled, SubsampledGaussianPair
+from dpbudget.meter import Meter
+
+
+@pytest.mark.parametrize(("lower", "upper"), [(1.0, 0.5), (math.nan, 1.0), (0.0, math.nan)])
+def test_crossed_or_unknown_bounds_cannot_be_made(lower, upper):
+    with pytest.raises(ArithmeticError, match="not an interval"):
+        Bounds(lower, upper)
+
+
+def test_bounds_may_be_open_above():
+    assert Bounds(0.0, math.inf).width == math.inf
+
+
+METER = Meter((1, 5, 10), (Bounds(0.1, 0.2), Bounds(0.5, 0.6), Bounds(0.9, 1.0)), delta=1e-5, target=1.0)
+
+
+def test_a_meter_shows_nothing_spent_before_the_first_step():
+    assert METER.epsilon(0) == Bounds(0.0, 0.0)
+
+
+@given(st.integers(1, 10))
+def test_a_meter_never_shows_less_than_the_next_tabled_point(steps):
+    shown = METER.epsilon(steps)
+    following = min(index for index, tabled in enumerate(METER.steps) if tabled >= steps)
+    assert shown.upper == METER.bounds[following].upper
+    assert shown.lower <= METER.bounds[following].lower
+    assert METER.epsilon(max(1, steps - 1)).upper <= shown.upper
+
+
+def test_a_meter_refuses_steps_beyond_the_plan():
+    with pytest.raises(ValueError, match="beyond the plan"):
+        METER.epsilon(11)
+
+
+def test_the_dominating_pair_is_all_that_an_accountant_sees():
+    gaussian = Gaussian(noise_multiplier=2.0)
+    sampled = PoissonSampled(rate_k=1 << 63, inner=gaussian)
+    for adjacency in (Adjacency.ADD_REMOVE, Adjacency.ZERO_OUT):
+        assert gaussian.dominating_pair(adjacency) == SubsampledGaussianPair(1.0, 2.0)
+        assert sampled.dominating_pair(adjacency) == SubsampledGaussianPair(0.5, 2.0)
+
+
+def test_an_adjacency_without_a_proved_pair_is_refused():
+    with pytest.raises(errors.NotComputable) as caught:
+        PoissonSampled(rate_k=1 << 63, inner=Gaussian(noise_multiplier=2.0)).dominating_pair(Adjacency.REPLACE_ONE)
+    assert caught.value.code == "DP062"
+    assert caught.value.hint
+
+
+def test_mechanisms_survive_their_canonical_bytes():
+    sampled = PoissonSampled(rate_k=(1 << 64) - 1, inner=Gaussian(noise_multiplier=0.7))
+    assert PoissonSampled.parse(sampled.encode()) == sampled
+
+
+def test_an_error_says_code_message_and_way_out():
+    error = errors.BudgetExceeded("plan needs epsilon 4, 3 is left", hint="plan fewer steps")
+    assert str(error) == "DP052 plan needs epsilon 4, 3 is left Fix: plan fewer steps"
+    assert (error.code, error.exit_code) == ("DP052", 3)
+    assert isinstance(error, errors.DPBudgetError)
