@@ -1,0 +1,366 @@
+"""From a budget to a plan: the smallest noise, the most steps, and the epsilon or delta of a schedule.
+
+Everything here is pure. Questions about a *mechanism* (:func:`epsilon_of`, :func:`delta_of`) are answered in real
+arithmetic. The claim of a *plan* also covers the bounded tail of the noise generator, so it is taken at
+``plan.ideal_delta(delta)`` and rounded up by :func:`~dpbudget.plan.claimed_epsilon`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
+
+from dpbudget._checks import (
+    AccountantName,
+    as_accountant,
+    as_adjacency,
+    as_clip_norm,
+    as_count,
+    as_delta,
+    as_epsilon,
+    as_noise_multiplier,
+    as_rate,
+)
+from dpbudget._schedule import Schedule, delta_or_default, make_schedule
+from dpbudget._search import most_steps, smallest_noise
+from dpbudget.accountants.base import Accountant
+from dpbudget.curve import Bounds
+from dpbudget.errors import InvalidParameter, NotComputable
+from dpbudget.mechanisms import Adjacency, Charge
+from dpbudget.mechanisms.gaussian import MAX_NOISE_MULTIPLIER, MIN_NOISE_MULTIPLIER
+from dpbudget.meter import Meter
+from dpbudget.plan import (
+    DEFAULT_MAX_PARAMETERS,
+    MAX_PHASES,
+    MAX_STEPS,
+    Claim,
+    Phase,
+    Plan,
+    claimed_epsilon,
+    joint_ideal_delta,
+)
+
+
+def _load(name: AccountantName) -> Accountant:
+    from dpbudget.accountants import get_accountant  # numpy and scipy load on the first number, not on import
+
+    return get_accountant(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions about a mechanism
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_phases(phases: Sequence[tuple[float, float, int]]) -> tuple[Phase, ...]:
+    """Checked phases from (sampling rate, noise multiplier, steps); raises InvalidParameter (DP005 to DP009)."""
+    if not 1 <= len(phases) <= MAX_PHASES:
+        raise InvalidParameter(
+            f"a schedule has between 1 and {MAX_PHASES} phases, got {len(phases)}",
+            code="DP009",
+            hint="pass one (sampling rate, noise multiplier, steps) per phase",
+        )
+    return tuple(
+        Phase(
+            rate_k=as_rate(rate), noise_multiplier=as_noise_multiplier(sigma), steps=as_count("steps", steps, MAX_STEPS)
+        )
+        for rate, sigma, steps in phases
+    )
+
+
+def epsilon_of(
+    phases: Sequence[tuple[float, float, int]],
+    *,
+    delta: float,
+    adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
+    accountant: str = "prv",
+) -> Bounds:
+    """Bounds of epsilon at ``delta`` for a schedule of (sampling rate, noise multiplier, steps) phases.
+
+    Guarantee: the composition of the Poisson-sampled Gaussian mechanisms, in real arithmetic, is (upper, delta)-DP, and
+    no epsilon below ``lower`` is true for the accountant's dominating pair. The bounded tail of a noise generator is
+    not part of this question; the claim of a plan includes it.
+
+    Raises:
+        InvalidParameter: a value is out of range; the message names it.
+        NotComputable: the accountant cannot bound this question (DP062, DP063).
+    """
+    charges = [phase.charge for phase in make_phases(phases)]
+    delta, relation = as_delta(delta), as_adjacency(adjacency)
+    return _load(as_accountant(accountant)).curve(charges, relation).epsilon(delta)
+
+
+def delta_of(
+    phases: Sequence[tuple[float, float, int]],
+    *,
+    epsilon: float,
+    adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
+    accountant: str = "prv",
+) -> Bounds:
+    """Bounds of delta at ``epsilon`` for a schedule of phases; the counterpart of :func:`epsilon_of`.
+
+    Raises:
+        InvalidParameter: a value is out of range; the message names it.
+        NotComputable: the accountant cannot bound this question (DP062, DP063).
+    """
+    charges = [phase.charge for phase in make_phases(phases)]
+    epsilon, relation = as_epsilon(epsilon), as_adjacency(adjacency)
+    return _load(as_accountant(accountant)).curve(charges, relation).delta(epsilon)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A plan that lacks its noise multiplier and its claim."""
+
+    schedule: Schedule
+    delta: float
+    clip_norm: float
+    adjacency: Adjacency
+    accountant: Accountant
+    accountant_name: AccountantName
+    max_parameters: int
+
+    def plan(self, sigma: float, steps: int | None = None) -> Plan:
+        """The plan with this noise, and the claim that its accountant certifies; infinite bounds raise NotComputable.
+
+        Raises:
+            InvalidParameter: delta does not cover the bounded tail of the noise (DP053).
+            NotComputable: the accountant has no certified finite answer (DP062, DP063).
+        """
+        phase = Phase(rate_k=self.schedule.rate_k, noise_multiplier=sigma, steps=steps or self.schedule.steps)
+        stated = Claim(
+            epsilon=0.0,
+            delta=self.delta,
+            accountant=self.accountant_name,
+            accountant_version=self.accountant.version,
+        )
+        plan = Plan(
+            phases=(phase,),
+            clip_norm=self.clip_norm,
+            adjacency=self.adjacency,
+            nominal_size=self.schedule.nominal_size,
+            max_parameters=self.max_parameters,
+            claim=stated,
+        )
+        bounds = self.accountant.curve(plan.charges, plan.adjacency).epsilon(joint_ideal_delta((plan,), self.delta))
+        if bounds.kind != "certified" or not math.isfinite(bounds.upper):
+            raise NotComputable(
+                f"the {self.accountant_name} accountant has no certified finite epsilon at noise multiplier {sigma:g}, "
+                f"rate {phase.rate:.4g} and {phase.steps} steps",
+                hint="try the accountant rdp, or a larger delta",
+            )
+        return plan.replace(claim=stated.replace(epsilon=claimed_epsilon(bounds.upper)))
+
+    def claim(self, sigma: float, steps: int | None = None) -> float:
+        """The claimed epsilon, infinite where nothing can be claimed."""
+        try:
+            return self.plan(sigma, steps).claim.epsilon
+        except NotComputable as error:
+            if error.code == "DP062":
+                raise
+            return math.inf
+        except InvalidParameter as error:
+            if error.code != "DP053":
+                raise
+            return math.inf
+
+
+def _draft(
+    schedule: Schedule,
+    delta: float | None,
+    clip_norm: float,
+    adjacency: Adjacency | str,
+    accountant: str,
+    max_parameters: int,
+) -> _Draft:
+    name = as_accountant(accountant)
+    return _Draft(
+        schedule=schedule,
+        delta=delta_or_default(delta, schedule.nominal_size),
+        clip_norm=as_clip_norm(clip_norm),
+        adjacency=as_adjacency(adjacency),
+        accountant=_load(name),
+        accountant_name=name,
+        max_parameters=as_count("max_parameters", max_parameters, 1 << 40),
+    )
+
+
+def calibrate(
+    *,
+    epsilon: float,
+    delta: float | None = None,
+    sample_rate: float | None = None,
+    steps: int | None = None,
+    dataset_size: int | None = None,
+    batch_size: int | None = None,
+    epochs: float | Fraction | None = None,
+    clip_norm: float = 1.0,
+    adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
+    accountant: str = "prv",
+    max_parameters: int = DEFAULT_MAX_PARAMETERS,
+) -> Plan:
+    """The plan with the smallest noise multiplier whose claim is at most ``epsilon``.
+
+    Guarantee: the claim is a certified upper bound at ``delta``, bounded noise tail included, and at most ``epsilon``.
+    Its noise multiplier exceeds the exact one by less than 1e-8 relative plus what the accountant's bracket, the
+    rounding of the claim (2e-9 max(1, epsilon)) and the tail (at most one hundredth of delta) cost.
+
+    Args:
+        epsilon: what the run may claim, in (0, 1e6].
+        delta: in (0, 1); 1 / dataset_size^1.1 if not given.
+        sample_rate: probability with which each record enters a batch; or pass ``batch_size`` and ``dataset_size``.
+        steps: number of steps; or pass ``epochs``, which gives ceil(epochs * dataset_size / batch_size).
+        dataset_size: the *public* nominal size, declared or released with its own charge, never ``len(dataset)``.
+        batch_size: expected batch size; Poisson batches vary around it.
+        epochs: expected uses of each record, may be fractional.
+        clip_norm: L2 bound C of each record's gradient; has no influence on epsilon.
+        adjacency: which datasets are neighbours.
+        accountant: ``prv`` (tight) or ``rdp`` (looser, faster to audit).
+        max_parameters: largest number of trainable parameters; enters the bounded tail.
+
+    Raises:
+        InvalidParameter: a value is out of range (DP001 to DP009) or delta is too small for the noise mode (DP053).
+        NotComputable: no noise multiplier up to 1e6 reaches epsilon (DP004), or the accountant has no answer.
+    """
+    target = as_epsilon(epsilon)
+    schedule = make_schedule(
+        sample_rate=sample_rate, steps=steps, dataset_size=dataset_size, batch_size=batch_size, epochs=epochs
+    )
+    draft = _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters)
+    # At the largest noise every refusal is final, so it is raised as it is; below, it only means "more noise".
+    least = draft.plan(MAX_NOISE_MULTIPLIER)
+    if least.claim.epsilon > target:
+        raise NotComputable(
+            f"epsilon {target:g} is not reachable in {schedule.steps} steps at sampling rate {schedule.rate:.4g} with "
+            f"a noise multiplier up to {MAX_NOISE_MULTIPLIER:g}; the smallest reachable is {least.claim.epsilon:.3g}",
+            code="DP004",
+            hint="pass fewer epochs, a smaller batch, a larger delta or a larger epsilon",
+        )
+    sigma = smallest_noise(draft.claim, target, _first_guess(schedule, target, draft.delta))
+    return draft.plan(sigma)
+
+
+def plan_for(
+    *,
+    noise_multiplier: float,
+    delta: float | None = None,
+    sample_rate: float | None = None,
+    steps: int | None = None,
+    dataset_size: int | None = None,
+    batch_size: int | None = None,
+    epochs: float | Fraction | None = None,
+    clip_norm: float = 1.0,
+    adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
+    accountant: str = "prv",
+    max_parameters: int = DEFAULT_MAX_PARAMETERS,
+) -> Plan:
+    """The plan with a given noise multiplier, and the epsilon that it can claim.
+
+    Arguments and errors are those of :func:`calibrate`.
+    """
+    sigma = as_noise_multiplier(noise_multiplier)
+    schedule = make_schedule(
+        sample_rate=sample_rate, steps=steps, dataset_size=dataset_size, batch_size=batch_size, epochs=epochs
+    )
+    return _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters).plan(sigma)
+
+
+def max_steps(
+    *,
+    epsilon: float,
+    noise_multiplier: float,
+    delta: float | None = None,
+    sample_rate: float | None = None,
+    dataset_size: int | None = None,
+    batch_size: int | None = None,
+    adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
+    accountant: str = "prv",
+    max_parameters: int = DEFAULT_MAX_PARAMETERS,
+) -> int:
+    """The largest number of steps, at most 1e9, whose plan claims at most ``epsilon``; 0 if not even one fits.
+
+    Arguments and errors are those of :func:`calibrate`.
+    """
+    target, sigma = as_epsilon(epsilon), as_noise_multiplier(noise_multiplier)
+    schedule = make_schedule(sample_rate=sample_rate, steps=1, dataset_size=dataset_size, batch_size=batch_size)
+    draft = _draft(schedule, delta, 1.0, adjacency, accountant, max_parameters)
+    guess = (target * sigma / schedule.rate) ** 2 / (2.0 * math.log(1.25 / draft.delta))
+    start = min(max(guess, 1.0), float(MAX_STEPS))
+    return most_steps(lambda steps: draft.claim(sigma, steps) <= target, int(start))
+
+
+def _first_guess(schedule: Schedule, epsilon: float, delta: float) -> float:
+    """A noise multiplier of the right order: the classical sigma = q sqrt(2 T log(1.25/delta)) / epsilon."""
+    guess = 0.4 + schedule.rate * math.sqrt(2.0 * schedule.steps * math.log(1.25 / delta)) / epsilon
+    return min(max(guess, MIN_NOISE_MULTIPLIER), MAX_NOISE_MULTIPLIER)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Live epsilon
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_meter(plan: Plan, *, points: int = 64) -> Meter:
+    """A monotone table of epsilon by number of steps, about ``points`` entries long.
+
+    Guarantee: every upper end is a certified bound at the plan's delta, bounded noise tail included, and the last one
+    is the bound behind the plan's claim. Epsilon grows with the steps, so an entry may take the smallest upper end at
+    or after it and the largest lower end at or before it.
+
+    Raises:
+        NotComputable: the accountant cannot bound the whole plan (DP062, DP063).
+    """
+    accountant = _load(plan.claim.accountant)
+    delta = plan.claim.delta
+    ideal = plan.ideal_delta(delta)
+    rows: list[tuple[int, Bounds]] = []
+    for steps in _step_points(plan.steps, points):
+        curve = accountant.curve(_first_charges(plan, steps), plan.adjacency)
+        try:
+            upper = curve.epsilon(ideal)
+            lower = min(curve.epsilon(delta).lower, upper.upper)
+        except NotComputable:
+            if steps == plan.steps:
+                raise
+            continue  # the next entry's upper end holds here as well
+        rows.append((steps, Bounds(lower, upper.upper, upper.kind)))
+    return Meter(
+        steps=tuple(steps for steps, _ in rows),
+        bounds=_monotone([bounds for _, bounds in rows]),
+        delta=delta,
+        target=plan.claim.epsilon,
+    )
+
+
+def _monotone(bounds: list[Bounds]) -> tuple[Bounds, ...]:
+    uppers = list(accumulate((row.upper for row in reversed(bounds)), min))[::-1]
+    lowers = accumulate((row.lower for row in bounds), max)
+    return tuple(
+        Bounds(min(lower, upper), upper, row.kind) for row, lower, upper in zip(bounds, lowers, uppers, strict=True)
+    )
+
+
+def _step_points(total: int, points: int) -> list[int]:
+    """1, ``total`` and points between them, half in geometric and half in arithmetic progression."""
+    half = max(points // 2, 1)
+    geometric = {round(total ** (index / half)) for index in range(half + 1)}
+    even = {max(1, total * index // half) for index in range(half + 1)}
+    return sorted({1, total} | {min(step, total) for step in geometric} | even)
+
+
+def _first_charges(plan: Plan, steps: int) -> list[Charge]:
+    """What the first ``steps`` steps of a plan cost."""
+    charges, left = [], steps
+    for charge in plan.charges:
+        if left > 0:
+            charges.append(Charge(charge.mechanism, min(charge.count, left)))
+            left -= charge.count
+    return charges
