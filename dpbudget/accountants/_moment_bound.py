@@ -1,0 +1,107 @@
+"""Upper bounds of log moments of a composition, and what they alone say: the Renyi (Chernoff) bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from dpbudget._numerics import UNIT, log_expm1, log_kappa, minimize_unimodal
+from dpbudget.accountants._phases import Phase
+from dpbudget.accountants._quadrature import Direction
+from dpbudget.accountants._tilted_step import TiltedStep
+from dpbudget.mechanisms import SubsampledGaussianPair
+
+#: Tilts (Renyi order minus one) that a search visits.
+MIN_TILT, MAX_TILT = 1e-9, 1e9
+# Sums of a few rounded terms: relative padding of every upper bound below.
+_PAD = 64.0 * UNIT
+
+
+def log_moment_bounds(pair: SubsampledGaussianPair, tilt: float, direction: Direction) -> tuple[float, float]:
+    """Certified (lower, upper) bounds of log E exp(tilt L) of one step, tilt > 0; lower is 0 where nothing is known.
+
+    The upper bound is the quadrature's value plus its error bound, and never more than convexity in the rate gives:
+    E (1 + r)^z <= 1 - q + q exp(tilt (tilt + 1) / (2 sigma^2)) by Jensen's inequality, which needs no quadrature.
+    """
+    gaussian = 0.5 * tilt * (tilt + 1.0) / (pair.sigma * pair.sigma)
+    if pair.rate >= 1.0:
+        return gaussian * (1.0 - _PAD), gaussian * (1.0 + _PAD)
+    if gaussian > 1.0:
+        ceiling = max(log_expm1(gaussian) + math.log(pair.rate), -745.0)
+        ceiling = ceiling + math.log1p(math.exp(-ceiling)) if ceiling > 0.0 else math.log1p(math.exp(ceiling))
+    else:
+        ceiling = math.log1p(pair.rate * math.expm1(gaussian))
+    ceiling *= 1.0 + _PAD
+    step = TiltedStep(pair.rate, pair.sigma, tilt, direction, 0.0, _accuracy(pair, tilt))
+    if not step.usable:
+        return 0.0, ceiling
+    value, error = step.log_moment()
+    if not math.isfinite(value) or error > 0.5:
+        return 0.0, ceiling
+    return max(value + math.log1p(-error), 0.0), min((value + error) * (1.0 + _PAD), ceiling)
+
+
+def _accuracy(pair: SubsampledGaussianPair, tilt: float) -> float:
+    """Nats of quadrature accuracy: relative to M - 1, which is about min(tilt, 1) min(q, q^2 chi^2) when small."""
+    chi = math.expm1(min(pair.sigma**-2, 60.0))
+    scale = min(tilt, 1.0) * pair.rate * min(1.0, pair.rate * chi)
+    return 40.0 - math.log(scale)
+
+
+class MomentBound:
+    """K(c) >= log E exp(c L) of a composition in one direction, remembered between calls."""
+
+    def __init__(self, phases: Sequence[Phase], direction: Direction) -> None:
+        self.phases, self.direction = tuple(phases), direction
+        self._known: dict[float, float] = {}
+
+    def __call__(self, tilt: float) -> float:
+        """Upper bound of K(tilt), tilt > 0; finite unless the product overflows."""
+        value = self._known.get(tilt)
+        if value is None:
+            terms = [phase.count * log_moment_bounds(phase.pair, tilt, self.direction)[1] for phase in self.phases]
+            value = self._known[tilt] = math.fsum(terms) * (1.0 + _PAD)
+        return value
+
+    def points(self) -> list[tuple[float, float]]:
+        """All (tilt, K) evaluated so far, by tilt."""
+        return sorted(self._known.items())
+
+    def epsilon_at(self, tilt: float, log_delta: float) -> float:
+        """Upper bound of epsilon from the moment at ``tilt``: the root of kappa(c) exp(K(c) - c epsilon) = delta."""
+        kappa = log_kappa(tilt)
+        bound = self(tilt)
+        return (bound + kappa - log_delta) / tilt + _PAD * (bound + abs(kappa) + abs(log_delta)) / tilt
+
+    def log_delta_at(self, tilt: float, epsilon: float) -> float:
+        """Upper bound of log delta(epsilon) from the moment at ``tilt``."""
+        kappa = log_kappa(tilt)
+        bound = self(tilt)
+        return bound + kappa - tilt * epsilon + _PAD * (bound + abs(kappa) + tilt * epsilon)
+
+    def best_epsilon(self, log_delta: float, tolerance: float = 1e-4) -> tuple[float, float]:
+        """(epsilon, tilt) of the smallest bound found; valid whatever the search found. May be negative."""
+        # K(c) + log kappa(c) is convex, hence the bound is quasi-convex in c.
+        return self._search(lambda tilt: self.epsilon_at(tilt, log_delta), self._start(log_delta), tolerance)
+
+    def best_log_delta(self, epsilon: float, tolerance: float = 1e-4) -> tuple[float, float]:
+        """(log delta, tilt) of the smallest bound found."""
+        start = self._start(-0.5 * epsilon - 1.0)
+        return self._search(lambda tilt: self.log_delta_at(tilt, epsilon), start, tolerance)
+
+    def _start(self, log_delta: float) -> float:
+        """The best tilt if the composition were Gaussian with its variance at tilt 0, within sane limits."""
+        variance = sum(
+            phase.count * phase.pair.rate**2 * math.expm1(min(phase.pair.sigma**-2, 3.0)) for phase in self.phases
+        )
+        return min(max(math.sqrt(-2.0 * log_delta / variance), 1e-4), 30.0)
+
+    def _search(self, function: Callable[[float], float], start: float, tolerance: float) -> tuple[float, float]:
+        log_tilt, value = minimize_unimodal(
+            lambda log_c: function(math.exp(log_c)),
+            math.log(start),
+            math.log(MIN_TILT),
+            math.log(MAX_TILT),
+            tolerance,
+        )
+        return value, math.exp(log_tilt)

@@ -1,0 +1,65 @@
+"""From charges to the numbers an accountant works on, with every input checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dpbudget.errors import InvalidParameter, NotComputable
+from dpbudget.mechanisms import Adjacency, Charge, SubsampledGaussianPair
+
+
+@dataclass(frozen=True)
+class Phase:
+    """``count`` >= 1 uses of one dominating pair."""
+
+    pair: SubsampledGaussianPair
+    count: int
+
+
+def phases_of(charges: Sequence[Charge], adjacency: Adjacency) -> tuple[Phase, ...]:
+    """The distinct dominating pairs with their counts, in order of first appearance; zero counts are dropped.
+
+    Raises:
+        InvalidParameter: a count is negative or no integer (DP009), or a pair lies outside its range (DP005, DP008).
+        NotComputable: a mechanism has no pair under ``adjacency``, or a pair of a kind that is not supported (DP062).
+    """
+    counts: dict[SubsampledGaussianPair, int] = {}
+    for charge in charges:
+        if isinstance(charge.count, bool) or not isinstance(charge.count, int) or charge.count < 0:
+            raise InvalidParameter(f"count of a charge must be an integer >= 0, got {charge.count!r}", code="DP009")
+        pair = charge.mechanism.dominating_pair(adjacency)
+        _check_pair(pair)
+        if charge.count:
+            counts[pair] = counts.get(pair, 0) + charge.count
+    return tuple(Phase(pair, count) for pair, count in counts.items())
+
+
+def check_delta(delta: float) -> float:
+    """``delta`` as a float in (0, 1), else InvalidParameter (DP002)."""
+    if not _is_real(delta) or not 0.0 < delta < 1.0:
+        raise InvalidParameter(f"delta must lie in (0, 1), got {delta!r}", code="DP002")
+    return float(delta)
+
+
+def check_epsilon(epsilon: float) -> float:
+    """``epsilon`` as a finite float >= 0, else InvalidParameter (DP001)."""
+    if not _is_real(epsilon) or not 0.0 <= epsilon < math.inf:
+        raise InvalidParameter(f"epsilon must be a finite number >= 0, got {epsilon!r}", code="DP001")
+    return float(epsilon)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)
+
+
+def _check_pair(pair: object) -> None:
+    if not isinstance(pair, SubsampledGaussianPair):
+        raise NotComputable(
+            f"the dominating pair {type(pair).__name__} is not supported by this accountant", code="DP062"
+        )
+    if not 0.0 < pair.rate <= 1.0:
+        raise InvalidParameter(f"sampling rate must lie in (0, 1], got {pair.rate!r}", code="DP008")
+    if not 1e-3 <= pair.sigma <= 1e6:
+        raise InvalidParameter(f"noise multiplier must lie in [1e-3, 1e6], got {pair.sigma!r}", code="DP005")
