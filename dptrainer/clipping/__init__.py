@@ -1,0 +1,24 @@
+"""Per-example clipping: from a batch to a :class:`~dptrainer.values.ClippedSum`."""
+
+from dptrainer.clipping.bookkeeping import BookKeeping
+from dptrainer.clipping.engine import ClippingEngine, Reduction, add_clipped, clip_factors
+from dptrainer.clipping.factory import make_engine, self_test
+from dptrainer.clipping.guard import buffer_guard
+from dptrainer.clipping.per_example import PerExample
+from dptrainer.clipping.rules import LayerCall, rule
+from dptrainer.clipping.vmap import VmapEngine
+
+__all__ = [
+    "BookKeeping",
+    "ClippingEngine",
+    "LayerCall",
+    "PerExample",
+    "Reduction",
+    "VmapEngine",
+    "add_clipped",
+    "buffer_guard",
+    "clip_factors",
+    "make_engine",
+    "rule",
+    "self_test",
+]

@@ -1,0 +1,276 @@
+"""Per-example clipping with one backward pass. Bu et al. (2022), "Differentially private optimization on large model".
+
+While ``model(...)`` runs, its trainable parameters do not require grad, so the backward pass computes gradients of
+activations only. A forward hook of each layer saves its input and hooks the gradient of its output; from the two come
+the per-example norms of every layer, then the factors, then the clipped sums.
+
+The hooks stay on the model: ``begin(batch_size)``, the ordinary ``criterion(model(x), y).backward()``,
+``finish("mean")``. Nothing is recorded in eval mode or under ``no_grad``. Outside ``begin`` and ``finish`` the model
+behaves as if it had no hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpbudget.errors import PrivacyViolation
+from dptrainer.clipping.collect import contributions
+from dptrainer.clipping.engine import (
+    Reduction,
+    check_losses,
+    checked_batch_size,
+    checked_clip_norm,
+    clip_factors,
+    gradient_scale,
+    trainable_parameters,
+    zero_sums,
+)
+from dptrainer.clipping.guard import BufferWatch, ParameterGuard
+from dptrainer.clipping.layout import Layer, layout
+from dptrainer.clipping.per_example import summed
+from dptrainer.clipping.recording import Hook, Session, in_backward, refuse_batch_norm, tap
+from dptrainer.values import ClippedSum
+
+
+class BookKeeping:
+    """The clipping engine: exact per-example clipping, one forward and one backward pass, any ordinary loop.
+
+    Guarantee: the clipped sum changes by at most ``clip_norm`` (Euclidean norm over all parameters) when one example is
+    added or removed, provided that the model's output for one example does not depend on another
+    (:func:`dptrainer.validate.isolation_test` tests that). Whatever is not understood is refused, never skipped.
+
+    Args:
+        model: the model, called as ``model(...)`` with the examples in dimension 0. Its class, names and state_dict do
+            not change.
+        clip_norm: C in [1e-6, 1e12].
+        replay: modules to differentiate as a whole, one example at a time, for example because they use the weight of
+            one of their layers directly. Modules with parameters but without a rule are found by themselves.
+
+    Raises:
+        InvalidParameter: (DP007) clip_norm out of range.
+        PrivacyViolation: (DP018) nothing is trainable; (DP019) something cannot be trained privately.
+    """
+
+    def __init__(self, model: nn.Module, *, clip_norm: float, replay: Sequence[nn.Module] = ()) -> None:
+        self._model = model
+        self._clip_norm = checked_clip_norm(clip_norm)
+        self._replay = tuple(replay)
+        self._session: Session | None = None
+        self._handles: list[Any] = []
+        self._signature: tuple[object, ...] = ()
+        self._layers: dict[nn.Module, Layer] = {}
+        self._guard: ParameterGuard | None = None
+        self._watch: BufferWatch | None = None
+        self._busy = False
+        self._stack: list[tuple[nn.Module, frozenset[int]]] = []
+        self._refresh(trainable_parameters(model))
+
+    @property
+    def clip_norm(self) -> float:
+        """C: the largest Euclidean norm that one example may contribute."""
+        return self._clip_norm
+
+    @property
+    def replayed(self) -> tuple[str, ...]:
+        """Names of the modules without a rule, which are replayed one example at a time; "" is the model itself."""
+        return tuple(layer.name for layer in self._layers.values() if layer.rule is None)
+
+    # ------------------------------------------------------------------ one physical batch
+
+    def begin(self, batch_size: int) -> None:
+        """Opens a physical batch; an unfinished one is dropped. ``requires_grad`` is read anew.
+
+        Args:
+            batch_size: number of examples that the sampler drew; 0 is legal.
+
+        Raises:
+            InvalidParameter: (DP009) not an integer >= 0.
+            PrivacyViolation: (DP018) nothing is trainable.
+        """
+        checked_batch_size(batch_size)
+        self.abort()
+        trainable = trainable_parameters(self._model)
+        self._refresh(trainable)
+        self._session = Session(batch_size, trainable)
+
+    def finish(self, loss_reduction: Reduction = "mean", *, loss_scale: float = 1.0) -> ClippedSum:
+        """The clipped sum of the batch, after its one backward pass; closes the batch.
+
+        Args:
+            loss_reduction: what the backward pass started from: the mean over the B examples of the batch, their sum,
+                or ("none") a vector that was summed.
+            loss_scale: factor on the loss (mixed precision); it is divided out before the norm is taken.
+
+        Returns:
+            A sum for every parameter that was trainable at ``begin``; zeros where no gradient came.
+
+        Raises:
+            PrivacyViolation: (DP031) no batch is open, no backward pass ran, or gradients bypassed the engine, which
+                are then discarded; (DP030) a layer does not have one row per example; (DP019) no rule fits a layer.
+        """
+        session = self._session
+        if session is None:
+            raise PrivacyViolation("finish() without begin().", hint="call begin(batch_size) first.", code="DP031")
+        scale = gradient_scale(loss_reduction, session.batch_size, loss_scale)
+        try:
+            session.refuse_bypass()
+            sums = zero_sums(session.trainable)
+            if session.batch_size > 0:
+                session.require_backward()
+                self._busy = True
+                with torch.no_grad(), torch.autocast(next(iter(sums.values())).device.type, enabled=False):
+                    self._accumulate(session, scale, sums)
+            return ClippedSum(grads=sums, sensitivity=self._clip_norm)
+        finally:
+            self._busy = False
+            self.abort()
+
+    def abort(self) -> None:
+        """Drops the batch with everything recorded of it; backward through its graph is refused from now on."""
+        self._restore()
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def _accumulate(self, session: Session, scale: float, sums: dict[str, Tensor]) -> None:
+        """Norms over all parameters first, then the factors, then the sums."""
+        per_example = {name: summed(parts) for name, parts in contributions(session).items()}
+        if not per_example:
+            return
+        squared = torch.stack([gradients.squared_norms() for gradients in per_example.values()]).sum(0)
+        weights = clip_factors(squared * scale**2, self._clip_norm) * scale
+        for name in list(per_example):
+            sums[name].copy_(per_example.pop(name).weighted_sum(weights))
+
+    # ------------------------------------------------------------------ with a per-example loss
+
+    @contextmanager
+    def record(self, batch_size: int) -> Iterator[BookKeeping]:
+        """``with engine.record(B): losses = loss_fn(model(x), y)``, then ``engine.backward(losses)``."""
+        self.begin(batch_size)
+        try:
+            yield self
+        except BaseException:
+            self.abort()
+            raise
+
+    def backward(self, losses: Tensor) -> ClippedSum:
+        """Backward from one loss per example, and the clipped sum; closes the batch.
+
+        Args:
+            losses: [B].
+
+        Raises:
+            PrivacyViolation: as :meth:`finish`, and (DP030) if the loss is not a vector of B values.
+        """
+        if self._session is None:
+            raise PrivacyViolation("backward() without begin().", hint="use engine.record(B).", code="DP031")
+        try:
+            check_losses(losses, self._session.batch_size)
+            losses.sum().backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        except BaseException:
+            self.abort()
+            raise
+        return self.finish("none")
+
+    # ------------------------------------------------------------------ hooks
+
+    def detach(self) -> None:
+        """Takes the hooks off the model; the engine cannot be used afterwards until the next ``begin``."""
+        self.abort()
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._signature = [], ()
+
+    def _refresh(self, trainable: dict[str, nn.Parameter]) -> None:
+        """Finds the layers again and hooks them, if parameters were frozen, unfrozen, added or replaced."""
+        if not trainable:
+            raise PrivacyViolation(
+                "the model has no trainable parameter.", hint="requires_grad_(True) on what to train.", code="DP018"
+            )
+        signature = tuple((name, id(parameter)) for name, parameter in trainable.items())
+        if signature == self._signature:
+            return
+        self.detach()
+        self._layers = layout(self._model, trainable, self._replay)
+        root = self._model
+        add = self._handles.append
+        add(root.register_forward_pre_hook(Hook(self._enter_model), with_kwargs=True, prepend=True))
+        for module in self._layers:
+            add(module.register_forward_pre_hook(Hook(self._enter_layer), with_kwargs=True))
+            # First among the forward hooks: the gradient is that of the layer's own output.
+            add(module.register_forward_hook(Hook(self._leave_layer), with_kwargs=True, prepend=True))
+        add(root.register_forward_hook(Hook(self._leave_model), with_kwargs=True))
+        add(root.register_forward_hook(Hook(self._always_restore), with_kwargs=True, always_call=True))
+        self._signature = signature
+
+    def _enter_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        session = self._session
+        if session is None or self._busy or self._guard is not None or in_backward():
+            return
+        if not torch.is_grad_enabled() or not self._model.training:
+            return
+        refuse_batch_norm(self._model)
+        self._stack.clear()
+        self._watch = BufferWatch(self._model)
+        self._guard = ParameterGuard(session.trainable, self._model.buffers())
+        for parameter in session.trainable.values():
+            parameter.requires_grad_(False)
+        self._guard.__enter__()  # type: ignore[no-untyped-call]  # torch does not annotate it
+
+    def _leave_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        watch = self._watch
+        if self._guard is not None and watch is not None:
+            self._restore()
+            watch.check()
+
+    def _always_restore(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        """Gives the parameters back as they were and stops watching; safe to call at any time."""
+        guard, self._guard, self._watch = self._guard, None, None
+        if guard is not None:
+            guard.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        self._stack.clear()
+        if self._session is not None:
+            for parameter in self._session.trainable.values():
+                parameter.requires_grad_(True)
+
+    def _inside_unit(self) -> bool:
+        return any(self._layers[module].rule is None for module, _ in self._stack)
+
+    def _enter_layer(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._session is None or self._busy or module not in self._layers or self._inside_unit():
+            return
+        if self._guard is not None:
+            self._stack.append((module, self._guard.allowed))
+            self._guard.allowed = self._guard.allowed | self._layers[module].ids
+        elif in_backward():
+            # Recomputation for gradient checkpointing must build the graph that was built first.
+            for parameter in self._layers[module].parameters.values():
+                parameter.requires_grad_(False)
+
+    def _leave_layer(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        session = self._session
+        if session is None or self._busy or module not in self._layers:
+            return None
+        layer = self._layers[module]
+        if self._guard is not None:
+            if not self._stack or self._stack[-1][0] is not module:
+                return None
+            _, self._guard.allowed = self._stack.pop()
+            if not torch.is_grad_enabled():
+                session.recomputed.add(module)
+                return None
+            return tap(session, module, layer, (args, kwargs), output, keep=True)
+        if in_backward() and torch.is_grad_enabled():
+            for parameter in layer.parameters.values():
+                parameter.requires_grad_(True)
+            return tap(session, module, layer, (args, kwargs), output, keep=module in session.recomputed)
+        return None

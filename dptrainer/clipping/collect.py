@@ -1,0 +1,89 @@
+"""From recorded calls to the per-example gradients of each parameter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpbudget.errors import PrivacyViolation
+from dptrainer.clipping.engine import sum_dtype
+from dptrainer.clipping.per_example import Dense, PerExample
+from dptrainer.clipping.recording import Call, Session
+from dptrainer.clipping.replay import UnitCall, replay
+from dptrainer.clipping.rules import LayerCall
+
+
+def contributions(session: Session) -> dict[str, list[PerExample]]:
+    """Parameter name -> its contributions, one for each call of each layer that uses it.
+
+    A call to which no gradient came back (a forward pass without backward, an unused branch) contributes nothing.
+
+    Raises:
+        PrivacyViolation: (DP030) a layer does not have one row per example; (DP019) a rule left a parameter out.
+    """
+    found: dict[str, list[PerExample]] = {}
+    for call in session.calls:
+        if all(grad is None for grad in call.grads):
+            continue
+        call.check_inputs_unchanged()
+        parts = _ruled(call, session.batch_size) if call.layer.rule else _replayed(call, session.batch_size)
+        for local, name in call.layer.names.items():
+            part = parts.get(local)
+            shape = call.layer.parameters[local].shape
+            if part is None or part.shape != shape or part.batch_size != session.batch_size:
+                raise PrivacyViolation(
+                    f'the rule of layer "{call.layer.name}" gave no per-example gradient of shape '
+                    f"{[session.batch_size, *shape]} for its parameter {local!r}.",
+                    hint="return a tensor [B, *parameter.shape] for every name in call.wanted.",
+                    code="DP019",
+                )
+            found.setdefault(name, []).append(part)
+    return found
+
+
+def _dtype(call: Call) -> torch.dtype:
+    """Contributions are computed in float32 at least, in float64 if a parameter of the layer is."""
+    kinds = {sum_dtype(parameter) for parameter in call.layer.parameters.values()}
+    return torch.float64 if torch.float64 in kinds else torch.float32
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _ruled(call: Call, batch_size: int) -> dict[str, PerExample]:
+    """What the layer's rule answers, with tensors wrapped."""
+    rule, (grad,) = call.layer.rule, call.grads
+    activation = next((t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)), None)
+    if rule is None or grad is None or activation is None:
+        raise PrivacyViolation(f'layer "{call.layer.name}" was called without a tensor.', code="DP019")
+    rows = grad.shape[0] if grad.dim() else 0
+    if rows != batch_size:
+        raise PrivacyViolation(
+            f'layer "{call.layer.name}" has {rows} rows, but the batch has {batch_size} examples; what would be '
+            "clipped is a row, not an example.",
+            hint="keep the examples in dimension 0 (no flatten(0, 1), batch_first=True), and declare the true batch "
+            "size.",
+            code="DP030",
+        )
+    if activation.shape[0] == 1 and batch_size > 1:
+        activation = activation.expand(batch_size, *activation.shape[1:])
+    dtype = _dtype(call)
+    layer_call = LayerCall(
+        name=call.layer.name,
+        activation=_as(activation, dtype),
+        grad=_as(grad, dtype),
+        batch_size=batch_size,
+        wanted=frozenset(call.layer.names),
+        args=call.args,
+        kwargs=call.kwargs,
+    )
+    answer = rule.function(call.module, layer_call)
+    return {name: part if isinstance(part, PerExample) else Dense(part) for name, part in answer.items()}
+
+
+def _replayed(call: Call, batch_size: int) -> dict[str, PerExample]:
+    """The unit run again, one example at a time."""
+    unit = UnitCall(call.layer.name, call.args, call.kwargs, call.outputs, call.grads, batch_size)
+    rows = replay(call.module, unit, call.layer.parameters)
+    return {name: Dense(_as(grads, _dtype(call))) for name, grads in rows.items()}

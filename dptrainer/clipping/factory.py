@@ -1,0 +1,156 @@
+"""Choosing an engine for a model, and testing it on synthetic examples before any private one is seen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from dpbudget.errors import InvalidParameter, PrivacyViolation
+from dptrainer.clipping.bookkeeping import BookKeeping
+from dptrainer.clipping.engine import sum_dtype, trainable_parameters
+from dptrainer.clipping.per_example import row_squares
+
+#: Largest accepted relative difference between the engine and the reference, by type of the parameters.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
+
+
+def make_engine(
+    model: nn.Module,
+    clip_norm: float,
+    *,
+    replay: Sequence[nn.Module] = (),
+    example: Sequence[Tensor] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> BookKeeping:
+    """The clipping engine for a model: book-keeping, with modules that have no rule replayed one example at a time.
+
+    Args:
+        model: the model; it must be called as ``model(...)`` with the examples in dimension 0.
+        clip_norm: C in [1e-6, 1e12].
+        replay: further modules to treat as a whole, see :class:`BookKeeping`.
+        example: public or synthetic positional inputs [B, ...] of the model; with them :func:`self_test` is run.
+        note: is told once which modules are replayed, because that is slower.
+
+    Raises:
+        InvalidParameter: (DP007) clip_norm out of range.
+        PrivacyViolation: (DP018, DP019) the model cannot be trained privately; (DP019) the self-test failed.
+    """
+    engine = BookKeeping(model, clip_norm=clip_norm, replay=replay)
+    if note is not None and engine.replayed:
+        names = ", ".join(f'"{name}"' if name else "the whole model" for name in engine.replayed)
+        note(f"no rule for {names}: replayed one example at a time, which is slower (register one with @rule).")
+    if example is not None:
+        self_test(model, example, replay=replay)
+    return engine
+
+
+def synthetic_like(example: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Inputs with a number of examples that equals no other dimension, so that no layout can be taken for another.
+
+    Floating-point inputs are replaced by standard normal ones; integers are kept (their range is not known), repeated.
+
+    Raises:
+        InvalidParameter: (DP009) no example, or inputs without a common dimension 0.
+    """
+    sizes = {t.shape[0] if t.dim() else 0 for t in example}
+    if len(sizes) != 1 or 0 in sizes:
+        raise InvalidParameter(
+            f"example inputs must be tensors with one common, positive number of rows, got {sorted(sizes)}.",
+            hint="pass a synthetic batch, for example (torch.randn(2, 3, 32, 32),).",
+            code="DP009",
+        )
+    taken = {size for t in example for size in t.shape[1:]}
+    batch = next(size for size in range(3, 99) if size not in taken)
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for tensor in example:
+        rows = tensor.detach()[torch.arange(batch, device=tensor.device) % tensor.shape[0]]
+        if rows.is_floating_point():
+            rows = torch.randn(rows.shape, generator=generator).to(rows)
+        made.append(rows)
+    return tuple(made)
+
+
+def self_test(model: nn.Module, example: Sequence[Tensor], *, replay: Sequence[nn.Module] = ()) -> None:
+    """Compares the engine with a loop over single examples, on synthetic inputs and a copy of the model.
+
+    It finds a wrong layer rule, a layout with the examples in another dimension, and cross-example dependence that
+    changes gradients. Random layers are switched off in the copy. The model, its gradients and random streams are as
+    before.
+
+    Args:
+        model: the model.
+        example: positional inputs [B, ...] of which shapes, types and integer values are used; never private data.
+        replay: as for :class:`BookKeeping`.
+
+    Raises:
+        PrivacyViolation: (DP019) the two disagree, with the parameter that differs most; (DP030) a layer does not have
+            one row per example.
+    """
+    inputs = synthetic_like(example)
+    batch = inputs[0].shape[0]
+    paths = {id(module): name for name, module in model.named_modules()}
+    twin = copy.deepcopy(model).train()
+    _freeze_randomness(model, twin)
+    twin_replay = [twin.get_submodule(paths[id(module)]) for module in replay]
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        expected = _one_at_a_time(twin, inputs)
+        # A clip norm that no gradient reaches: the sums themselves are compared.
+        engine = BookKeeping(twin, clip_norm=1e12, replay=twin_replay)
+        with engine.record(batch):
+            losses = _losses(twin(*inputs), batch)
+        found = engine.backward(losses).grads
+    scale = sum(float(row_squares(g.unsqueeze(0))) for g in expected.values()) ** 0.5
+    worst = max(found, key=lambda name: float((found[name] - expected[name]).norm()))
+    error = float((found[worst] - expected[worst]).norm())
+    if not error <= _TOLERANCE[sum_dtype(found[worst])] * max(scale, 1e-3):
+        raise PrivacyViolation(
+            f'self-test: the per-example gradient of "{worst}" differs from the reference by {error:.3g} '
+            f"(the whole gradient has norm {scale:.3g}).",
+            hint="pass replay=[the module that owns it], or correct its @rule.",
+            code="DP019",
+        )
+
+
+def _freeze_randomness(model: nn.Module, twin: nn.Module) -> None:
+    """Dropout off in the copy, layers that the user keeps in eval mode stay there."""
+    for original, copied in zip(model.modules(), twin.modules(), strict=True):
+        if isinstance(copied, nn.modules.dropout._DropoutNd) or (model.training and not original.training):
+            copied.eval()
+        if isinstance(copied, nn.MultiheadAttention | nn.RNNBase):
+            copied.dropout = 0.0
+
+
+def _losses(output: object, batch: int) -> Tensor:
+    """A different smooth loss for each example, from whatever tensors the model returns."""
+    leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 0]
+    rows = [t.reshape(batch, -1) for t in leaves if t.shape[0] == batch]
+    if not rows:
+        raise PrivacyViolation(
+            f"no output of the model has one row per example ({batch} were given).",
+            hint="return tensors with the examples in dimension 0.",
+            code="DP030",
+        )
+    total = torch.zeros(batch, dtype=rows[0].dtype, device=rows[0].device)
+    for row in rows:
+        weights = torch.linspace(0.5, 1.5, row.shape[1], dtype=row.dtype, device=row.device)
+        total = total + (F.softplus(row) * weights).mean(1)
+    return total
+
+
+def _one_at_a_time(twin: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The reference: the sum over examples of plain autograd gradients, each from a batch of one."""
+    parameters = trainable_parameters(twin)
+    sums = {name: torch.zeros_like(p, dtype=sum_dtype(p)) for name, p in parameters.items()}
+    for index in range(inputs[0].shape[0]):
+        losses = _losses(twin(*[t[index : index + 1] for t in inputs]), 1)
+        found = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                sums[name] += gradient.to(sums[name].dtype)
+    return sums

@@ -1,0 +1,152 @@
+"""Watches the forward pass: trainable parameters used outside their layer, positions taken for examples, moved buffers.
+
+Book-keeping freezes the trainable parameters while the graph is built and obtains their gradients from the layers. A
+parameter used anywhere else, ``F.linear(x, emb.weight)``, would silently lose that part of its gradient. The guard sees
+every torch operation of every private forward, not only of the first: control flow may take another path later. It
+costs one Python call an operation, about two microseconds, and holds no tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dpbudget.errors import PrivacyViolation
+
+#: Reading these of a parameter gives a tensor through which no gradient was ever meant to flow.
+_CUT = {torch.Tensor.detach, torch.detach, vars(torch._C.TensorBase)["data"].__get__}
+#: Values of these depend on the position alone; an embedding of them has positions, not examples, in dimension 0.
+_POSITIONS = {torch.arange, torch.linspace, torch.range}
+_MARK = "_dptrainer_positions"
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments, also inside lists, tuples and dicts of arguments."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+
+
+def depends_on_position_alone(tensor: object) -> bool:
+    """Whether the guard saw this tensor come from ``arange`` and the like, buffers or parameters alone."""
+    return bool(getattr(tensor, _MARK, False))
+
+
+class ParameterGuard(TorchFunctionMode):
+    """Names any use of a trainable parameter outside the forward of a layer that answers for it.
+
+    Attributes:
+        allowed: ids of the parameters whose layer is running now; kept by the engine.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], buffers: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._fixed = {id(buffer) for buffer in buffers}
+        self.allowed: frozenset[int] = frozenset()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Runs the operation, then looks at what went in and what came out.
+
+        Raises:
+            PrivacyViolation: (DP019) a trainable parameter was used directly.
+        """
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not isinstance(result, Tensor | list | tuple):
+            return result  # shapes, types and numbers of elements carry no gradient
+        inputs = list(_tensors(args))
+        if kwargs:
+            inputs.extend(_tensors(kwargs.values()))
+        fixed = True
+        for tensor in inputs:
+            key = id(tensor)
+            if key in self._names:
+                if key not in self.allowed and torch.is_grad_enabled() and self._carries(func, result):
+                    raise self._refusal(self._names[key], func)
+            elif key not in self._fixed and not hasattr(tensor, _MARK):
+                fixed = False
+        self._mark(func, bool(inputs), fixed, inputs, result)
+        return result
+
+    @staticmethod
+    def _carries(func: Callable[..., Any], result: Any) -> bool:
+        """Whether a gradient could have flowed from the parameter into the result."""
+        return func not in _CUT and any(t.is_floating_point() or t.is_complex() for t in _tensors([result]))
+
+    @staticmethod
+    def _mark(func: Callable[..., Any], given: bool, fixed: bool, inputs: list[Tensor], result: Any) -> None:
+        if fixed and (given or func in _POSITIONS):
+            for tensor in _tensors([result]):
+                setattr(tensor, _MARK, True)
+        elif given and not fixed:
+            for tensor in _tensors([result]):  # an in-place operation may have written data into a marked tensor
+                if hasattr(tensor, _MARK):
+                    delattr(tensor, _MARK)
+
+    @staticmethod
+    def _refusal(name: str, func: Callable[..., Any]) -> PrivacyViolation:
+        operation = getattr(func, "__name__", repr(func))
+        return PrivacyViolation(
+            f'parameter "{name}" is used outside its layer ({operation}); that part of its gradient would be lost.',
+            hint="call the layer that owns it, tie a second layer to it, or name the module that uses it in "
+            "replay=[module] so that it is differentiated as a whole.",
+            code="DP019",
+        )
+
+
+class BufferWatch:
+    """Notices buffers that a forward pass replaced or wrote: running statistics are a release without noise."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._before = self._state()
+
+    def _state(self) -> dict[str, tuple[int, int]]:
+        return {
+            name: (id(buffer), 0 if buffer.is_inference() else buffer._version)
+            for name, buffer in self._model.named_buffers()
+        }
+
+    def check(self) -> None:
+        """Compares with the state at construction.
+
+        Raises:
+            PrivacyViolation: (DP013) a buffer changed, appeared or vanished.
+        """
+        after = self._state()
+        changed = [name for name in {**self._before, **after} if self._before.get(name) != after.get(name)]
+        if changed:
+            raise PrivacyViolation(
+                f'buffer "{changed[0]}" was updated during forward, from private data and without noise'
+                + (f" (and {len(changed) - 1} more)." if len(changed) > 1 else "."),
+                hint="call .eval() on that layer, or replace it by one that keeps no statistics.",
+                code="DP013",
+            )
+
+
+@contextmanager
+def buffer_guard(model: nn.Module) -> Iterator[None]:
+    """Refuses, at the end of the block, any buffer of ``model`` that changed within it.
+
+    Raises:
+        PrivacyViolation: (DP013) names the buffer.
+    """
+    watch = BufferWatch(model)
+    yield
+    watch.check()

@@ -1,0 +1,269 @@
+"""What one physical batch leaves behind: the calls of each layer, and the gradients that came back to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from dpbudget.errors import PrivacyViolation
+from dptrainer.clipping.guard import depends_on_position_alone
+from dptrainer.clipping.layout import Layer
+
+_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+
+
+class Hook:
+    """A hook that is inert in copies: a deep copy or a pickle of the model is a plain model without an engine."""
+
+    def __init__(self, function: Callable[..., Any] | None = None) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls the engine, if there is one."""
+        return None if self._function is None else self._function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook()
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine is running in this thread: the only reason is recomputation for checkpointing."""
+    return _task() != -1
+
+
+def _task() -> int:
+    """Identity of the running backward pass, -1 outside of one."""
+    return int(torch._C._current_graph_task_id())
+
+
+def refuse_batch_norm(model: nn.Module) -> None:
+    """Checked at every forward: batch statistics are only harmless while the layer is in eval mode.
+
+    Raises:
+        PrivacyViolation: (DP010) names the layer.
+    """
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, _BATCH_NORMS):
+            raise PrivacyViolation(
+                f'layer "{name}" ({type(module).__name__}) mixes examples.',
+                hint="replace it by GroupNorm, or keep it frozen in eval mode with .eval().",
+                code="DP010",
+            )
+
+
+class Session:
+    """One open physical batch.
+
+    Attributes:
+        batch_size: declared number of examples.
+        trainable: name -> parameter, as they were at ``begin``.
+        calls: every recorded layer call.
+        recomputed: layers that ran without a graph and will be recorded in the recomputation (reentrant checkpointing).
+    """
+
+    def __init__(self, batch_size: int, trainable: dict[str, nn.Parameter]) -> None:
+        self.batch_size, self.trainable = batch_size, trainable
+        self.calls: list[Call] = []
+        self.recomputed: set[nn.Module] = set()
+        self.open = True
+        self._task: int | None = None
+        self._before = {name: (p.grad, 0 if p.grad is None else p.grad._version) for name, p in trainable.items()}
+
+    def close(self) -> None:
+        """Drops everything recorded."""
+        self.open = False
+        self.calls.clear()
+        self._before.clear()
+
+    def note_backward(self, recomputed: bool) -> None:
+        """Called for each gradient that arrives.
+
+        Raises:
+            PrivacyViolation: (DP031) the batch is closed, or this is its second backward pass.
+        """
+        if not self.open:
+            raise PrivacyViolation(
+                "backward() ran through a batch that is already finished or dropped.",
+                hint="call backward() once, before the step.",
+                code="DP031",
+            )
+        task = _task()
+        if self._task is None:
+            self._task = task
+        elif task != self._task and not recomputed:
+            raise PrivacyViolation(
+                "backward() ran twice within one private step.",
+                hint="add the losses and call backward() once, or let microbatches split the batch.",
+                code="DP031",
+            )
+
+    def require_backward(self) -> None:
+        """Refuses a step without a backward pass.
+
+        Raises:
+            PrivacyViolation: (DP031) no gradient arrived.
+        """
+        if self._task is None:
+            raise PrivacyViolation(
+                f"no backward pass ran for this batch of {self.batch_size} examples.",
+                hint="call loss.backward() on a loss of model(...) in train mode, once per step.",
+                code="DP031",
+            )
+
+    def refuse_bypass(self) -> None:
+        """Discards and refuses gradients that reached ``.grad`` past the engine: they are not clipped.
+
+        Raises:
+            PrivacyViolation: (DP031) names the parameter.
+        """
+        bypassed = [
+            name
+            for name, p in self.trainable.items()
+            if p.grad is not None
+            and (p.grad is not self._before[name][0] or p.grad._version != self._before[name][1])
+            and bool(p.grad.any())  # zero_grad(set_to_none=False) also counts as a write
+        ]
+        for name in bypassed:
+            self.trainable[name].grad = None
+        if bypassed:
+            raise PrivacyViolation(
+                f'an unclipped gradient reached parameter "{bypassed[0]}"; it was discarded.',
+                hint="call the layers through model(...) in train mode, and move penalties on parameters (weight "
+                "decay) from the loss to the optimizer.",
+                code="DP031",
+            )
+
+
+class Call:
+    """One recorded forward call of a layer or unit."""
+
+    def __init__(
+        self, session: Session, module: nn.Module, layer: Layer, inputs: tuple[Any, Mapping[str, Any]]
+    ) -> None:
+        self.module, self.layer = module, layer
+        self.recomputed = in_backward()
+        self.args, self.kwargs = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, inputs)
+        self._session = session
+        self._versions = [(t, t._version) for t in self._input_tensors() if not t.is_inference()]
+        self.outputs: list[Tensor] = []
+        self.grads: list[Tensor | None] = []
+
+    def _input_tensors(self) -> list[Tensor]:
+        leaves, _ = tree_flatten((self.args, dict(self.kwargs)))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def receiver(self, slot: int) -> Callable[[Tensor], None]:
+        """The hook that takes the gradient of output ``slot``."""
+
+        def receive(grad: Tensor) -> None:
+            self._session.note_backward(self.recomputed)
+            if self.grads[slot] is not None:
+                raise PrivacyViolation(
+                    f'backward() reached layer "{self.layer.name}" twice within one private step.',
+                    hint="call backward() once per step.",
+                    code="DP031",
+                )
+            self.grads[slot] = grad.detach()
+
+        return receive
+
+    def check_inputs_unchanged(self) -> None:
+        """Refuses inputs that were overwritten after the call: the gradient would be computed from other numbers.
+
+        Raises:
+            PrivacyViolation: (DP019) names the layer.
+        """
+        if any(tensor._version != version for tensor, version in self._versions):
+            raise PrivacyViolation(
+                f'the input of layer "{self.layer.name}" was changed in place after the layer had used it.',
+                hint="replace the in-place operation (x += y) by x = x + y.",
+                code="DP019",
+            )
+
+
+class _Leaf(torch.autograd.Function):
+    """Lets a tensor without a graph start one, and reports its gradient. In-place operations may follow it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+        """Returns the tensor itself, marked as changed so that autograd does not treat it as a view."""
+        ctx.receive = receive
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[None, None, None]:
+        """Hands the gradient over; nothing lies below."""
+        ctx.receive(grads[0])  # type: ignore[attr-defined]  # set in forward
+        return None, None, None
+
+
+def _hooked(output: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+    if output.requires_grad:
+        # A tensor hook sees the gradient of the value before any later in-place operation.
+        output.register_hook(receive)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        return output
+    anchor = torch.zeros((), requires_grad=True)
+    started: Tensor = _Leaf.apply(output.detach(), anchor, receive)  # type: ignore[no-untyped-call]
+    return started
+
+
+def tap(
+    session: Session,
+    module: nn.Module,
+    layer: Layer,
+    inputs: tuple[Any, Mapping[str, Any]],
+    output: Any,
+    *,
+    keep: bool,
+) -> Any:
+    """Records a call and returns its output with the gradient hooked.
+
+    Raises:
+        PrivacyViolation: (DP030) the input has positions, not examples, in dimension 0.
+    """
+    call = Call(session, module, layer, inputs)
+    if keep:
+        session.calls.append(call)
+    if layer.rule is not None:
+        output = _per_example_output(session, layer, inputs, output)
+        call.grads.append(None)
+        return _hooked(output, call.receiver(0))
+    leaves, spec = tree_flatten(output)
+    for position, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            call.outputs.append(leaf.detach())
+            call.grads.append(None)
+            if leaf.is_floating_point():
+                # A copy: later in-place operations must not reach the output that the replay is compared with.
+                leaves[position] = _hooked(leaf.clone(), call.receiver(len(call.grads) - 1))
+    return tree_unflatten(leaves, spec)
+
+
+def _per_example_output(
+    session: Session, layer: Layer, inputs: tuple[Any, Mapping[str, Any]], output: Tensor
+) -> Tensor:
+    """The output, expanded where one row serves all examples (position ids of shape [1, T])."""
+    first = next((t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), None)
+    if first is None or first.dim() == 0 or output.dim() == 0:
+        return output
+    if first.shape[0] == 1 and output.shape[0] == 1 and session.batch_size > 1:
+        expanded = output.expand(session.batch_size, *output.shape[1:])
+        return expanded if expanded.requires_grad else expanded.contiguous()
+    if depends_on_position_alone(first) and first.shape[0] != 1:
+        raise PrivacyViolation(
+            f'layer "{layer.name}" is given positions {list(first.shape)} that all examples share, so its rows are not '
+            "examples.",
+            hint="give the positions a batch dimension of 1, arange(T).unsqueeze(0), or name the module that does this "
+            "in replay=[module].",
+            code="DP030",
+        )
+    return output

@@ -1,0 +1,124 @@
+"""Per-example gradients of a module without a rule: it is run again, one example at a time.
+
+The module is a unit: everything inside it is differentiated together, so bare parameters, parametrisations, attention
+and recurrent layers are right without a rule. The replay must repeat what the forward pass computed; where it does not
+(dropout, an internal counter) it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dpbudget.errors import PrivacyViolation
+
+
+@dataclass(frozen=True)
+class UnitCall:
+    """One forward call of a unit, with the gradients that came back to its outputs.
+
+    Attributes:
+        name: the unit's name in the model.
+        args: positional arguments; tensors with B rows are cut into examples, everything else is shared.
+        kwargs: keyword arguments, likewise.
+        outputs: the tensors it returned, in order.
+        grads: for each of them the gradient, or None where none came back.
+        batch_size: B >= 1.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: Sequence[Tensor]
+    grads: Sequence[Tensor | None]
+    batch_size: int
+
+
+def replay(unit: nn.Module, call: UnitCall, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Local parameter name -> [B, *shape] gradients of each example.
+
+    Raises:
+        PrivacyViolation: (DP019) the replay computes something else than the forward pass did; (DP030) an output does
+            not have one slice per example.
+    """
+    rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    fixed = {name: p.detach() for name, p in unit.named_parameters() if name not in parameters}
+    fixed |= {name: buffer.detach().clone() for name, buffer in unit.named_buffers()}
+    live = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    for index in range(call.batch_size):
+        args, kwargs = tree_map(
+            lambda leaf, i=index: _example(leaf, i, call.batch_size), (call.args, dict(call.kwargs))
+        )
+        with torch.enable_grad():
+            result = functional_call(unit, {**fixed, **live}, args, kwargs)
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        found = _one_gradient(call, outputs, index, list(live.values()))
+        for name, grad in zip(rows, found, strict=True):
+            rows[name].append(grad)
+    return {name: torch.stack(grads) for name, grads in rows.items()}
+
+
+def _example(leaf: Any, index: int, batch_size: int) -> Any:
+    """A batch of one, where the leaf is a tensor with one row per example."""
+    if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch_size:
+        return leaf[index : index + 1]
+    return leaf
+
+
+def _one_gradient(call: UnitCall, outputs: list[Tensor], index: int, live: list[Tensor]) -> list[Tensor]:
+    """Gradients of one example, zero where a parameter was not used."""
+    roots, cotangents = [], []
+    if len(outputs) != len(call.outputs):
+        raise _differs(call)
+    for single, whole, grad in zip(outputs, call.outputs, call.grads, strict=True):
+        if grad is None:
+            continue
+        dim = _batch_dim(call, single, whole)
+        _compare(call, single.detach(), whole.narrow(dim, index, 1))
+        if single.requires_grad:
+            roots.append(single)
+            cotangents.append(grad.narrow(dim, index, 1).to(single.dtype))
+    if not roots:
+        return [torch.zeros_like(p) for p in live]
+    found = torch.autograd.grad(roots, live, cotangents, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(live, found, strict=True)]
+
+
+def _batch_dim(call: UnitCall, single: Tensor, whole: Tensor) -> int:
+    """The dimension in which one example has size 1 and the batch has size B."""
+    if single.dim() == whole.dim():
+        expected = list(single.shape)
+        for dim, size in enumerate(whole.shape):
+            if size == call.batch_size and expected[dim] == 1:
+                rest = [*expected[:dim], size, *expected[dim + 1 :]]
+                if rest == list(whole.shape):
+                    return dim
+    raise PrivacyViolation(
+        f'module "{call.name}" returned shape {list(whole.shape)} for {call.batch_size} examples and '
+        f"{list(single.shape)} for one; no dimension counts the examples.",
+        hint="keep the examples in dimension 0 of its inputs and outputs.",
+        code="DP030",
+    )
+
+
+def _compare(call: UnitCall, single: Tensor, whole: Tensor) -> None:
+    """The replayed output must be the recorded one up to rounding, wherever both are finite."""
+    both = single.isfinite() & whole.isfinite()
+    difference = torch.where(both, single - whole, torch.zeros_like(single)).abs()
+    size = torch.where(both, whole, torch.zeros_like(whole)).abs()
+    if difference.numel() and difference.max() > 1e-3 * size.max() + 1e-6:
+        raise _differs(call)
+
+
+def _differs(call: UnitCall) -> PrivacyViolation:
+    return PrivacyViolation(
+        f'module "{call.name}" has no rule and does not give the same output twice (dropout, or state).',
+        hint="set its dropout to 0, move the dropout out of it, or register a rule for it with @rule.",
+        code="DP019",
+    )

@@ -1,0 +1,107 @@
+"""Layer rules: how one layer's per-example gradients follow from its input and the gradient of its output.
+
+A rule is one function, registered with :func:`rule`; a layer without one is replayed by the vmap reference, never
+skipped. Extension is one file: see ``docs/extending.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from dpbudget.errors import InvalidParameter, PrivacyViolation
+from dptrainer.clipping.per_example import PerExample
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One forward call of a layer, with the gradient that came back to its output.
+
+    Attributes:
+        name: the layer's name in the model, for messages.
+        activation: [B, ...] the first tensor argument, detached, in the type in which gradients are summed.
+        grad: [B, ...] gradient of the summed per-example losses with respect to the output, same type.
+        batch_size: B, the declared number of examples; both tensors have this many rows.
+        wanted: names of the layer's own parameters that are trainable now; others may be left out of the answer.
+        args: all positional arguments of the call, detached.
+        kwargs: all keyword arguments of the call, detached.
+    """
+
+    name: str
+    activation: Tensor
+    grad: Tensor
+    batch_size: int
+    wanted: frozenset[str]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def refuse(self, reason: str, hint: str, code: str = "DP019") -> PrivacyViolation:
+        """An error that names the layer; raise it where the rule does not hold for this call."""
+        return PrivacyViolation(f'layer "{self.name}": {reason}', hint=hint, code=code)
+
+
+#: layer, call -> own parameter name -> per-example gradients, as a tensor [B, *shape] or a cheaper form.
+RuleFunction = Callable[[Any, LayerCall], Mapping[str, Tensor | PerExample]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A registered rule and the parameter names that it answers for; ``None`` means all own parameters of the layer."""
+
+    function: RuleFunction
+    parameters: frozenset[str] | None
+
+
+_RULES: dict[type[nn.Module], Rule] = {}
+
+
+def rule(*layers: type[nn.Module], parameters: tuple[str, ...] | None = None) -> Callable[[RuleFunction], RuleFunction]:
+    """Registers a function as the rule of one or more layer classes; the last registration of a class wins.
+
+    The decorated function takes ``(layer, call)`` and returns, for every name in ``call.wanted``, the gradient of each
+    example's loss with respect to that parameter, as a tensor [B, *parameter.shape]. Row i must depend on row i of
+    ``call.activation`` and ``call.grad`` alone: that is what clipping relies on.
+
+    Args:
+        *layers: classes whose ``forward`` the rule describes. A subclass with its own ``forward`` does not inherit it.
+        parameters: own parameter names that the rule covers; a layer with further ones is replayed instead.
+
+    Raises:
+        InvalidParameter: (DP019) something other than a module class was given.
+    """
+    for layer in layers:
+        if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+            raise InvalidParameter(
+                f"@rule takes torch.nn.Module classes, got {layer!r}.",
+                hint="write @rule(MyLayer).",
+                code="DP019",
+            )
+
+    def register(function: RuleFunction) -> RuleFunction:
+        for layer in layers:
+            _RULES[layer] = Rule(function, None if parameters is None else frozenset(parameters))
+        return function
+
+    return register
+
+
+def rule_for(layer: nn.Module) -> Rule | None:
+    """The rule that describes this very layer, or None: a rule holds only for the forward it was written for."""
+    if "forward" in vars(layer):
+        return None
+    for base in type(layer).__mro__:
+        if base in _RULES:
+            found = _RULES[base]
+            if type(layer).forward is not base.forward:
+                return None
+            own = {name for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
+            return found if found.parameters is None or own <= found.parameters else None
+    return None
+
+
+from dptrainer.clipping.rules import conv, embedding, linear, norm  # noqa: E402  (they register themselves)
+
+__all__ = ["LayerCall", "Rule", "RuleFunction", "conv", "embedding", "linear", "norm", "rule", "rule_for"]

@@ -1,0 +1,37 @@
+"""The two values that travel from the clipping engine to the update: clipped sums and noisy sums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ClippedSum:
+    """The sum over a batch of per-example gradients, each of norm at most ``sensitivity``. Private: never log it.
+
+    Guarantee: adding or removing one example changes the concatenation of all ``grads`` by at most ``sensitivity`` in
+    the Euclidean norm (up to the rounding of the sum itself). It is a sum, never a mean: the divisor is the plan's
+    declared expected batch size and is applied after the noise.
+
+    Attributes:
+        grads: parameter name -> sum, in the order of ``model.named_parameters()``, tied parameters once under their
+            first name. float32, or float64 for a float64 parameter. Every trainable parameter is present.
+        sensitivity: the clipping norm C.
+    """
+
+    grads: Mapping[str, Tensor]
+    sensitivity: float
+
+
+@dataclass(frozen=True)
+class NoisySum:
+    """A clipped sum to which the noise of one receipt was added: safe to release, and anything may be computed from it.
+
+    Attributes:
+        grads: parameter name -> noisy sum, with the names, order, shapes and types of the clipped sum.
+    """
+
+    grads: Mapping[str, Tensor]
