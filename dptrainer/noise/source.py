@@ -1,0 +1,88 @@
+"""Where noise meets a clipped sum. No receipt, no noise; one receipt, one release."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Protocol
+
+import torch
+
+from dpbudget.errors import PrivacyViolation
+from dpbudget.ledger.receipt import Receipt
+from dptrainer.noise.gaussian import add_gaussian_
+from dptrainer.noise.keys import Purpose, step_key
+from dptrainer.values import ClippedSum, NoisySum
+
+
+class NoiseSource(Protocol):
+    """Turns a clipped sum into something that may be released."""
+
+    def privatise(self, clipped: ClippedSum, receipt: Receipt) -> NoisySum:
+        """Spend ``receipt`` on ``clipped``."""
+
+
+class SecureNoise:
+    """Gaussian noise from the step key of a receipt: ChaCha20, 64 radius bits (``secure`` in a plan).
+
+    Guarantee: the released vector is ``sum + N(0, (noise_multiplier C)^2 I)`` truncated as docs/adr/0002 charges, with
+    randomness that no one without the lease key can tell from uniform (ChaCha20 and HKDF as pseudo-random functions),
+    up to floating-point rounding. Parameter i of the sum, in order, takes the noise stream i.
+    """
+
+    def privatise(self, clipped: ClippedSum, receipt: Receipt) -> NoisySum:
+        """Add the noise of ``receipt``, in place, to ``clipped``, whose tensors become those of the result.
+
+        Raises:
+            PrivacyViolation: the sum is not finite or of a wrong type (DP019), its sensitivity is above the plan's
+                clipping norm (DP031), or it has more elements than the plan allows (DP018). No noise is drawn.
+            ReceiptSpent: the receipt was used before (DP077) or in a forked process (DP076).
+        """
+        _check(clipped, receipt)
+        std = noise_scale(receipt.noise_multiplier, receipt.clip_norm)
+        key = step_key(receipt, Purpose.GRAD_NOISE)
+        for param_id, grad in enumerate(clipped.grads.values()):
+            add_gaussian_(grad, key, param_id, std)
+        return NoisySum(clipped.grads)
+
+
+def noise_scale(noise_multiplier: float, clip_norm: float) -> float:
+    """``noise_multiplier * clip_norm`` rounded up to float64, so that it is never below the plan's.
+
+    Raises:
+        PrivacyViolation: the product is zero or not finite (DP005).
+    """
+    scale = noise_multiplier * clip_norm
+    if not 0.0 < scale < math.inf:
+        raise PrivacyViolation(f"noise scale {noise_multiplier!r} * {clip_norm!r} is not usable", code="DP005")
+    exact = Fraction(noise_multiplier) * Fraction(clip_norm)
+    return scale if Fraction(scale) >= exact else math.nextafter(scale, math.inf)
+
+
+def _check(clipped: ClippedSum, receipt: Receipt) -> None:
+    if not 0.0 < clipped.sensitivity <= receipt.clip_norm:
+        raise PrivacyViolation(
+            f"gradients were clipped to {clipped.sensitivity!r}, but the plan's clipping norm is {receipt.clip_norm!r}",
+            code="DP031",
+            hint="clip to receipt.clip_norm; noise is scaled to the plan",
+        )
+    elements = sum(grad.numel() for grad in clipped.grads.values())
+    if not 0 < elements <= receipt.max_parameters:
+        raise PrivacyViolation(
+            f"{elements} trainable parameters, but the plan allows 1 to {receipt.max_parameters}",
+            code="DP018",
+            hint="plan with max_parameters of at least the model's",
+        )
+    for name, grad in clipped.grads.items():
+        if grad.dtype not in (torch.float32, torch.float64) or grad.requires_grad:
+            raise PrivacyViolation(
+                f"the clipped sum of {name} is {grad.dtype}; sums are detached float32 or float64",
+                code="DP019",
+                hint="accumulate clipped gradients in float32",
+            )
+        if not bool(torch.isfinite(grad).all()):
+            raise PrivacyViolation(
+                f"the clipped sum of {name} is not finite; nothing was released",
+                code="DP019",
+                hint="a clipping engine gives examples with non-finite gradients the factor 0",
+            )

@@ -1,0 +1,135 @@
+"""Poisson sampling, exactly at rate k / 2^64, from the sampling key of a step.
+
+Every record is included independently with probability **exactly** k / 2^64, given uniform keystream words: all
+decisions compare integers, so neither a float nor a rounding can bias the rate that the accountant counts with.
+
+* k = 2^64: every record.
+* Rate at least 1/32: one 64-bit word w a record; it is included iff w < k.
+* Smaller rates, at a cost proportional to the batch: the records are cut into blocks of m = 2^j, the power of two with
+  1 <= m k / 2^64 < 2. How many records of a block are included follows Bin(m, k / 2^64), decided by comparing uniform
+  bits with the exact distribution function (:mod:`dptrainer._binomial`); *which* ones is then a uniform subset of that
+  size, drawn as j-bit positions and redrawn until they differ. Given its size, the set of included records of
+  independent equal trials is uniform, so this is the same law. Positions beyond the population are dropped, which is
+  harmless because records are independent of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpbudget.ledger.receipt import Receipt
+from dptrainer._binomial import binomial_counts
+from dptrainer.noise.chacha import BLOCK_BYTES, keystream
+from dptrainer.noise.keys import Purpose, step_key
+
+Indices = NDArray[np.int64]
+
+_ONE = 1 << 64
+_DENSE = _ONE >> 5
+# Streams of the sampling key. Rounds of positions count upwards from _POSITIONS.
+_RECORDS, _COUNTS, _EXTRA, _POSITIONS = 0, 1, 2, 16
+_CHUNK = 1 << 16
+
+
+class PoissonSampler:
+    """Draws the batch of a receipt. The result depends on the receipt's sampling key and the population alone."""
+
+    def draw(self, receipt: Receipt, population: int) -> Indices:
+        """Increasing int64 indices of the records of one step; often of another length, possibly empty.
+
+        The population size and the result are private: use them to pick records, and print, log or store neither.
+
+        Args:
+            receipt: spent for the purpose ``sampling``.
+            population: number of records, 0 <= population < 2^62.
+
+        Raises:
+            ReceiptSpent: the receipt was used for sampling before (DP077) or in a forked process (DP076).
+        """
+        return poisson_indices(step_key(receipt, Purpose.SAMPLING), receipt.rate_k, population)
+
+
+def poisson_indices(key: bytes, rate_k: int, population: int) -> Indices:
+    """Indices below ``population``, each included independently with probability exactly ``rate_k / 2**64``.
+
+    Raises:
+        ValueError: ``rate_k`` is not in [1, 2^64] or ``population`` not in [0, 2^62).
+    """
+    if not 1 <= rate_k <= _ONE or not 0 <= population < 1 << 62:
+        raise ValueError("rate_k or population is out of range")
+    if rate_k == _ONE:
+        return np.arange(population, dtype=np.int64)
+    if rate_k >= _DENSE:
+        return _dense(key, rate_k, population)
+    return _by_blocks(key, rate_k, population)
+
+
+def physical_batches(indices: Indices, max_size: int | None) -> Iterator[Indices]:
+    """The same indices in pieces of at most ``max_size`` (None: one piece); an empty batch is one empty piece.
+
+    Raises:
+        ValueError: ``max_size`` is below 1.
+    """
+    if max_size is not None and max_size < 1:
+        raise ValueError(f"a physical batch holds at least one record, got {max_size}")
+    step = max_size or max(1, len(indices))
+    for start in range(0, max(1, len(indices)), step):
+        yield indices[start : start + step]
+
+
+def _words(key: bytes, stream: int, first: int, count: int) -> NDArray[np.uint64]:
+    """Words ``first .. first + count`` of a stream as uint64; ``first`` is a multiple of 8."""
+    blocks = -(-8 * count // BLOCK_BYTES)
+    raw = keystream(key, stream, first // 8, blocks)
+    return np.frombuffer(raw, dtype="<u8", count=count).astype(np.uint64, copy=False)
+
+
+def _dense(key: bytes, rate_k: int, population: int) -> Indices:
+    found = [np.empty(0, dtype=np.int64)]
+    for first in range(0, population, _CHUNK):
+        words = _words(key, _RECORDS, first, min(_CHUNK, population - first))
+        found.append(np.flatnonzero(words < np.uint64(rate_k)).astype(np.int64) + first)
+    return np.concatenate(found)
+
+
+def _by_blocks(key: bytes, rate_k: int, population: int) -> Indices:
+    # 1 <= 2^j k / 2^64 < 2; j is 64 only for k = 1.
+    bits = 65 - rate_k.bit_length()
+    size = 1 << bits
+    blocks = -(-population // size)
+    owners = [np.empty(0, dtype=np.uint64)]
+    for first in range(0, blocks, _CHUNK):
+        words = _words(key, _COUNTS, first, min(_CHUNK, blocks - first))
+        counts = binomial_counts(words, size, rate_k, lambda at, n, base=first: _extra_bits(key, base + at, n))
+        owners.append(np.repeat(np.arange(first, first + len(words), dtype=np.uint64), counts))
+    owner = np.concatenate(owners)
+    places = _distinct_places(key, owner, bits)
+    # size <= 2^64: a single block starts at 0, and below that no product exceeds 2^63.
+    index = places if blocks <= 1 else owner * np.uint64(size) + places
+    inside = index[index < np.uint64(population)].astype(np.int64)
+    inside.sort()
+    return inside
+
+
+def _extra_bits(key: bytes, block: int, words: int) -> int:
+    """``64 * words`` further bits for the count of one block; its first words stay when more are asked for."""
+    raw = keystream(key, _EXTRA, block << 6, -(-8 * words // BLOCK_BYTES))
+    return int.from_bytes(bytes(raw[: 8 * words]), "big")
+
+
+def _distinct_places(key: bytes, owner: NDArray[np.uint64], bits: int) -> NDArray[np.uint64]:
+    """A uniform place of ``bits`` bits for every entry, different within each owner (rejection of whole owners)."""
+    places = np.empty(len(owner), dtype=np.uint64)
+    pending = np.arange(len(owner))
+    stream = _POSITIONS
+    while len(pending):
+        places[pending] = _words(key, stream, 0, len(pending)) >> np.uint64(64 - bits)
+        order = np.lexsort((places, owner))
+        same = (owner[order][1:] == owner[order][:-1]) & (places[order][1:] == places[order][:-1])
+        clashing = np.unique(owner[order][1:][same])
+        pending = np.flatnonzero(np.isin(owner, clashing))
+        stream += 1
+    return places
