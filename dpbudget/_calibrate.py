@@ -273,6 +273,12 @@ def plan_for(
     return _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters).plan(sigma)
 
 
+def bounds_of(plan: Plan) -> Bounds:
+    """The claim of ``plan`` as the upper end, and below it what the mechanism in real arithmetic costs at least."""
+    curve = _load(plan.claim.accountant).curve(plan.charges, plan.adjacency)
+    return Bounds(min(curve.epsilon(plan.claim.delta).lower, plan.claim.epsilon), plan.claim.epsilon)
+
+
 def max_steps(
     *,
     epsilon: float,

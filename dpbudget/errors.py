@@ -82,6 +82,8 @@ CODES: dict[str, str] = {
     "DP090": "An optional dependency is missing.",
     "DP091": "The data file cannot be read or lacks what was asked for.",
     "DP092": "The configuration file cannot be read.",
+    "DP093": "A model factory given by the user failed or returned something that is not a model.",
+    "DP099": "An internal failure of this package. No step is released by it; what was charged stays charged.",
 }
 
 

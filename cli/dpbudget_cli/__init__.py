@@ -1,1 +1,1 @@
-"""dpbudget."""
+"""The command ``dpbudget``: one file a command, loaded when it is called."""

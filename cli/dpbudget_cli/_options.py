@@ -1,0 +1,142 @@
+"""Options that several commands share, and how their text becomes a checked value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[Any]
+else:
+    _ParamType = click.ParamType  # generic only in newer releases of click
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_DECIMAL = r"[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?"
+_NUMBER = re.compile(rf"\s*({_DECIMAL})\s*(?:/\s*({_DECIMAL})\s*)?")
+_MAX_TEXT = 64
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The exact value of ``12``, ``1e-5`` or ``256/60000``; None for anything else, NaN and infinity included."""
+    match = _NUMBER.fullmatch(text) if len(text) <= _MAX_TEXT else None
+    if match is None:
+        return None
+    try:
+        top, bottom = (Fraction(part) if part else Fraction(1) for part in match.groups())
+        return top / bottom
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def to_float(text: str) -> float | str:
+    """The nearest float of a number's text; the text itself where it is none, for the check to refuse by name."""
+    number = parse_number(text)
+    try:
+        return text if number is None else float(number)
+    except OverflowError:
+        return text
+
+
+def to_count(text: str) -> int | str:
+    """The integer of a number's text (``60000``, ``6e4``); the text itself where it is none."""
+    number = parse_number(text)
+    return int(number) if number is not None and number.denominator == 1 else text
+
+
+class Checked(_ParamType):
+    """A parameter type made of a reader and a check from ``dpbudget._checks`` (imported when it is used)."""
+
+    def __init__(self, name: str, read: Callable[[str], Any], check: str) -> None:
+        self.name = name
+        self._read = read
+        self._check = check
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The checked value; raises InvalidParameter with the parameter's own code."""
+        if not isinstance(value, str):
+            return value
+        from dpbudget import _checks
+
+        read = self._read(value)
+        if self._check == "as_count":
+            label = param.opts[0].lstrip("-") if param else self.name
+            return _checks.as_count(label, read, 10**12)
+        getattr(_checks, self._check)(read)
+        return read
+
+
+EPSILON = Checked("epsilon", to_float, "as_epsilon")
+DELTA = Checked("delta", to_float, "as_delta")
+RATE = Checked("rate", to_float, "as_rate")
+NOISE = Checked("noise", to_float, "as_noise_multiplier")
+CLIP = Checked("norm", to_float, "as_clip_norm")
+COUNT = Checked("count", to_count, "as_count")
+EPOCHS = Checked("epochs", lambda text: parse_number(text) if parse_number(text) is not None else text, "as_epochs")
+ACCOUNTANT = Checked("accountant", str, "as_accountant")
+ADJACENCY = Checked("adjacency", str, "as_adjacency")
+
+
+class PhaseType(_ParamType):
+    """``Q,S,T``: sampling rate, noise multiplier and steps of one phase."""
+
+    name = "q,s,t"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The checked triple; raises InvalidParameter (DP005 to DP009)."""
+        from dpbudget import _checks
+        from dpbudget.errors import InvalidParameter
+
+        if not isinstance(value, str):
+            return value
+        parts = value.split(",")
+        if len(parts) != 3:
+            raise InvalidParameter(
+                f"a phase is Q,S,T, got {value!r}", code="DP009", hint="write --phase 256/60000,1.1,14062"
+            )
+        rate, sigma, steps = to_float(parts[0]), to_float(parts[1]), to_count(parts[2])
+        _checks.as_rate(rate)
+        return rate, _checks.as_noise_multiplier(sigma), _checks.as_count("steps", steps, 10**9)
+
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+
+
+def accounting_options(command: _Command) -> _Command:
+    """--accountant and --adjacency."""
+    for option in (
+        click.option("--adjacency", type=ADJACENCY, help="add-remove (default), zero-out or replace-one."),
+        click.option("--accountant", type=ACCOUNTANT, help="prv (default, tight) or rdp (looser)."),
+    ):
+        command = option(command)
+    return command
+
+
+def schedule_options(command: _Command) -> _Command:
+    """The options that say how often each record is used."""
+    for option in (
+        click.option("--epochs", type=EPOCHS, metavar="K", help="Expected uses of each record."),
+        click.option("--steps", type=COUNT, metavar="T", help="Number of steps."),
+        click.option("--batch-size", type=COUNT, metavar="B", help="Expected batch size."),
+        click.option("--dataset-size", type=COUNT, metavar="N", help="Public nominal size of the dataset."),
+        click.option("--sample-rate", type=RATE, metavar="Q", help="Probability that a record enters a batch."),
+    ):
+        command = option(command)
+    return command
+
+
+def mechanism_options(command: _Command) -> _Command:
+    """The options that describe a schedule with its noise: Q, S and T, or phases."""
+    for option in (
+        click.option(
+            "--phase", "phases", type=PhaseType(), multiple=True, metavar="Q,S,T", help="One phase; may be repeated."
+        ),
+        click.option("--steps", type=COUNT, metavar="T", help="Number of steps."),
+        click.option("--noise-multiplier", type=NOISE, metavar="S", help="Noise standard deviation / clipping norm."),
+        click.option("--sample-rate", type=RATE, metavar="Q", help="Probability that a record enters a batch."),
+    ):
+        command = option(command)
+    return command

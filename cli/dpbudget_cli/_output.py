@@ -1,0 +1,146 @@
+"""The two voices of every command: one JSON object or a table on standard output, talk on standard error."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dpbudget.errors import DPBudgetError
+
+if TYPE_CHECKING:
+    from dpbudget._config import Assumed
+    from dpbudget.curve import Bounds
+
+WANTS_JSON = "--json"
+#: Characters that could drive a terminal or forge a line; file names and messages are data.
+_UNSAFE = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+_INTERNAL_EXIT = 6
+
+
+def emit_json(answer: Mapping[str, Any]) -> None:
+    """Print exactly one JSON object; infinities and NaN, which JSON has not, become null."""
+    click.echo(json.dumps(_finite(answer), allow_nan=False))
+
+
+def emit_table(rows: Iterable[tuple[str, object]], *, title: str = "") -> None:
+    """Print ``name  value`` lines with aligned columns."""
+    shown = [(name, clean(value)) for name, value in rows]
+    width = max((len(name) for name, _ in shown), default=0)
+    if title:
+        click.secho(title, bold=True)
+    for name, value in shown:
+        click.echo(f"{name:<{width}}  {value}".rstrip())
+
+
+def emit_columns(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table of several columns, each as wide as its widest cell."""
+    cells = [[clean(cell) for cell in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(headers), *cells]) for i in range(len(headers))]
+    click.secho("  ".join(f"{text:<{width}}" for text, width in zip(headers, widths, strict=True)).rstrip(), bold=True)
+    for line in cells:
+        click.echo("  ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def talk(text: str) -> None:
+    """A line for people, on standard error."""
+    click.echo(clean(text), err=True)
+
+
+def talk_assumed(assumed: Iterable[Assumed]) -> None:
+    """One line for every value that nobody stated."""
+    for item in assumed:
+        talk(f"assumed {item.name.replace('_', '-')} = {item.value} ({item.why})")
+
+
+def bounds_json(bounds: Bounds) -> dict[str, Any]:
+    """The JSON form of a two-sided answer; ``upper`` is the guarantee."""
+    return {"lower": bounds.lower, "upper": bounds.upper, "kind": bounds.kind, "approximate": None}
+
+
+def assumed_json(assumed: Iterable[Assumed]) -> list[dict[str, Any]]:
+    """The JSON form of assumed values."""
+    return [{"name": item.name, "value": item.value, "why": item.why} for item in assumed]
+
+
+def round_up(value: float, digits: int = 6) -> str:
+    """An upper bound in short decimals, never rounded below it."""
+    return _directed(value, digits, ROUND_CEILING)
+
+
+def round_down(value: float, digits: int = 6) -> str:
+    """A lower bound in short decimals, never rounded above it."""
+    return _directed(value, digits, ROUND_FLOOR)
+
+
+def _directed(value: float, digits: int, rounding: str) -> str:
+    if not math.isfinite(value):
+        return str(value)
+    return f"{Context(prec=digits, rounding=rounding).create_decimal(Decimal(value)):g}"
+
+
+def clean(value: object) -> str:
+    """Text without control characters."""
+    return str(value).translate(_UNSAFE)
+
+
+def report_error(error: Exception, as_json: bool) -> int:
+    """Print an error as ``error DPxxx: message`` and ``Fix: hint`` (or as JSON); returns the exit code."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError) and not as_json:
+        click.echo(error.format_message(), err=True)
+        return 2
+    code, message, hint, exit_code = _explain(error)
+    if as_json:
+        emit_json({"error": {"code": code, "message": message, "hint": hint}})
+    else:
+        talk(f"error {code}: {message}")
+        if hint:
+            talk(f"Fix: {hint}")
+    return exit_code
+
+
+def _explain(error: Exception) -> tuple[str, str, str, int]:
+    if isinstance(error, DPBudgetError):
+        return error.code, error.message, error.hint, error.exit_code
+    if isinstance(error, click.ClickException):
+        return _explain_click(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return "DP070", f"{where}{error.strerror or error}", "check the path and its permissions", 4
+    if os.environ.get("DPBUDGET_TRACEBACK"):
+        raise error
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+    return "DP099", f"internal failure: {what}", "report it, with DPBUDGET_TRACEBACK=1 set", _INTERNAL_EXIT
+
+
+def _explain_click(error: click.ClickException) -> tuple[str, str, str, int]:
+    """A usage error of the parser in our form: what is wrong, and the nearest thing that is right."""
+    path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "dpbudget"
+    hint = f"see {path} --help"
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        return "DP060", f"{path} needs a command", hint, 2
+    if isinstance(error, click.NoSuchOption):
+        from dpbudget._checks import did_you_mean
+
+        known = [] if error.ctx is None else [name for p in error.ctx.command.get_params(error.ctx) for name in p.opts]
+        close = did_you_mean(error.option_name, [name for name in known if name.startswith("--")])
+        return "DP060", f"unknown option {error.option_name}", close or hint, 2
+    message, _, fix = error.format_message().rstrip(".").partition(". Fix: ")
+    code = "DP064" if isinstance(error, click.MissingParameter) else "DP060"
+    message = " ".join(message.split())
+    return code, message[:1].lower() + message[1:], fix or hint, 2
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

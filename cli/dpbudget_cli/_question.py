@@ -1,0 +1,110 @@
+"""From options to a complete question: what was not said is assumed by name, what was said twice is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpbudget._config import Assumed, Settings, load_settings
+from dpbudget.errors import InvalidParameter
+
+_REAL_ARITHMETIC = Assumed(
+    "noise", "real arithmetic", "the mechanism alone; the claim of a plan also covers the bounded tail of its noise"
+)
+
+
+@dataclass
+class Question:
+    """Values by name, and those among them that were assumed."""
+
+    values: dict[str, Any]
+    settings: Settings = field(default_factory=load_settings)
+    assumed: list[Assumed] = field(default_factory=list)
+
+    def need(self, *names: str) -> None:
+        """Assume every one of ``names`` that has no value; delta may stay without one."""
+        for name in names:
+            if self.values.get(name) is None and (found := self.settings.assume(name)) is not None:
+                self.values[name] = found.value
+                self.assumed.append(found)
+
+    def note(self, name: str, value: Any, why: str) -> None:
+        """Set a value that was derived rather than stated."""
+        self.values[name] = value
+        self.assumed.append(Assumed(name, value, why))
+
+    def has(self, name: str) -> bool:
+        """Whether the value was given or assumed."""
+        return self.values.get(name) is not None
+
+    def pick(self, *names: str) -> dict[str, Any]:
+        """Those of ``names`` that have a value, as keyword arguments."""
+        return {name: self.values[name] for name in names if self.values.get(name) is not None}
+
+
+def refuse_together(values: dict[str, Any], first: str, second: str) -> None:
+    """Raise InvalidParameter (DP064) when both options are given."""
+    if values.get(first) is not None and values.get(second) is not None:
+        one, other = (f"--{name.replace('_', '-')}" for name in (first, second))
+        raise InvalidParameter(
+            f"{one} and {other} say the same thing twice", code="DP064", hint=f"leave {other} out, or {one}"
+        )
+
+
+def ask_schedule(question: Question, *, solve_steps: bool = False) -> None:
+    """Complete sampling rate, steps, public size and delta; with ``solve_steps`` the length is what is asked for."""
+    values = question.values
+    refuse_together(values, "sample_rate", "batch_size")
+    refuse_together(values, "steps", "epochs")
+    if solve_steps:
+        for name in ("steps", "epochs"):
+            if question.has(name):
+                raise InvalidParameter(
+                    f"--{name}, --noise-multiplier and --epsilon leave nothing to solve for",
+                    code="DP064",
+                    hint="leave one of them out, or ask dpbudget epsilon",
+                )
+    question.need("delta")
+    if not question.has("sample_rate") or not question.has("delta"):
+        question.need("dataset_size")
+    if not question.has("sample_rate"):
+        _ask_batch(question)
+    if not solve_steps and not question.has("steps"):
+        question.need("epochs")
+    if not question.has("delta"):
+        _ask_delta(question)
+    question.need("accountant", "adjacency")
+
+
+def _ask_batch(question: Question) -> None:
+    found, size = question.settings.assume("batch_size"), question.values["dataset_size"]
+    if not question.has("batch_size") and found is not None and found.value > size:
+        question.note("batch_size", size, "the whole dataset, since it is smaller than the default batch")
+    question.need("batch_size")
+
+
+def _ask_delta(question: Question) -> None:
+    from dpbudget._schedule import default_delta
+
+    size = question.values["dataset_size"]
+    question.note("delta", default_delta(size), f"1 / n^1.1 for a dataset size n = {size}")
+
+
+def ask_mechanism(values: dict[str, Any]) -> Question:
+    """A question about a mechanism: phases from --phase, or from --sample-rate, --noise-multiplier and --steps."""
+    question = Question(values)
+    single = ("sample_rate", "noise_multiplier", "steps")
+    given = [name for name in single if question.has(name)]
+    if values["phases"]:
+        for name in given:
+            refuse_together({"phase": True, name: True}, "phase", name)
+    elif len(given) < len(single):
+        missing = ", ".join(f"--{name.replace('_', '-')}" for name in single if name not in given)
+        raise InvalidParameter(
+            f"the schedule is incomplete: {missing} missing", code="DP064", hint=f"pass {missing}, or --phase Q,S,T"
+        )
+    else:
+        values["phases"] = (tuple(values[name] for name in single),)
+    question.need("accountant", "adjacency")
+    question.assumed.append(_REAL_ARITHMETIC)
+    return question

@@ -1,0 +1,42 @@
+"""``dpbudget explain``: what an error code means, offline."""
+
+from __future__ import annotations
+
+import click
+
+from dpbudget.errors import CODES, InvalidParameter
+from dpbudget_cli import _output as out
+from dpbudget_cli._options import JSON
+from dpbudget_cli.main import EXIT_CODES
+
+
+@click.command("explain", epilog=EXIT_CODES)
+@click.argument("code", required=False)
+@JSON
+def command(code: str | None, as_json: bool) -> None:
+    r"""What a code in an error or a warning means; without a code, all of them.
+
+    \b
+    Examples:
+      dpbudget explain DP050
+      dpbudget explain --json DP008
+    """
+    if code is None:
+        if as_json:
+            out.emit_json({"codes": CODES})
+        else:
+            out.emit_table(CODES.items())
+        return
+    name = code.upper()
+    if name not in CODES:
+        from dpbudget._checks import did_you_mean
+
+        raise InvalidParameter(
+            f"there is no code {code[:20]!r}",
+            code="DP060",
+            hint=f"{did_you_mean(name, tuple(CODES)).capitalize()} dpbudget explain lists all of them".strip(),
+        )
+    if as_json:
+        out.emit_json({"code": name, "meaning": CODES[name]})
+    else:
+        out.emit_table([(name, CODES[name])])

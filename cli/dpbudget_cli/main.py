@@ -1,0 +1,168 @@
+"""The root command: which commands exist, and what becomes of every error."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import click
+
+from dpbudget_cli._output import WANTS_JSON, report_error
+
+#: Exit codes, as every page of help states them.
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 invalid or tampered, 2 wrong usage, 3 budget refused, 4 unreadable input, "
+    "5 valid but unanchored, 6 not computable, 130 interrupted."
+)
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and imports one only when it runs.
+
+    Attributes:
+        lazy: command name to (``module:attribute``, one line of help).
+    """
+
+    def __init__(self, *args: Any, lazy: dict[str, tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lazy = lazy
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names in the order of the work, not of the alphabet."""
+        return list(self.lazy)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command; None for an unknown name."""
+        if cmd_name not in self.lazy:
+            return None
+        module, _, attribute = self.lazy[cmd_name][0].partition(":")
+        command = getattr(import_module(module), attribute)
+        assert isinstance(command, click.Command)  # noqa: S101 - the table above is ours
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands from the table, without importing any."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in self.lazy.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; an unknown name is refused with the nearest known one."""
+        from dpbudget._checks import did_you_mean
+
+        name = args[0]
+        if name not in self.lazy and not name.startswith("-"):
+            hint = did_you_mean(name, tuple(self.lazy)) or f"the commands are {', '.join(self.lazy)}"
+            raise click.UsageError(f"unknown command {name!r}. Fix: {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+class Root(LazyGroup):
+    """The root group, whose :meth:`main` turns every error into one line, a way out and an exit code."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run one command and exit with its code; nothing but an interrupt ends in a traceback."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        words = list(sys.argv[1:] if args is None else args)
+        as_json = WANTS_JSON in words
+        if os.environ.get("NO_COLOR"):
+            extra.setdefault("color", False)
+        try:
+            code = super().main(words, prog_name or "dpbudget", complete_var, standalone_mode=False, **extra)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted", err=True)
+            code = 130
+        except Exception as error:  # noqa: BLE001 - the last line of defence: no traceback for any input
+            code = report_error(error, as_json)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from dpbudget import __version__
+
+        click.echo(f"dpbudget {__version__}")
+        ctx.exit()
+
+
+def _leaf(name: str) -> str:
+    return f"dpbudget_cli.{name}:command"
+
+
+main = Root(
+    "dpbudget",
+    context_settings=_CONTEXT,
+    help="Privacy budgets that are certified before, enforced during and proved after training.\n\n"
+    "\b\nExamples:\n  dpbudget calibrate --epsilon 3\n  dpbudget epsilon --sample-rate 256/60000 "
+    "--noise-multiplier 1.1 --steps 14062 --delta 1e-5\n  dpbudget explain DP050",
+    epilog=EXIT_CODES,
+    params=[
+        click.Option(
+            ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version."
+        )
+    ],
+    lazy={
+        "calibrate": (_leaf("calibrate"), "The smallest noise (or the most steps) for a budget."),
+        "epsilon": (_leaf("epsilon"), "The epsilon of a schedule at a delta."),
+        "delta": (_leaf("delta"), "The delta of a schedule at an epsilon."),
+        "key": ("dpbudget_cli.main:key", "Make and show signing keys."),
+        "ledger": ("dpbudget_cli.main:ledger", "Grant a budget; show, export and verify its ledger."),
+        "plan": ("dpbudget_cli.main:plan", "Sign a training plan into a ledger."),
+        "train": (_leaf("train"), "Train a model on a file under a signed plan."),
+        "verify": (_leaf("ledger_verify"), "Check a ledger and recompute its epsilon (same as ledger verify)."),
+        "explain": (_leaf("explain"), "What an error code means."),
+    },
+)
+
+key = LazyGroup(
+    "key",
+    context_settings=_CONTEXT,
+    help="Make and show signing keys. The owner's key grants budget, the writer's key spends it.\n\n"
+    "\b\nExamples:\n  dpbudget key new owner.key\n  dpbudget key show owner.key",
+    epilog=EXIT_CODES,
+    lazy={
+        "new": (_leaf("key_new"), "Make a new Ed25519 key file."),
+        "show": (_leaf("key_show"), "Show the public half of a key."),
+    },
+)
+
+ledger = LazyGroup(
+    "ledger",
+    context_settings=_CONTEXT,
+    help="Grant a budget in a signed ledger; show, export and verify it.\n\n"
+    "\b\nExamples:\n  dpbudget ledger init budget.ledger --epsilon 3 --delta 1e-5\n"
+    "  dpbudget ledger verify budget.ledger",
+    epilog=EXIT_CODES,
+    lazy={
+        "init": (_leaf("ledger_init"), "Make a ledger for one dataset."),
+        "show": (_leaf("ledger_show"), "What was granted, planned and spent."),
+        "verify": (_leaf("ledger_verify"), "Check every record and recompute epsilon."),
+        "export": (_leaf("ledger_export"), "Write the ledger as JSON lines."),
+    },
+)
+
+plan = LazyGroup(
+    "plan",
+    context_settings=_CONTEXT,
+    help="Sign a training plan into a ledger.\n\n"
+    "\b\nExamples:\n  dpbudget plan new --ledger budget.ledger --epochs 10\n"
+    "  dpbudget plan show --ledger budget.ledger",
+    epilog=EXIT_CODES,
+    lazy={
+        "new": (_leaf("plan_new"), "Calibrate a plan and sign it in."),
+        "show": (_leaf("plan_show"), "Show the plans of a ledger."),
+    },
+)
