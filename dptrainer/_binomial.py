@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,8 @@ def binomial_counts(
 ) -> NDArray[np.int64]:
     """One count of Bin(``trials``, ``rate_k`` / 2^64) for every uniform 64-bit word, exactly in law.
 
-    A word w stands for a real uniform U in [w, w + 1) / 2^64, and the count is the smallest c with U < F(c), F being the
-    distribution function. Where a value F(c) lies inside that interval, further bits of U decide.
+    A word w stands for a real uniform U in [w, w + 1) / 2^64, and the count is the smallest c with U < F(c), where F is
+    the distribution function. Where a value F(c) lies inside that interval, further bits of U decide.
 
     Args:
         words: [n] independent uniform words.
@@ -28,7 +28,7 @@ def binomial_counts(
     counts = np.searchsorted(edges, words, side="left").astype(np.int64)
     undecided = np.flatnonzero(edges[counts] == words)  # the last edge is the largest word
     for at in undecided:
-        counts[at] = _refine(int(words[at]), trials, rate_k, lambda n, i=int(at): more(i, n))
+        counts[at] = _refine(int(words[at]), trials, rate_k, partial(more, int(at)))
     return counts
 
 

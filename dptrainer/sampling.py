@@ -16,6 +16,7 @@ decisions compare integers, so neither a float nor a rounding can bias the rate 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,7 +104,7 @@ def _by_blocks(key: bytes, rate_k: int, population: int) -> Indices:
     owners = [np.empty(0, dtype=np.uint64)]
     for first in range(0, blocks, _CHUNK):
         words = _words(key, _COUNTS, first, min(_CHUNK, blocks - first))
-        counts = binomial_counts(words, size, rate_k, lambda at, n, base=first: _extra_bits(key, base + at, n))
+        counts = binomial_counts(words, size, rate_k, partial(_extra_bits, key, first))
         owners.append(np.repeat(np.arange(first, first + len(words), dtype=np.uint64), counts))
     owner = np.concatenate(owners)
     places = _distinct_places(key, owner, bits)
@@ -114,9 +115,10 @@ def _by_blocks(key: bytes, rate_k: int, population: int) -> Indices:
     return inside
 
 
-def _extra_bits(key: bytes, block: int, words: int) -> int:
-    """``64 * words`` further bits for the count of one block; its first words stay when more are asked for."""
-    raw = keystream(key, _EXTRA, block << 6, -(-8 * words // BLOCK_BYTES))
+def _extra_bits(key: bytes, first: int, at: int, words: int) -> int:
+    """``64 * words`` further bits for the count of block ``first + at``; more bits extend fewer."""
+    # 2^6 keystream blocks each: 32,768 bits, of which not even 2^-1000 of the draws would need all.
+    raw = keystream(key, _EXTRA, (first + at) << 6, -(-8 * words // BLOCK_BYTES))
     return int.from_bytes(bytes(raw[: 8 * words]), "big")
 
 
