@@ -1,0 +1,133 @@
+"""Admitting a plan: does it belong into this ledger, does it claim enough, and does it fit what is left?"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+
+from dpbudget.errors import BudgetExceeded, InvalidParameter
+from dpbudget.ledger.journal import Draft, Journal
+from dpbudget.ledger.signing import RECORD_TYPE, STATEMENT_TYPE, Signer, sign_envelope
+from dpbudget.ledger.state import LedgerState, Portfolio, SpendingFilter
+from dpbudget.ledger.statement import plan_statement, statement_digest
+from dpbudget.plan import Plan
+
+
+def seal_record(owner: Signer, line: bytes) -> bytes:
+    """The owner's envelope around the line of a genesis or portfolio record."""
+    return sign_envelope(line, RECORD_TYPE, owner)
+
+
+def admit_plan(journal: Journal, spending: SpendingFilter, plan: Plan, owner: Signer) -> str:
+    """Write ``plan`` into the open portfolio, or into the next one where the newest is frozen; returns the run id.
+
+    Raises:
+        BudgetExceeded: the joint claim, or the plan's delta, does not fit (DP052); nothing was written.
+        InvalidParameter: see :func:`check_plan`.
+    """
+    check_plan(journal.state, plan, owner)
+    run_id = secrets.token_hex(16)
+    while True:
+        # The accountant takes its time, so it answers outside the lock; inside, its question must still be the same.
+        target = _target(journal.state, plan)
+        _check_claim(journal.state, target, spending, plan)
+        if journal.transact(partial(_write, target, plan, owner, run_id)):
+            return run_id
+
+
+def check_plan(state: LedgerState, plan: Plan, owner: Signer) -> None:
+    """Refuse a plan that the rules would refuse, with the way out.
+
+    Raises:
+        InvalidParameter: another owner (DP080), adjacency (DP062) or delta (DP053), or no nominal size (DP009).
+    """
+    genesis = state.genesis
+    if owner.public != genesis.owner:
+        raise InvalidParameter(
+            f"the key {owner.public.hex} is not the owner's", code="DP080", hint="only the owner signs plans"
+        )
+    if plan.nominal_size is None:
+        raise InvalidParameter(
+            "the plan has no nominal dataset size, from which rate and divisor come",
+            hint="plan with the public size of the dataset; its true size may stay private",
+        )
+    if plan.adjacency != genesis.adjacency or plan.unit != genesis.unit:
+        raise InvalidParameter(
+            f"a plan for {plan.adjacency} neighbours of one {plan.unit} in a ledger for {genesis.adjacency} "
+            f"neighbours of one {genesis.unit}",
+            code="DP062",
+            hint=f"plan with adjacency {genesis.adjacency}",
+        )
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The portfolio that a plan would join; a new one when ``opens``."""
+
+    portfolio: Portfolio
+    opens: bool
+
+
+def _target(state: LedgerState, plan: Plan) -> _Target:
+    newest, delta = state.portfolios[-1], plan.claim.delta
+    if not newest.frozen:
+        if delta != newest.delta:
+            raise InvalidParameter(
+                f"the plan claims epsilon at delta {delta:g}, the open portfolio {newest.index} has delta "
+                f"{newest.delta:g}",
+                code="DP052",
+                hint=f"plan with delta {newest.delta!r}",
+            )
+        return _Target(newest, opens=False)
+    left = state.remaining_delta
+    if Fraction(delta) > left:
+        raise BudgetExceeded(
+            f"portfolio {newest.index} is frozen, and the plan's delta {delta:g} exceeds the {float(left):g} that is "
+            f"left for another one",
+            hint="plan with a smaller delta" if left else "the delta of the budget is used up",
+        )
+    return _Target(Portfolio(newest.index + 1, delta, None), opens=True)
+
+
+def _check_claim(state: LedgerState, target: _Target, spending: SpendingFilter, plan: Plan) -> None:
+    portfolio = target.portfolio
+    alone = spending.joint_claim((plan,), portfolio.delta)
+    # A claim exceeds its upper bound by 1 to 2 units of 1e-9 max(1, bound), so one unit less still covers it here: that
+    # is the drift of elementary functions between the planner's machine and this one.
+    if plan.claim.epsilon < alone - 0.99e-9 * max(1.0, alone):
+        raise InvalidParameter(
+            f"the plan claims epsilon {plan.claim.epsilon!r}, the ledger's filter certifies {alone!r} at delta "
+            f"{portfolio.delta:g}",
+            code="DP052",
+            hint="make the plan with the accountant that the ledger is given",
+        )
+    others = state.plans_of(portfolio)
+    joint = spending.joint_claim((*others, plan), portfolio.delta) if others else alone
+    room = state.room_for(portfolio)
+    if Fraction(joint) > room:
+        together = f" together with {len(others)} signed before" if others else ""
+        raise BudgetExceeded(
+            f"the plan{together} would claim epsilon {joint:.9g} at delta {portfolio.delta:g}; {float(room):.9g} of "
+            f"{state.genesis.epsilon:g} is left",
+            hint="more noise, fewer steps or a smaller sampling rate; nothing was written",
+        )
+
+
+def _write(target: _Target, plan: Plan, owner: Signer, run_id: str, draft: Draft) -> bool:
+    """Draft the plan; False where another process changed the portfolios meanwhile."""
+    state, portfolio = draft.state, target.portfolio
+    newest = state.portfolios[-1]
+    if target.opens:
+        if not (newest.frozen and newest.index + 1 == portfolio.index):
+            return False
+        seal = partial(seal_record, owner)
+        draft.add("portfolio", seal=seal, index=portfolio.index, delta=portfolio.delta, epsilon=None)
+    elif newest != portfolio:
+        return False
+    payload = plan_statement(plan, ledger_id=state.genesis.ledger_id, run_id=run_id)
+    envelope = sign_envelope(payload, STATEMENT_TYPE, owner)
+    fields = {"run": run_id, "statement": statement_digest(payload), "portfolio": portfolio.index}
+    draft.add("plan", seal=lambda _: envelope, **fields)
+    return True

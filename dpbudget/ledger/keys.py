@@ -1,0 +1,144 @@
+"""Key files: private keys as PKCS#8 PEM that others can neither read nor replace, public keys as one line of text."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    KeySerializationEncryption,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from dpbudget.errors import InvalidParameter, Unreadable, UnsafeKeyFile
+from dpbudget.ledger.signing import Ed25519Signer, PublicKey
+from dpbudget.ledger.store.files import as_path, read_regular, sync_folder
+
+MAX_KEY_BYTES = 16 * 1024
+_PUBLIC_LINE = re.compile(r"dpbudget-ed25519 (?P<key>[0-9a-f]{64})(?: [\x21-\x7e]{1,200})?\n?")
+
+
+def new_key(path: str | os.PathLike[str], passphrase: bytes | None = None) -> Ed25519Signer:
+    """Make a key; write the private half to ``path`` (mode 0600) and the public half to ``path`` + ".pub".
+
+    The folder is made with mode 0700 where it is missing. Nothing is ever overwritten.
+
+    Raises:
+        InvalidParameter: a file of either name exists (DP074), or an empty passphrase.
+        Unreadable: the folder cannot be written (DP070).
+    """
+    place = as_path(path)
+    public = place.with_name(place.name + ".pub")
+    protection = _protection(passphrase)
+    for name in (place, public):
+        if os.path.lexists(name):
+            raise InvalidParameter(f"{name} exists", code="DP074", hint="choose another path; keys are not overwritten")
+    key = Ed25519PrivateKey.generate()
+    signer = Ed25519Signer(key)
+    try:
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _write_new(place, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, protection), 0o600)
+        _write_new(public, f"dpbudget-ed25519 {signer.public.hex}\n".encode("ascii"), 0o644)
+        sync_folder(place.parent)
+    except FileExistsError as error:
+        raise InvalidParameter(f"{error.filename} exists", code="DP074", hint="choose another path") from None
+    except OSError as error:
+        raise Unreadable(f"cannot write {place}: {error.strerror}", hint="choose a folder of your own") from None
+    return signer
+
+
+def load_key(path: str | os.PathLike[str], passphrase: bytes | None = None) -> Ed25519Signer:
+    """The private key of a file that only its owner, this user, can read.
+
+    Raises:
+        UnsafeKeyFile: a symbolic link, not a regular file, of another user, or open to group or world (DP073).
+        Unreadable: missing, too big, not an Ed25519 key in PKCS#8 PEM, or a wrong or missing passphrase (DP070).
+    """
+    place = as_path(path)
+    data = _read_private(place)
+    try:
+        key = load_pem_private_key(data, passphrase)
+    except TypeError:
+        problem = "needs a passphrase" if passphrase is None else "is not encrypted, but a passphrase was given"
+        raise Unreadable(f"the key {place} {problem}", hint="give the passphrase that the key was made with") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise Unreadable(
+            f"{place} is not a private key in PKCS#8 PEM, or the passphrase is wrong", hint="make keys with dpbudget"
+        ) from None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise Unreadable(f"{place} holds a key of another algorithm than Ed25519", hint="make keys with dpbudget")
+    return Ed25519Signer(key)
+
+
+def load_public_key(source: str | os.PathLike[str]) -> PublicKey:
+    """A public key from 64 hexadecimal digits, from a line ``dpbudget-ed25519 <hex> [comment]``, or a file with it.
+
+    Raises:
+        Unreadable: no such key (DP070).
+        Tampered: the key is not a safe Ed25519 point (DP080).
+    """
+    text = os.fspath(source)
+    if re.fullmatch(r"[0-9a-f]{64}", text):
+        return PublicKey.from_hex(text)
+    match = _PUBLIC_LINE.fullmatch(text)
+    if match is None:
+        data = read_regular(Path(as_path(text)), MAX_KEY_BYTES)
+        try:
+            match = _PUBLIC_LINE.fullmatch(data.decode("ascii"))
+        except UnicodeDecodeError:
+            match = None
+    if match is None:
+        hint = "this is a private key: keep it, and name the file that ends in .pub" if b"PRIVATE KEY" in data else ""
+        raise Unreadable(f"{text[:200]} is not a dpbudget public key", hint=hint or "name the .pub file of the key")
+    return PublicKey.from_hex(match["key"])
+
+
+def _protection(passphrase: bytes | None) -> KeySerializationEncryption:
+    if passphrase is None:
+        return NoEncryption()
+    if not passphrase:
+        raise InvalidParameter("the passphrase is empty", code="DP073", hint="give one, or none at all")
+    return BestAvailableEncryption(passphrase)
+
+
+def _write_new(place: Path, data: bytes, mode: int) -> None:
+    descriptor = os.open(place, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(descriptor)
+
+
+def _read_private(place: Path) -> bytes:
+    try:
+        # O_NOFOLLOW and fstat on the descriptor: what was checked is what is read. O_NONBLOCK: a FIFO must not wait.
+        descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if place.is_symlink():
+            raise UnsafeKeyFile(f"the key {place} is a symbolic link", hint="name the file itself") from None
+        raise Unreadable(f"{place}: {error.strerror}", hint="check the path") from None
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise UnsafeKeyFile(f"the key {place} is not a regular file")
+        if status.st_uid != os.getuid():
+            raise UnsafeKeyFile(f"the key {place} belongs to user {status.st_uid}", hint="use a key of your own")
+        if status.st_mode & 0o077:
+            raise UnsafeKeyFile(
+                f"the key {place} has mode {stat.S_IMODE(status.st_mode):04o}: others can read or replace it",
+                hint=f"chmod 600 {place}",
+            )
+        if status.st_size > MAX_KEY_BYTES:
+            raise Unreadable(f"{place} has {status.st_size} bytes; a key has less than {MAX_KEY_BYTES}")
+        data = file.read(MAX_KEY_BYTES + 1)
+    if b"PRIVATE KEY" not in data:
+        raise Unreadable(f"{place} is not a private key in PKCS#8 PEM", hint="make keys with dpbudget")
+    return data

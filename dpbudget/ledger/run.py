@@ -1,0 +1,318 @@
+"""A run: the steps of one signed plan, handed out as receipts, each charged durably before it exists."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+from dpbudget.curve import Bounds
+from dpbudget.errors import BudgetExceeded, InvalidParameter, PlanExhausted, PrivacyViolation, StorageFailed
+from dpbudget.ledger.journal import Draft, Journal
+from dpbudget.ledger.receipt import LeaseKey, Receipt
+from dpbudget.ledger.state import LedgerState, Portfolio, RunState, SpendingFilter
+from dpbudget.meter import Meter
+
+#: Issued receipts are on disk at the latest with the first one that is asked for this many seconds later.
+FLUSH_SECONDS = 1.0
+MAX_LEASE_STEPS = 64
+
+
+def default_lease_steps(steps: int) -> int:
+    """Steps a lease: a fiftieth of the plan, at least 1, at most 64.
+
+    A function of the public plan alone: step times depend on private batch sizes, so a lease that adapted to them would
+    leak. A crash loses at most the rest of one lease, 2 % of the plan or one step.
+    """
+    return min(max(1, steps // 50), MAX_LEASE_STEPS)
+
+
+@dataclass
+class _Held:
+    """The lease that this process holds: steps ``first`` to ``end - 1``.
+
+    Attributes:
+        next: the next step to be issued.
+        written: the first step without a reserve on disk.
+    """
+
+    first: int
+    end: int
+    next: int
+    written: int
+    nonce: bytes
+    key: LeaseKey
+
+
+@dataclass
+class _Issued:
+    step: int
+    fresh: bytes
+    output: str | None = None
+
+
+class Run:
+    """Receipts for the steps of one plan: ``for receipt in run: ...``; made by :meth:`Ledger.start`.
+
+    A receipt exists only after the lease that holds its step is on disk. The steps of a lease are charged together;
+    what a crash leaves of it stays charged. Several processes may hold runs of one ledger at once; two that start the
+    same run get different steps of it.
+
+    Attributes:
+        run_id: 32 hexadecimal digits.
+        plan: the signed plan.
+        meter: live epsilon, or None.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        run_id: str,
+        *,
+        filter: SpendingFilter | None,
+        meter: Meter | None,
+        lease_steps: int | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        state = journal.state.runs[run_id]
+        self.run_id, self.plan, self.meter = run_id, state.plan, meter
+        self._digest = state.statement
+        self._journal, self._filter, self._clock = journal, filter, clock
+        self._lease_steps = default_lease_steps(self.planned) if lease_steps is None else lease_steps
+        if not 1 <= self._lease_steps <= self.planned:
+            raise InvalidParameter(
+                f"a lease of {self._lease_steps} steps; it must hold 1 to {self.planned}", hint="leave lease_steps out"
+            )
+        self._held: _Held | None = None
+        self._issued: list[_Issued] = []
+        self._since = 0.0
+        self._keys: list[LeaseKey] = []
+        self._closed = False
+
+    @property
+    def planned(self) -> int:
+        """Planned steps, T."""
+        return self.plan.steps
+
+    @property
+    def charged(self) -> int:
+        """Steps charged so far, by any process this one has heard of; never below the steps released."""
+        return self._state.charged
+
+    @property
+    def remaining(self) -> int:
+        """Receipts that this run can still hand out."""
+        held = self._held.end - self._held.next if self._held else 0
+        return self.planned - self.charged + held
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
+    def epsilon(self) -> Bounds | None:
+        """Epsilon of the charged steps, **if stopping there had been planned**; None without a meter.
+
+        The guarantee of the run is its plan's claim, whatever this shows.
+        """
+        return None if self.meter is None else self.meter.epsilon(self.charged)
+
+    def __iter__(self) -> Iterator[Receipt]:
+        while self.remaining:
+            try:
+                yield self.next_receipt()
+            except PlanExhausted:
+                # Another process took the last steps meanwhile.
+                return
+
+    def next_receipt(self) -> Receipt:
+        """The right to release the next step; a new lease is made durable first where the last one is used up.
+
+        Raises:
+            PlanExhausted: every planned step is charged (DP050).
+            BudgetExceeded: the first lease of a portfolio does not fit the budget (DP052).
+            StorageFailed: the charge could not be made durable; nothing may be released (DP075).
+            ReceiptSpent: this process was forked from the one that started the run (DP076).
+            PrivacyViolation: the run is closed (DP078).
+        """
+        self._guard()
+        held = self._held
+        if held is None or held.next == held.end:
+            held = self._take_lease()
+        elif self._issued and self._clock() - self._since > FLUSH_SECONDS:
+            self._journal.transact(partial(self._write_issued, held))
+            self._issued, held.written = [], held.next
+        # After the commit: a copied file or a restored backup draws other bytes, hence other noise.
+        fresh = os.urandom(16)
+        receipt = self._receipt(held, fresh)
+        if not self._issued:
+            self._since = self._clock()
+        self._issued.append(_Issued(held.next, fresh))
+        held.next += 1
+        return receipt
+
+    def settle(self, receipt: Receipt, output_digest: str | None = None) -> None:
+        """Record a hash of the noised output of a step; optional, and only before the next receipt is asked for.
+
+        Args:
+            receipt: the newest receipt of this run.
+            output_digest: SHA-256 of the released values, 64 hexadecimal digits. Never a hash of data.
+        """
+        self._guard()
+        newest = self._issued[-1] if self._issued else None
+        if receipt.run_id != self.run_id or newest is None or newest.fresh != receipt.fresh:
+            raise InvalidParameter(
+                f"step {receipt.step} of run {receipt.run_id} is not the newest of this run",
+                hint="settle a step before you ask for the next receipt",
+            )
+        if output_digest is not None and (len(output_digest) != 64 or set(output_digest) - set("0123456789abcdef")):
+            raise InvalidParameter(f"{output_digest[:80]!r} is not a SHA-256 of 64 hexadecimal digits", code="DP082")
+        newest.output = output_digest
+
+    def close(self) -> None:
+        """Write what was issued, give up the rest of the lease (it stays charged) and erase the keys; idempotent.
+
+        Raises:
+            StorageFailed: the last settles could not be written; their steps stay charged all the same.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        for key in self._keys:
+            key.wipe()
+        held, self._held = self._held, None
+        # A forked child holds a copy of the run, and its parent closes the original.
+        if held is not None and not self._journal.forked:
+            self._journal.transact(partial(self._write_close, held))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except StorageFailed:
+            # The error that ends the block says more; the unwritten settles cost nothing but their replay.
+            if error is None:
+                raise
+
+    def __repr__(self) -> str:
+        return f"<Run {self.run_id}: {self.charged} of {self.planned} steps charged>"
+
+    @property
+    def _state(self) -> RunState:
+        return self._journal.state.runs[self.run_id]
+
+    def _guard(self) -> None:
+        self._journal.guard()
+        if self._closed:
+            raise PrivacyViolation(
+                f"run {self.run_id} is closed", code="DP078", hint="start it again for the steps that are left"
+            )
+
+    def _receipt(self, held: _Held, fresh: bytes) -> Receipt:
+        phase = self.plan.phase_at(held.next)
+        assert self.plan.nominal_size is not None  # noqa: S101 - the ledger admits no plan without it
+        return Receipt(
+            run_id=self.run_id,
+            step=held.next,
+            steps=self.planned,
+            rate_k=phase.rate_k,
+            noise_multiplier=phase.noise_multiplier,
+            clip_norm=self.plan.clip_norm,
+            nominal_size=self.plan.nominal_size,
+            max_parameters=self.plan.max_parameters,
+            adjacency=self.plan.adjacency,
+            plan_digest=self._digest,
+            lease_nonce=held.nonce,
+            fresh=fresh,
+            key=held.key,
+        )
+
+    def _take_lease(self) -> _Held:
+        nonce, key = os.urandom(32), LeaseKey()
+        taken: _Held | None = None
+        while taken is None:
+            state = self._journal.state
+            seen = self._portfolio(state)
+            # Outside the lock, since an accountant takes its time; inside, the portfolio must still be what was seen.
+            claim = None if seen.frozen else self._joint_claim(state, seen)
+            taken = self._journal.transact(partial(self._write_lease, seen, claim, nonce, key))
+        self._keys.append(key)
+        self._issued, self._held = [], taken
+        return taken
+
+    def _portfolio(self, state: LedgerState) -> Portfolio:
+        return state.portfolios[state.runs[self.run_id].portfolio - 1]
+
+    def _joint_claim(self, state: LedgerState, portfolio: Portfolio) -> float:
+        if self._filter is None:
+            raise InvalidParameter(
+                f"portfolio {portfolio.index} has no claim yet and the ledger was opened without a filter",
+                code="DP061",
+                hint="pass filter=PortfolioFilter(accountant) to Ledger.open",
+            )
+        return self._filter.joint_claim(state.plans_of(portfolio), portfolio.delta)
+
+    def _write_lease(
+        self, seen: Portfolio, claim: float | None, nonce: bytes, key: LeaseKey, draft: Draft
+    ) -> _Held | None:
+        """Draft what was issued and the next lease; None where another process changed the portfolio meanwhile."""
+        now, first = self._portfolio(draft.state), draft.state.runs[self.run_id].charged
+        if (now.frozen, now.runs) != (seen.frozen, seen.runs):
+            return None
+        if first >= self.planned:
+            raise self._exhausted()
+        if claim is not None:
+            _check_room(draft.state, now, claim)
+        if self._held is not None:
+            self._write_issued(self._held, draft)
+        count = min(self._lease_steps, self.planned - first)
+        draft.add(
+            "lease",
+            run=self.run_id,
+            nonce=nonce.hex(),
+            commitment=key.commitment,
+            first=first,
+            count=count,
+            claim=claim,
+        )
+        return _Held(first, first + count, first, first, nonce, key)
+
+    def _write_issued(self, held: _Held, draft: Draft) -> None:
+        """Reserve and settle every receipt that was issued since the last time."""
+        if not self._issued:
+            return
+        draft.add("reserve", run=self.run_id, step=held.written, count=held.next - held.written)
+        for issued in self._issued:
+            draft.add("settle", run=self.run_id, step=issued.step, fresh=issued.fresh.hex(), output=issued.output)
+
+    def _write_close(self, held: _Held, draft: Draft) -> None:
+        self._write_issued(held, draft)
+        if held.next < held.end:
+            draft.add("close", run=self.run_id, first=held.first, unspent=held.end - held.next)
+
+    def _exhausted(self) -> PlanExhausted:
+        claim = self.plan.claim
+        return PlanExhausted(
+            f"step {self.planned + 1} of {self.planned} is not in the plan; its {self.planned} steps claim "
+            f"epsilon {claim.epsilon:.6g} at delta {claim.delta:g}, and nothing beyond them is covered",
+            hint="plan and sign another run; it is composed with this one",
+        )
+
+
+def _check_room(state: LedgerState, portfolio: Portfolio, claim: float) -> None:
+    room = state.room_for(portfolio)
+    if Fraction(claim) > room:
+        raise BudgetExceeded(
+            f"the plans of portfolio {portfolio.index} claim epsilon {claim:.9g} together at delta "
+            f"{portfolio.delta:g}; {float(room):.9g} is left of the budget",
+            hint="nothing was charged; sign a smaller plan",
+        )

@@ -1,0 +1,115 @@
+"""Reading a ledger that may be hostile, torn or in use: nothing of it is ever opened in place.
+
+SQLite rolls back a crash's journal on the first read, which writes; a verifier must not. So the file and its journal
+are copied to a private folder, and the copy is opened. Exports are read as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import tempfile
+import time
+from pathlib import Path
+
+from dpbudget.errors import StorageFailed, Tampered, Unreadable
+from dpbudget.ledger.store import files
+from dpbudget.ledger.store.base import Snapshot
+from dpbudget.ledger.store.jsonl import MAX_EXPORT_BYTES, read_export
+from dpbudget.ledger.store.sqlite import (
+    MAGIC,
+    check_schema,
+    journal_of,
+    live_store,
+    read_snapshot,
+    refuse_super_journal,
+)
+
+#: How long a journal must stay unchanged to count as left behind by a crash.
+_STALE_SECONDS = 0.5
+_PATIENCE_SECONDS = 10.0
+
+
+def read_ledger(path: str | os.PathLike[str]) -> Snapshot:
+    """The records of a ledger file or of an export, by its first bytes; nothing is written beside it.
+
+    Raises:
+        Unreadable: missing, neither of both, or unsafe to read (DP070, DP083).
+        Tampered: a torn or edited file (DP071, DP082).
+    """
+    place = files.as_path(path)
+    head = _first_bytes(place)
+    if head == MAGIC:
+        # Closing a second descriptor would drop the locks of a store that is open in this process.
+        live = live_store(files.identity(place))
+        return live.snapshot() if live is not None else _read_copy(place)
+    if head[:1] == b"{":
+        return read_export(files.read_regular(place, MAX_EXPORT_BYTES))
+    raise Unreadable(f"{place} is neither a ledger nor an export", hint="name a file made by dpbudget")
+
+
+def _first_bytes(place: Path) -> bytes:
+    try:
+        descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise Unreadable(f"{place}: {error.strerror}", hint="check the path") from None
+    with os.fdopen(descriptor, "rb") as file:
+        if not os.path.isfile(place):
+            raise Unreadable(f"{place} is not a regular file", code="DP083")
+        return file.read(len(MAGIC))
+
+
+def _read_copy(place: Path) -> Snapshot:
+    files.identity(place)
+    with tempfile.TemporaryDirectory(prefix="dpbudget-") as folder:  # mode 0700
+        copy = Path(folder) / "ledger"
+        _copy_consistently(place, copy)
+        connection = sqlite3.connect(f"{copy.as_uri()}?mode=rw", uri=True, isolation_level=None)
+        try:
+            connection.execute("PRAGMA trusted_schema=OFF")
+            connection.execute("PRAGMA cell_size_check=ON")
+            connection.execute("PRAGMA mmap_size=0")
+            check_schema(connection, place)
+            return read_snapshot(connection)
+        except sqlite3.Error as error:
+            raise Tampered(f"{place} is damaged: {error}") from None
+        finally:
+            connection.close()
+
+
+def _copy_consistently(place: Path, copy: Path) -> None:
+    """Copy database and journal as they stood at one moment between two commits.
+
+    Every commit changes the counter in the file's header, and a journal exists from before the first page is written
+    until after the last one is synced: equal counters around the copy without a journal mean that nobody wrote.
+    """
+    journal, deadline = journal_of(place), time.monotonic() + _PATIENCE_SECONDS
+    quiet_since, mark = time.monotonic(), _journal_mark(journal)
+    while time.monotonic() < deadline:
+        counter, present = _counter(place), _journal_mark(journal)
+        if present != mark:
+            quiet_since, mark = time.monotonic(), present
+        if present is None or time.monotonic() - quiet_since > _STALE_SECONDS:
+            data = files.read_regular(place, MAX_EXPORT_BYTES)
+            torn = files.read_regular(journal, MAX_EXPORT_BYTES) if present is not None else None
+            if _journal_mark(journal) == present and counter == _counter(place) == data[24:28]:
+                copy.write_bytes(data)
+                if torn is not None:
+                    refuse_super_journal(journal)
+                    journal_of(copy).write_bytes(torn)
+                return
+        time.sleep(0.005)
+    raise StorageFailed(f"{place} was written to all the time; nothing could be read", hint="read it again later")
+
+
+def _counter(place: Path) -> bytes:
+    with open(place, "rb", buffering=0) as file:
+        return os.pread(file.fileno(), 4, 24)
+
+
+def _journal_mark(journal: Path) -> tuple[int, int, int] | None:
+    try:
+        status = os.lstat(journal)
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,0 +1,315 @@
+"""The default store: one SQLite file, one machine, many processes.
+
+Rollback journal with synchronous=EXTRA: a commit returns after pages, the journal's removal and the folder are synced.
+WAL is not used: before SQLite 3.51.3 it can corrupt a file that several connections write.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dpbudget.errors import StorageFailed, Tampered, Unreadable
+from dpbudget.ledger.entries import Entry
+from dpbudget.ledger.store import files
+from dpbudget.ledger.store.base import Snapshot
+
+#: "dpbl", so that file(1) and a reader can tell a ledger from any other database.
+APPLICATION_ID = 0x6470626C
+SCHEMA_VERSION = 1
+SCHEMA = (
+    ("head", "CREATE TABLE head (size INTEGER PRIMARY KEY, keep INTEGER NOT NULL, note BLOB NOT NULL)"),
+    ("record", "CREATE TABLE record (seq INTEGER PRIMARY KEY, line BLOB NOT NULL, envelope BLOB)"),
+)
+MAGIC = b"SQLite format 3\0"
+#: A journal that ends so names a second file, which SQLite would open and might delete.
+_SUPER_JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
+_live: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
+
+
+class SqliteStore:
+    """An open ledger file for reading and writing; use :meth:`create` or :meth:`open`.
+
+    Every failure of a write or a sync, and a file that was renamed or replaced, poisons the handle: from then on
+    everything raises :class:`StorageFailed` (DP075).
+    """
+
+    durable = True
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, identity: tuple[int, int]) -> None:
+        self.path = path
+        self._connection = connection
+        self._identity = identity
+        self._lock = threading.RLock()
+        self._poison: str | None = None
+        self._pid = os.getpid()
+        _live.add(self)
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], *, busy_seconds: float = 30.0) -> SqliteStore:
+        """A new, empty ledger file of mode 0600; an existing name is refused (DP074)."""
+        place = files.as_path(path)
+        files.refuse_network_file_system(place)
+        if os.path.lexists(journal_of(place)):
+            raise Unreadable(f"{journal_of(place)} is left from another database", code="DP083", hint="remove it")
+        files.create_private(place)
+        store = cls(place, _connect(place, busy_seconds), files.identity(place))
+        try:
+            connection = store._connection
+            connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            connection.execute("BEGIN IMMEDIATE")
+            for _, statement in SCHEMA:
+                connection.execute(statement)
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            store.close()
+            raise StorageFailed(f"cannot write {place}: {error}") from None
+        return store
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, busy_seconds: float = 30.0) -> SqliteStore:
+        """An existing ledger file; a crash's journal is rolled back, as SQLite does on the first read.
+
+        Raises:
+            Unreadable: missing or not a ledger (DP070), a link, a network file system or a foreign schema (DP083).
+        """
+        place = files.as_path(path)
+        before = files.identity(place)
+        files.refuse_network_file_system(place)
+        refuse_super_journal(journal_of(place))
+        connection = _connect(place, busy_seconds)
+        try:
+            check_schema(connection, place)
+        except BaseException:
+            connection.close()
+            raise
+        if files.identity(place) != before:
+            connection.close()
+            raise Unreadable(f"{place} was replaced while it was opened", code="DP083")
+        return cls(place, connection, before)
+
+    @contextmanager
+    def transaction(self) -> Iterator[_SqliteTransaction]:
+        """BEGIN IMMEDIATE to COMMIT; durable when the context ends without an exception."""
+        with self._lock:
+            self._check_alive()
+            self._begin()
+            transaction = _SqliteTransaction(self._connection)
+            try:
+                yield transaction
+                self._check_in_place()
+                self._commit()
+                self._check_in_place()
+            except StorageFailed:
+                self._roll_back()
+                raise
+            except (sqlite3.Error, OSError) as error:
+                self._poison = f"{type(error).__name__}: {error}"
+                self._roll_back()
+                raise StorageFailed(
+                    f"{self.path}: {error}; the spend may or may not be on disk, and nothing was released",
+                    hint="see to the disk, then open the ledger in a new process",
+                ) from error
+            except BaseException:
+                # Nothing was written yet, or the rules refused it: the file is as it was.
+                self._roll_back()
+                raise
+
+    def snapshot(self) -> Snapshot:
+        """Everything, read in one transaction."""
+        with self._lock:
+            self._check_alive()
+            try:
+                self._connection.execute("BEGIN")
+                try:
+                    return read_snapshot(self._connection)
+                finally:
+                    self._connection.execute("ROLLBACK")
+            except sqlite3.Error as error:
+                raise Tampered(f"{self.path} cannot be read: {error}") from None
+
+    def close(self) -> None:
+        """Close the connection; harmless when repeated, and left alone in a forked child."""
+        if os.getpid() == self._pid:
+            with self._lock, suppress(sqlite3.Error):
+                self._connection.close()
+        self._poison = self._poison or "the store is closed"
+
+    def _begin(self) -> None:
+        try:
+            self._check_in_place()
+            self._connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                raise StorageFailed(
+                    f"another process holds the lock of {self.path}; nothing was charged",
+                    hint="wait for it, or see which process has the ledger open",
+                ) from None
+            self._poison = str(error)
+            raise StorageFailed(f"{self.path}: {error}; nothing was released") from error
+
+    def _commit(self) -> None:
+        self._connection.execute("COMMIT")
+
+    def _roll_back(self) -> None:
+        with suppress(sqlite3.Error):
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+
+    def _check_alive(self) -> None:
+        if self._poison is not None:
+            raise StorageFailed(
+                f"the ledger {self.path} refuses to go on: {self._poison}", hint="open the ledger in a new process"
+            )
+
+    def _check_in_place(self) -> None:
+        # A spend in a file that nobody will open again would be a spend that nobody counts.
+        try:
+            moved = files.identity(self.path) != self._identity
+        except Unreadable as error:
+            moved, reason = True, error.message
+        else:
+            reason = f"{self.path} is another file than the one that was opened"
+        if moved:
+            self._poison = f"renamed or replaced: {reason}"
+            raise StorageFailed(f"the ledger was renamed or replaced under its lock: {reason}; nothing was released")
+
+
+class _SqliteTransaction:
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def read(self, start: int) -> tuple[Entry, ...]:
+        return tuple(_read_entries(self._connection, start))
+
+    def note(self) -> bytes | None:
+        row = self._connection.execute("SELECT note FROM head ORDER BY size DESC LIMIT 1").fetchone()
+        return None if row is None else _blob(row[0])
+
+    def append(self, entries: Sequence[Entry], note: bytes, *, size: int, keep: bool) -> None:
+        first = size - len(entries)
+        rows = [(first + index, entry.line, entry.envelope) for index, entry in enumerate(entries)]
+        self._connection.executemany("INSERT INTO record (seq, line, envelope) VALUES (?, ?, ?)", rows)
+        self._connection.execute("DELETE FROM head WHERE keep = 0")
+        self._connection.execute("INSERT INTO head (size, keep, note) VALUES (?, ?, ?)", (size, int(keep), note))
+
+
+def read_snapshot(connection: sqlite3.Connection) -> Snapshot:
+    """Everything that an open database holds."""
+    entries = tuple(_read_entries(connection, 0))
+    heads = tuple(_blob(row[0]) for row in connection.execute("SELECT note FROM head ORDER BY size"))
+    return Snapshot(entries, heads[-1] if heads else None, heads)
+
+
+def _read_entries(connection: sqlite3.Connection, start: int) -> Iterator[Entry]:
+    rows = connection.execute("SELECT seq, line, envelope FROM record WHERE seq >= ? OR seq < 0 ORDER BY seq", (start,))
+    for expected, (seq, line, envelope) in enumerate(rows, start):
+        if seq != expected:
+            raise Tampered(f"record {expected} is missing from the store; the next is {seq}")
+        yield Entry(_blob(line), None if envelope is None else _blob(envelope))
+
+
+def _blob(value: Any) -> bytes:
+    if not isinstance(value, bytes):
+        raise Tampered("the store holds a value of another kind than bytes")
+    return value
+
+
+def check_schema(connection: sqlite3.Connection, path: Path) -> None:
+    """Refuse any database but a ledger: a foreign one may carry triggers or views that run on a read (DP083, DP070)."""
+    try:
+        found = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name").fetchall()
+        application = connection.execute("PRAGMA application_id").fetchone()[0]
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        encoding = connection.execute("PRAGMA encoding").fetchone()[0]
+    except sqlite3.Error as error:
+        raise Unreadable(f"{path} is not a dpbudget ledger: {error}") from None
+    if application != APPLICATION_ID:
+        raise Unreadable(f"{path} is not a dpbudget ledger", hint="name the ledger file or an export of it")
+    expected = [("table", name, name, sql) for name, sql in SCHEMA]
+    if version != SCHEMA_VERSION or found != expected or encoding != "UTF-8":
+        raise Unreadable(f"{path} has an unexpected database schema (version {version})", code="DP083")
+
+
+def refuse_super_journal(journal: Path) -> None:
+    """Refuse a journal that is a link or names a second file: rolling it back could delete that file (DP083)."""
+    if not os.path.lexists(journal):
+        return
+    try:
+        files.identity(journal)
+        with open(journal, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 8))
+            tail = file.read(8)
+    except FileNotFoundError:
+        return
+    except Unreadable as error:
+        if error.code == "DP070":  # a live writer removed it in between
+            return
+        raise
+    if tail == _SUPER_JOURNAL_MAGIC:
+        raise Unreadable(f"{journal} belongs to a transaction over several databases", code="DP083")
+
+
+def live_store(identity: tuple[int, int]) -> SqliteStore | None:
+    """The store of this process that has this file open, if any.
+
+    Closing any other descriptor of the file would drop its POSIX locks, so a reader in the same process asks the store.
+    """
+    return next((s for s in list(_live) if s._identity == identity and s._poison is None), None)
+
+
+def journal_of(path: Path) -> Path:
+    """Where SQLite keeps the rollback journal of ``path``."""
+    return path.with_name(path.name + "-journal")
+
+
+def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
+    # mode=rw: never create; explicit transactions only.
+    connection = sqlite3.connect(
+        f"{path.as_uri()}?mode=rw", uri=True, timeout=busy_seconds, isolation_level=None, check_same_thread=False
+    )
+    try:
+        connection.execute("PRAGMA trusted_schema=OFF")
+        connection.execute("PRAGMA cell_size_check=ON")
+        connection.execute("PRAGMA mmap_size=0")
+        # macOS: fsync alone does not reach the disk.
+        connection.execute("PRAGMA fullfsync=ON")
+        connection.execute("PRAGMA synchronous=EXTRA")
+        mode = connection.execute("PRAGMA journal_mode=DELETE").fetchone()[0]
+        level = connection.execute("PRAGMA synchronous").fetchone()[0]
+    except sqlite3.Error as error:
+        connection.close()
+        raise Unreadable(f"{path} is not a dpbudget ledger: {error}") from None
+    if mode != "delete" or level != 3:
+        connection.close()
+        raise Unreadable(f"{path}: SQLite gave journal {mode} and synchronous {level}, not delete and 3", code="DP083")
+    return connection
+
+
+def _lock_before_fork() -> None:
+    # No transaction may be open in the child: closing its copy would roll back the parent's journal.
+    for store in list(_live):
+        store._lock.acquire()
+
+
+def _unlock_after_fork() -> None:
+    for store in list(_live):
+        with suppress(RuntimeError):
+            store._lock.release()
+
+
+def _disown_in_child() -> None:
+    for store in list(_live):
+        store._poison = "this process was forked from the one that opened the ledger"
+        with suppress(RuntimeError):
+            store._lock.release()
+
+
+os.register_at_fork(before=_lock_before_fork, after_in_parent=_unlock_after_fork, after_in_child=_disown_in_child)
