@@ -11,6 +11,8 @@ from dpbudget.plan import MAX_STEPS
 #: Relative width at which the search for a noise multiplier stops. Claims are rounded to 1e-9, so finer is idle.
 _TOLERANCE = 5e-10
 
+_BOTTOM, _TOP = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER)
+
 _Point = tuple[float, float]
 
 
@@ -22,28 +24,36 @@ def smallest_noise(claim: Callable[[float], float], target: float, guess: float)
     """
 
     def excess(log_sigma: float) -> float:
-        epsilon = claim(min(max(math.exp(log_sigma), MIN_NOISE_MULTIPLIER), MAX_NOISE_MULTIPLIER))
+        if log_sigma >= _TOP:
+            return -math.inf
+        epsilon = claim(_sigma(log_sigma))
         return math.log(epsilon / target) if epsilon > 0 else -math.inf
 
-    bottom, top = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER)
-    low, high = _bracket(excess, math.log(guess), bottom, top)
-    if low is None:
-        return MIN_NOISE_MULTIPLIER
-    return min(max(math.exp(_narrow(excess, low, high)), MIN_NOISE_MULTIPLIER), MAX_NOISE_MULTIPLIER)
+    low, high = _bracket(excess, min(max(math.log(guess), _BOTTOM), _TOP))
+    return MIN_NOISE_MULTIPLIER if low is None else _sigma(_narrow(excess, low, high))
 
 
-def _bracket(f: Callable[[float], float], x: float, bottom: float, top: float) -> tuple[_Point | None, _Point]:
-    """Neighbouring points with f > 0 at the lower and f <= 0 at the upper; None where even ``bottom`` fits."""
+def _sigma(log_sigma: float) -> float:
+    """exp, which is exact at both ends of the range."""
+    if not _BOTTOM < log_sigma < _TOP:
+        return MIN_NOISE_MULTIPLIER if log_sigma <= _BOTTOM else MAX_NOISE_MULTIPLIER
+    return min(max(math.exp(log_sigma), MIN_NOISE_MULTIPLIER), MAX_NOISE_MULTIPLIER)
+
+
+def _bracket(f: Callable[[float], float], x: float) -> tuple[_Point | None, _Point]:
+    """Neighbouring points with f > 0 at the lower and f <= 0 at the upper; None where even the least noise fits."""
     here, stride = (x, f(x)), 0.25
     if here[1] > 0.0:
-        while here[1] > 0.0 and here[0] < top:
+        low = here
+        while here[1] > 0.0:
             low = here
-            x = min(here[0] + stride, top)
-            here, stride = (x, f(x) if x < top else min(f(x), 0.0)), 2.0 * stride
+            x = min(x + stride, _TOP)
+            here, stride = (x, f(x)), 2.0 * stride
         return low, here
-    while here[1] <= 0.0 and here[0] > bottom:
+    high = here
+    while here[1] <= 0.0 and here[0] > _BOTTOM:
         high = here
-        x = max(here[0] - stride, bottom)
+        x = max(x - stride, _BOTTOM)
         here, stride = (x, f(x)), 2.0 * stride
     return (here, high) if here[1] > 0.0 else (None, here)
 
