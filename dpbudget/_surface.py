@@ -1,0 +1,99 @@
+"""Where accountant and ledger meet: ledgers that come with their filter, runs that come with their meter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpbudget.errors import InvalidParameter
+from dpbudget.filters import PortfolioFilter
+from dpbudget.ledger.ledger import Ledger
+from dpbudget.mechanisms import Adjacency
+from dpbudget.plan import Budget
+
+if TYPE_CHECKING:
+    from dpbudget.ledger.run import Run
+    from dpbudget.ledger.signing import PublicKey, Signer
+
+
+def create_ledger(
+    path: str | Path,
+    *,
+    budget: Budget,
+    owner: Signer,
+    writer: Signer,
+    adjacency: Adjacency = Adjacency.ADD_REMOVE,
+    dataset: str | None = None,
+    public_data: bool = False,
+    whole_budget: bool = False,
+) -> Ledger:
+    """Make a new ledger for one dataset, signed by its owner.
+
+    Two ledgers for one dataset cannot be detected by anyone: the owner must issue one ``dataset`` id per dataset.
+
+    Args:
+        path: a file that does not exist yet.
+        budget: what all runs on this dataset may spend together.
+        owner: signs the budget and the plans; may go offline afterwards.
+        writer: signs every spend; cannot create budget.
+        adjacency: neighbouring relation of every plan of this ledger.
+        dataset: 64 hexadecimal digits that the owner issues (a keyed hash, never a plain hash of the data); random if
+            not given.
+        public_data: the owner declares the data public, so that metrics on it may be shown.
+        whole_budget: let the first portfolio of plans use the whole budget; otherwise it gets half of delta.
+
+    Raises:
+        Unreadable: the file exists (DP074) or its place is unsafe (DP083).
+    """
+    return Ledger.create(
+        path,
+        budget=budget,
+        owner=owner,
+        writer=writer,
+        adjacency=adjacency,
+        dataset=dataset,
+        public_data=public_data,
+        whole_budget=whole_budget,
+        filter=PortfolioFilter(),
+    )
+
+
+def open_ledger(path: str | Path, *, writer: Signer | None = None, trust: PublicKey | None = None) -> Ledger:
+    """Open a ledger after checking every record, signature and rule in it.
+
+    Args:
+        path: the ledger file.
+        writer: the key that signs spends; None opens for reading only.
+        trust: the owner's public key, got out of band; None takes the key that the file names.
+
+    Raises:
+        Tampered: anything in the file does not hold, or another owner signed it (DP071, DP072).
+    """
+    return Ledger.open(path, writer=writer, filter=PortfolioFilter(), trust=trust)
+
+
+def start(ledger: Ledger, run_id: str | None = None) -> Run:
+    """Start or resume a signed plan, with a meter for live epsilon.
+
+    Args:
+        ledger: opened with the writer's key.
+        run_id: the run that ``sign_plan`` returned; None takes the only one that has steps left.
+
+    Raises:
+        InvalidParameter: no run, or more than one, has steps left (DP081).
+    """
+    from dpbudget._calibrate import build_meter
+
+    state = ledger.state
+    if run_id is None:
+        unfinished = [run.run_id for run in state.runs.values() if run.charged < run.plan.steps]
+        if len(unfinished) != 1:
+            raise InvalidParameter(
+                f"{len(unfinished)} runs of this ledger have steps left",
+                code="DP081",
+                hint=f"name one: {', '.join(unfinished)}" if unfinished else "sign a plan in first",
+            )
+        run_id = unfinished[0]
+    if run_id not in state.runs:
+        raise InvalidParameter(f"the ledger has no run {run_id!r}", code="DP081", hint="see dpbudget ledger show")
+    return ledger.start(run_id, meter=build_meter(state.runs[run_id].plan))

@@ -1,0 +1,80 @@
+"""Every code block and command of README and docs runs as written, in order, one page a folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "adr").glob("*.md")])
+BLOCK = re.compile(r"^```(python|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks_of(page: Path) -> list[tuple[str, str]]:
+    return [(kind, body) for kind, body in BLOCK.findall(page.read_text(encoding="utf-8"))]
+
+
+def script_of(page: Path) -> str:
+    """One Python program for a page: python blocks share a namespace, console commands run in between."""
+    lines = ["import subprocess, warnings", "warnings.simplefilter('error')"]
+    for kind, body in blocks_of(page):
+        if kind == "python":
+            lines.append(body)
+        else:
+            for command in re.findall(r"^\$ (dpbudget .*)$", body, re.MULTILINE):
+                lines.append(f"subprocess.run({command!r}, shell=True, check=True, stdin=subprocess.DEVNULL)")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if len(script_of(p).splitlines()) > 2], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_the_blocks_of_a_page_run_as_written(page: Path, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", script_of(page)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "cli")])},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def commands(group: object, prefix: str = "") -> list[str]:
+    import click
+
+    assert isinstance(group, click.Group)
+    context = click.Context(group)
+    names = []
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        full = f"{prefix}{name}"
+        names += commands(command, full + " ") if isinstance(command, click.Group) else [full]
+    return names
+
+
+def test_every_command_is_documented() -> None:
+    from dpbudget_cli.main import app
+
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    for name in commands(app):
+        assert f"dpbudget {name}" in text, f"docs/commands.md does not show dpbudget {name}"
+
+
+def test_every_link_between_pages_leads_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_page_can_be_reached_from_the_index() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"({page.name})" in index, f"docs/index.md does not link {page.name}"

@@ -1,0 +1,227 @@
+"""Verification by a third party: what holds is confirmed, what does not is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dpbudget
+from dpbudget import errors
+from dpbudget.filters import PortfolioFilter
+from dpbudget.ledger.signing import Ed25519Signer
+from dpbudget.plan import Budget, Plan
+
+DELTA = 1e-5
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return dpbudget.calibrate(epsilon=3.0, delta=DELTA, dataset_size=1000, batch_size=100, steps=20, accountant="prv")
+
+
+class Desk:
+    """An owner, a writer and a ledger in a folder."""
+
+    def __init__(self, folder: Path, **options) -> None:
+        self.owner, self.writer = Ed25519Signer.generate(), Ed25519Signer.generate()
+        self.path, self.export = folder / "a.ledger", folder / "a.jsonl"
+        options = {"budget": Budget(epsilon=3.0, delta=DELTA), "whole_budget": True, **options}
+        self.ledger = dpbudget.create_ledger(self.path, owner=self.owner, writer=self.writer, **options)
+
+    def spend(self, plan: Plan, steps: int | None = None) -> str:
+        run_id = self.ledger.sign_plan(plan, owner=self.owner)
+        with dpbudget.start(self.ledger, run_id) as run:
+            for _ in range(plan.steps if steps is None else steps):
+                run.next_receipt()
+        return run_id
+
+    def verify(self, **options) -> dpbudget.Report:
+        return dpbudget.verify(self.path, **{"trust": self.owner.public, **options})
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+def test_an_honest_ledger_is_confirmed_with_both_ends_of_epsilon(desk, plan):
+    desk.spend(plan)
+    report = desk.verify()
+    assert (report.ok, report.problems, report.exit_code) == (True, (), 0)
+    assert 2.99 < report.epsilon.lower <= report.epsilon.upper <= 3.0
+    assert (report.delta, report.steps, report.budget) == (DELTA, 20, (3.0, DELTA))
+    assert set(report.checked_by) == {"prv", "rdp"}
+    assert report.trusted
+    assert not report.anchored
+
+
+def test_an_export_is_confirmed_like_the_ledger_itself(desk, plan):
+    desk.spend(plan)
+    desk.ledger.export(desk.export)
+    report = dpbudget.verify(desk.export, trust=desk.owner.public)
+    assert report == desk.verify()
+
+
+def test_a_ledger_without_a_step_has_spent_nothing(desk, plan):
+    assert desk.verify().epsilon == dpbudget.Bounds(0.0, 0.0)
+    desk.ledger.sign_plan(plan, owner=desk.owner)
+    report = desk.verify()
+    assert report.ok
+    assert report.epsilon.upper == 0.0
+    assert report.runs[0].charged == 0
+
+
+def test_the_whole_plan_is_claimed_though_the_run_stopped_early(desk, plan):
+    desk.spend(plan, steps=3)
+    report = desk.verify()
+    assert report.epsilon.upper == pytest.approx(plan.claim.epsilon, abs=1e-8)
+    assert report.runs[0].released == 3
+    assert report.runs[0].charged >= 3
+
+
+def test_the_key_in_the_file_proves_nothing_and_the_report_says_so(desk, plan):
+    desk.spend(plan)
+    report = desk.verify(trust=None)
+    assert report.ok
+    assert not report.trusted
+    assert any("proves nothing" in warning for warning in report.warnings)
+
+
+def test_a_self_consistent_ledger_of_another_owner_is_not_valid(desk, plan):
+    desk.spend(plan)
+    report = desk.verify(trust=Ed25519Signer.generate().public)
+    assert report.exit_code == 1
+    assert "DP072" in report.problems[0]
+
+
+def test_the_head_that_was_seen_anchors_the_history(desk, plan):
+    early = f"{desk.ledger.head.size}:{desk.ledger.head.root}"
+    desk.spend(plan)
+    late = f"{desk.ledger.head.size}:{desk.ledger.head.root}"
+    for head in (early, late):
+        report = desk.verify(expect_head=head)
+        assert (report.ok, report.anchored) == (True, True)
+
+
+def test_a_cut_tail_with_an_old_head_is_seen_with_an_anchor_alone(desk, plan, tmp_path):
+    old = tmp_path / "old.ledger"
+    old.write_bytes(desk.path.read_bytes())
+    desk.spend(plan)
+    head = f"{desk.ledger.head.size}:{desk.ledger.head.root}"
+    unanchored = dpbudget.verify(old, trust=desk.owner.public)
+    assert unanchored.ok
+    assert any("unanchored" in warning for warning in unanchored.warnings)
+    report = dpbudget.verify(old, trust=desk.owner.public, expect_head=head)
+    assert (report.ok, report.exit_code) == (False, 5)
+    assert "tail was cut" in report.problems[0]
+
+
+def test_another_history_of_the_same_length_is_seen_with_an_anchor(desk, plan):
+    desk.spend(plan)
+    report = desk.verify(expect_head=f"{desk.ledger.head.size}:{'0' * 64}")
+    assert report.exit_code == 5
+    assert "another history" in report.problems[0]
+
+
+@pytest.mark.parametrize("head", ["", "12", "0:" + "0" * 64, "12:xyz", "12:" + "0" * 63, "-1:" + "0" * 64])
+def test_an_anchor_in_another_form_is_refused(desk, head):
+    with pytest.raises(errors.InvalidParameter) as caught:
+        desk.verify(expect_head=head)
+    assert caught.value.code == "DP082"
+
+
+class Understating:
+    """A dishonest filter: it claims half of what is spent."""
+
+    def joint_claim(self, plans, delta):
+        return PortfolioFilter().joint_claim(plans, delta) / 2
+
+
+def test_a_portfolio_that_claims_less_than_it_spends_is_not_valid(desk, plan):
+    run_id = desk.ledger.sign_plan(plan, owner=desk.owner)
+    desk.ledger.close()
+    forged = dpbudget.Ledger.open(desk.path, writer=desk.writer, filter=Understating())
+    with forged.start(run_id) as run:
+        run.next_receipt()
+    forged.close()
+    report = desk.verify()
+    assert report.exit_code == 1
+    assert any("below the truth" in problem for problem in report.problems)
+
+
+def test_a_plan_that_claims_less_than_it_costs_is_not_valid(tmp_path, plan):
+    desk = Desk(tmp_path)
+    desk.ledger.close()
+    forged = dpbudget.Ledger.open(desk.path, writer=desk.writer, filter=Understating())
+    lying = plan.replace(claim=plan.claim.replace(epsilon=2.0))
+    forged.sign_plan(lying, owner=desk.owner)
+    forged.close()
+    report = desk.verify()
+    assert report.exit_code == 1
+    assert "below the truth" in report.problems[0]
+
+
+def test_a_claim_inside_the_bracket_cannot_be_confirmed(tmp_path):
+    # The rdp accountant proves no lower end, so a claim below its upper end is unconfirmed rather than refuted by it.
+    loose = dpbudget.calibrate(epsilon=3.0, delta=DELTA, dataset_size=1000, batch_size=100, steps=20, accountant="rdp")
+    desk = Desk(tmp_path)
+    desk.ledger.close()
+    forged = dpbudget.Ledger.open(desk.path, writer=desk.writer, filter=Understating())
+    forged.sign_plan(loose.replace(claim=loose.claim.replace(epsilon=loose.claim.epsilon - 1e-6)), owner=desk.owner)
+    forged.close()
+    report = desk.verify()
+    assert report.exit_code == 1
+    assert "cannot be confirmed" in report.problems[0]
+
+
+def test_two_plans_of_one_portfolio_are_claimed_jointly(tmp_path):
+    desk = Desk(tmp_path, budget=Budget(epsilon=3.0, delta=DELTA))
+    small = dpbudget.calibrate(epsilon=1.5, delta=DELTA, dataset_size=1000, batch_size=100, steps=10)
+    first = desk.ledger.sign_plan(small, owner=desk.owner)
+    second = desk.ledger.sign_plan(small, owner=desk.owner)
+    for run_id in (first, second):
+        with dpbudget.start(desk.ledger, run_id) as run:
+            assert len(list(run)) == 10
+    report = desk.verify()
+    assert report.ok
+    assert 1.5 < report.epsilon.lower <= report.epsilon.upper < 3.0
+    assert report.steps == 20
+
+
+def test_verification_writes_nothing_and_needs_no_torch(desk, plan):
+    desk.spend(plan)
+    desk.ledger.close()
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in desk.path.parent.iterdir()}
+    program = (
+        "import json, sys, dpbudget; from dpbudget.ledger.signing import PublicKey;"
+        f"r = dpbudget.verify({str(desk.path)!r}, trust=PublicKey.from_hex({desk.owner.public.hex!r}));"
+        "print(json.dumps([r.ok, 'torch' in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [True, False]
+    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in desk.path.parent.iterdir()} == before
+
+
+def test_a_file_that_is_no_ledger_is_unreadable(tmp_path):
+    for content in (b"", b"hello", os.urandom(4096)):
+        path = tmp_path / "x"
+        path.write_bytes(content)
+        with pytest.raises(errors.Unreadable):
+            dpbudget.verify(path)
+    with pytest.raises(errors.Unreadable):
+        dpbudget.verify(tmp_path / "missing")
+
+
+def test_the_report_is_plain_json_and_plain_words(desk, plan):
+    desk.spend(plan)
+    report = desk.verify()
+    parsed = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert {"ok", "epsilon", "delta", "steps", "head", "problems"} <= set(parsed)
+    assert parsed["epsilon"]["upper"] == report.epsilon.upper
+    assert report.summary().startswith("VALID: epsilon <= 2.99999")
+    assert "lower bound" in report.summary()
