@@ -1,8 +1,8 @@
 """The main job on real data: plan, sign, train under the ledger, be refused, verify as a third party.
 
-scikit-learn's digits (1,797 real images of 8 x 8 pixels) at epsilon = 3, delta = 1e-5, and the same model without privacy
-beside it. The data set is declared public, so accuracies may be shown and five seeds may be run, each under a ledger of
-its own; on private data every one of these runs, and every look at a metric, would be charged.
+scikit-learn's digits (1,797 real images of 8 x 8 pixels) at epsilon = 3, delta = 1e-5, and the same model without
+privacy beside it. The data set is declared public, so accuracies may be shown and five seeds may be run, each under a
+ledger of its own; on private data every one of these runs, and every look at a metric, would be charged.
 
 Settings. A linear model, because noise hurts per parameter; full batches, because at a given epsilon the signal grows
 with the batch and the noise does not; pixels scaled by the public constant 16 and centred by a public constant; the
@@ -128,7 +128,7 @@ def verify_as_a_third_party(folder: Path, ledger: dpbudget.Ledger, console: Cons
     export, key = folder / "digits.jsonl", folder / "owner.key.pub"
     ledger.export(export)
     command = [str(Path(sys.executable).with_name("dpbudget")), "ledger", "verify", str(export), "--trust", str(key)]
-    done = subprocess.run([*command, "--expect-head", ledger.head.anchor], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--expect-head", str(ledger.head)], capture_output=True, text=True, check=False)
     console.print(f"[bold]verify[/]   dpbudget ledger verify {export.name} --trust {key.name} --expect-head …")
     console.print((done.stdout + done.stderr).rstrip(), highlight=False)
     if done.returncode:

@@ -26,8 +26,8 @@ def script_of(page: Path) -> str:
         if kind == "python":
             lines.append(body)
         else:
-            for command in re.findall(r"^\$ (dpbudget .*)$", body, re.MULTILINE):
-                lines.append(f"subprocess.run({command!r}, shell=True, check=True, stdin=subprocess.DEVNULL)")
+            commands = re.findall(r"^\$ (dpbudget .*)$", body, re.MULTILINE)
+            lines += [f"subprocess.run({c!r}, shell=True, check=True, stdin=subprocess.DEVNULL)" for c in commands]
     return "\n".join(lines)
 
 
