@@ -256,7 +256,7 @@ class TiltedStep:
         return total
 
     def _logarithm(self, moment: Complex, error: Array) -> Moments:
-        """Logarithm of the moment from M - 1 or from M / exp(scale), adding the rounding of the logarithm to the error."""
+        """Logarithm of M from M - 1 or from M / exp(scale), its own rounding added to the error."""
         real, imag = moment.real, moment.imag
         if self.plain:
             log_size = np.log(np.hypot(real, imag)) + self._log_scale

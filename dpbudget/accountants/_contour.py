@@ -1,0 +1,218 @@
+"""delta(epsilon) of a composition as a certified sum over a vertical line: the inversion formula, made finite.
+
+For any c > 0, with M(t) = prod M_i(t)^n_i and t_k = c + i k h,
+
+    (h / pi) [ f_0 / 2 + sum_{k >= 1} Re f_k ] = sum_{m in Z} e^(-m B c) delta(epsilon - m B),   B = 2 pi / h,
+    f_k = M(t_k) e^(-epsilon t_k) / (t_k (t_k + 1)).
+
+The term m = 0 is the answer, the others are >= 0 and bounded by moments; the sum's cut is bounded by ``_decay``, its
+values by ``_tilted_step``. Every choice below (tilt, step, cut) changes the width of an answer, never its validity.
+Proofs: docs/accounting.md, "Inversion" to "Rounding".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from dpbudget._numerics import (
+    ELEMENTARY,
+    UNIT,
+    exp_up,
+    log1p_exp,
+    log_expm1,
+    log_kappa,
+    minimize_unimodal,
+    truncate_mantissa,
+)
+from dpbudget.accountants._decay import Decay
+from dpbudget.accountants._moment_bound import MAX_TILT, MIN_TILT, MomentBound, log_moment_bounds
+from dpbudget.accountants._phases import Phase
+from dpbudget.accountants._quadrature import Array, Direction
+from dpbudget.accountants._tilted_step import Complex, TiltedStep
+
+#: Most nodes on the line, and most (node, output, phase) triples, that a contour may use.
+MAX_LINE_NODES = 1 << 16
+MAX_WORK = 1 << 22
+_CHUNK = 1 << 18
+_FIRST_BLOCK = 64
+_NEIGHBOURS = (0.05, 0.2, 0.4, 0.6, 0.75, 0.87, 1.15, 1.35, 1.65, 2.1, 3.0)
+
+
+class Contour:
+    """The sum at one tilt, reusable for every epsilon (best near the epsilon it was planned for).
+
+    Attributes:
+        tilt: c.
+        usable: False where some step's moments could not be computed; then nothing is answered.
+    """
+
+    def __init__(self, moments: MomentBound, tilt: float, step: float, count: int, log_decay: float) -> None:
+        self.tilt, self._step, self._moments = tilt, step, moments
+        self._u = np.arange(count + 1, dtype=np.float64) * step
+        self._log_top = moments(tilt)
+        self._chernoff = [(other, moments(other) + log_kappa(other)) for other in _neighbours(tilt)]
+        # sum over the dropped nodes of h / |t (t + 1)| <= 1 / (last kept u)
+        self._log_cut = log_decay - math.log(math.pi * step * count)
+        self.usable = self._evaluate()
+
+    def delta(self, epsilon: float) -> tuple[float, float]:
+        """Certified (lower, upper) bounds of one direction's delta at ``epsilon`` >= 0."""
+        angle = epsilon * self._u
+        # Relative to exp(K(c) - c epsilon); the weights hold h / pi and the half weight of node 0.
+        value = float(self._values.real @ np.cos(angle) + self._values.imag @ np.sin(angle))
+        log_scale = self._log_top - self.tilt * epsilon
+        error = self._error + self._error_per_epsilon * epsilon
+        error += abs(value) * 4.0 * UNIT * (abs(self._log_top) + self.tilt * epsilon + 64.0)
+        error = 1.01 * error + exp_up(min(self._log_cut, 700.0))
+        alias = exp_up(min(self.log_alias(epsilon) - log_scale, 700.0))
+        upper, lower = value + error, (value - error - alias) * (1.0 - 1e-15)
+        high = 1.0 if upper <= 0.0 else exp_up(min(log_scale + math.log(upper), 0.0))
+        low = 0.0 if lower <= 0.0 else math.exp(min(log_scale + math.log(lower), 0.0)) * (1.0 - 4.0 * ELEMENTARY)
+        return max(low - 5e-324, 0.0), high
+
+    def log_alias(self, epsilon: float) -> float:
+        """Log of an upper bound of the sum of all terms m != 0."""
+        period = 2.0 * math.pi / self._step * (1.0 - 1e-15)
+        below = -log_expm1(period * self.tilt)  # delta <= 1
+        above = math.inf
+        for other, bound in self._chernoff:
+            term = bound - other * epsilon - log_expm1(period * abs(other - self.tilt))
+            if other < self.tilt:
+                below = min(below, term)
+            else:
+                above = min(above, term)
+        slack = 64.0 * UNIT * (self._log_top + self.tilt * epsilon + 100.0)
+        return max(below, above) + math.log1p(math.exp(-abs(below - above))) + slack
+
+    def _evaluate(self) -> bool:
+        """Sets the weighted values of the nodes and their error bounds."""
+        u, phases = self._u, self._moments.phases
+        log_value = np.zeros(len(u), dtype=np.complex128)
+        growth, size = np.zeros(len(u)), np.zeros(len(u))
+        for phase in phases:
+            nats = 40.0 + math.log(phase.count)
+            for start, stop in _blocks(len(u)):
+                pair = phase.pair
+                step = TiltedStep(pair.rate, pair.sigma, self.tilt, self._moments.direction, float(u[stop - 1]), nats)
+                if not step.usable:
+                    return False
+                piece = max(_CHUNK // len(step.grid.nodes), 1)
+                for first in range(start, stop, piece):
+                    part = slice(first, min(first + piece, stop))
+                    answer = step.moments(u[part])
+                    term = phase.count * answer.log_moment
+                    log_value[part] += term
+                    growth[part] += phase.count * np.log1p(answer.error)
+                    size[part] += np.abs(term.real) + np.abs(term.imag)
+        self._weigh(log_value, growth, size * (len(phases) + 4.0) * UNIT)
+        return bool(np.isfinite(self._error) and np.isfinite(self._error_per_epsilon))
+
+    def _weigh(self, log_value: Complex, growth: Array, rounding: Array) -> None:
+        u, c = self._u, self.tilt
+        t = c + 1j * u
+        weight = np.full(len(u), self._step / math.pi)
+        weight[0] *= 0.5
+        real = np.minimum(log_value.real - self._log_top, 700.0)
+        factor = weight / (t * (t + 1.0))
+        self._values = np.exp(real + 1j * log_value.imag) * factor
+        size = np.abs(factor)
+        relative = rounding + (len(u) + 100.0 + 4.0 * abs(self._log_top)) * UNIT
+        # (|m| + e)^n - |m|^n, in logarithms
+        swell = growth + relative
+        wide = np.exp(np.minimum(real + swell, 700.0))
+        error = np.where(swell < 1.0, np.exp(real) * np.expm1(np.minimum(swell, 1.0)), wide)
+        self._error = float(error @ size) * 1.001
+        self._error_per_epsilon = float((wide * size) @ u) * 4.0 * UNIT
+
+
+def plan_contour(moments: MomentBound, epsilon: float, log_delta: float, tolerance: float) -> Contour | None:
+    """A contour whose errors are about ``tolerance`` relative to delta near (epsilon, exp(log_delta)), or None.
+
+    None where no tilt works or the nodes would be too many to be of use.
+    """
+    tilt = _saddle(moments, epsilon)
+    period = _period(moments, tilt, epsilon, math.log(tolerance) + log_delta)
+    if not 1e-12 < period < 1e12 or tilt > 0.1 * MAX_TILT:
+        return None
+    step = truncate_mantissa(2.0 * math.pi / period)
+    gap = moments(tilt) - tilt * epsilon - log_delta - math.log(tolerance)
+    cut = _cut(moments.phases, moments.direction, tilt, step, gap)
+    if cut is None:
+        return None
+    count, log_decay = cut
+    contour = Contour(moments, tilt, step, count, log_decay)
+    return contour if contour.usable else None
+
+
+def _saddle(moments: MomentBound, epsilon: float) -> float:
+    """The tilt at which the integrand on the real axis is least, to a few percent."""
+
+    def height(log_c: float) -> float:
+        c = math.exp(log_c)
+        return moments(c) - c * epsilon - math.log(c) - math.log1p(c)
+
+    known = [(moments(c) - c * epsilon - math.log(c) - math.log1p(c), c) for c, _ in moments.points()]
+    start = min(known)[1] if known else 1.0
+    log_c, _ = minimize_unimodal(height, math.log(start), math.log(MIN_TILT), math.log(MAX_TILT), 0.05)
+    return math.exp(log_c)
+
+
+def _period(moments: MomentBound, tilt: float, epsilon: float, log_target: float) -> float:
+    """The least period B for which the known moments bound both alias sums by exp(log_target)."""
+    below, above = log1p_exp(-log_target) / tilt, math.inf
+    for other in _neighbours(tilt):
+        excess = moments(other) + log_kappa(other) - other * epsilon - log_target
+        period = log1p_exp(excess) / abs(other - tilt)
+        if other < tilt:
+            below = min(below, period)
+        else:
+            above = min(above, period)
+    return max(below, above)
+
+
+def _neighbours(tilt: float) -> list[float]:
+    """Tilts whose moments bound the aliases of a sum at ``tilt``."""
+    return [tilt * factor for factor in _NEIGHBOURS]
+
+
+def _cut(
+    phases: Sequence[Phase], direction: Direction, tilt: float, step: float, gap: float
+) -> tuple[int, float] | None:
+    """The last kept node and a log bound of |M / M(c)| beyond it: the earliest cut below exp(-gap), or the last."""
+    candidates = np.unique(np.ceil(1.07 ** np.arange(9, int(math.log(MAX_LINE_NODES) / math.log(1.07)))))
+    total = np.zeros(len(candidates))
+    for phase in phases:
+        pair = phase.pair
+        top = log_moment_bounds(pair, tilt, direction)[1]
+        decay = Decay(pair.rate, pair.sigma, tilt, direction, top)
+        total += phase.count * decay.log_rho(candidates * step)
+    enough = total - np.log(math.pi * step * (candidates - 1.0)) < -gap
+    best = int(np.argmax(enough)) if enough.any() else len(candidates) - 1
+    while best >= 0 and _work(phases, direction, tilt, step, int(candidates[best])) > MAX_WORK:
+        best -= 4
+    return None if best < 0 else (int(candidates[best]) - 1, float(total[best]))
+
+
+def _work(phases: Sequence[Phase], direction: Direction, tilt: float, step: float, count: int) -> float:
+    total = 0.0
+    for phase in phases:
+        pair, nats = phase.pair, 40.0 + math.log(phase.count)
+        probe = TiltedStep(pair.rate, pair.sigma, tilt, direction, step * count, nats)
+        if not probe.usable:
+            return math.inf
+        total += 0.7 * count * len(probe.grid.nodes)
+    return total
+
+
+def _blocks(count: int) -> list[tuple[int, int]]:
+    """Ranges of nodes that share a grid: the first 64, then each as long as all before it."""
+    edges = [0]
+    size = _FIRST_BLOCK
+    while edges[-1] < count:
+        edges.append(min(size, count))
+        size *= 2
+    return list(pairwise(edges))

@@ -1,0 +1,116 @@
+"""How fast the characteristic function of one tilted step must decay: a layer-cake bound.
+
+A density whose level sets {f > y} are intervals is a mixture of uniform laws on them, so its characteristic function is
+at most the mixture of |sin(v w / 2) / (v w / 2)| over the widths w. Cell minima of f give a step function below f, and
+the missing mass counts in full. docs/accounting.md, "Cut of the u-sum", has the proof.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from dpbudget.accountants._quadrature import Array, Direction, add_mode, posterior
+
+_LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
+_RADIUS = 8.0
+_MIN_CELLS, _MAX_CELLS = 160, 1600
+# Largest |sin y| / y beyond y = pi is 0.21723..., reached at y = 4.4934.
+_LOBE = 0.21724
+_SHRINK = 1.0 - 1e-6
+
+
+class Decay:
+    """Upper bounds rho(u) of |M(c + iv)| / M(c) over all |v| >= u, for one step at tilt c.
+
+    Args:
+        rate: q in (0, 1).
+        sigma: noise multiplier.
+        tilt: c > 0.
+        direction: "remove" or "add".
+        log_moment: log M(c), or an upper bound of it (then rho is merely larger).
+    """
+
+    def __init__(self, rate: float, sigma: float, tilt: float, direction: Direction, log_moment: float) -> None:
+        self._rate, self._shift = rate, 1.0 / sigma
+        self._power = 1.0 + tilt if direction == "remove" else -tilt
+        x = self._cells(tilt, direction)
+        heights, widths = self._minorant(x, log_moment)
+        # The valley's cell is left out and the rest splits there into at most two pieces with one peak each.
+        valley = self._valley()
+        inside = (x[:-1] - 1e-6 <= valley) & (valley <= x[1:] + 1e-6)
+        pieces = [heights.size] if not inside.any() else [int(np.argmax(inside)), heights.size]
+        heights = np.where(inside, 0.0, heights)
+        layers = [
+            _layers(heights[start:stop], widths[start:stop])
+            for start, stop in zip([0, *pieces[:-1]], pieces, strict=True)
+        ]
+        self._masses = np.concatenate([mass for mass, _ in layers])
+        self._widths = np.concatenate([width for _, width in layers])
+
+    def log_rho(self, u: Array) -> Array:
+        """Log of rho(u) for each u > 0."""
+        gain = _one_minus_envelope(np.multiply.outer(0.5 * u, self._widths)) @ self._masses
+        value: Array = np.log1p(-np.clip(gain * _SHRINK, 0.0, 1.0 - 1e-15))
+        return value
+
+    def _cells(self, tilt: float, direction: Direction) -> Array:
+        if direction == "remove":
+            low, high = -_RADIUS, (1.0 + tilt) * self._shift + _RADIUS
+        else:
+            low, high = add_mode(self._rate, self._shift, tilt) - _RADIUS, _RADIUS
+        count = int(min(max(_MIN_CELLS, (high - low) * 12.0), _MAX_CELLS))
+        return np.linspace(low, high, count + 1)
+
+    def _minorant(self, x: Array, log_moment: float) -> tuple[Array, Array]:
+        """Minima of the loss's density over the cells (at their ends, but for the valley), and widths in loss."""
+        m, q = self._shift, self._rate
+        exponent = m * x - 0.5 * m * m
+        log_ratio = np.logaddexp(math.log1p(-q), math.log(q) + exponent)
+        log_density = (self._power + 1.0) * log_ratio - 0.5 * x * x - exponent
+        log_density -= _LOG_SQRT_2PI + math.log(m * q) + log_moment
+        log_posterior = math.log(q) + exponent - log_ratio
+        # l(x + d) - l(x) = log(1 + p(x) (e^(m d) - 1)): no cancellation.
+        widths = np.log1p(np.exp(log_posterior[:-1]) * np.expm1(np.minimum(m * np.diff(x), 600.0)))
+        heights = np.exp(np.minimum(np.minimum(log_density[:-1], log_density[1:]), 700.0))
+        return heights * _SHRINK, widths * _SHRINK
+
+    def _valley(self) -> float:
+        """Where the density of the loss has its only possible minimum in x; -inf if it has none.
+
+        d log f / dx = (power + 1) m p(x) - x - m rises only where p (1 - p) > 1 / ((power + 1) m^2).
+        """
+        strength = (self._power + 1.0) * self._shift**2
+        if strength <= 4.0:
+            return -math.inf
+        root = math.sqrt(1.0 - 4.0 / strength)
+        logit = math.log((1.0 + root) / 2.0) - math.log(2.0 / (strength * (1.0 + root)))  # of the larger p
+        offset = math.log1p(-self._rate) - math.log(self._rate) + 0.5 * self._shift**2
+        low, high = (-logit + offset) / self._shift, (logit + offset) / self._shift
+        for _ in range(80):
+            middle = 0.5 * (low + high)
+            slope = (self._power + 1.0) * self._shift * posterior(self._rate, self._shift, middle)
+            if slope - middle - self._shift < 0.0:
+                low = middle
+            else:
+                high = middle
+        return 0.5 * (low + high)
+
+
+def _layers(heights: Array, widths: Array) -> tuple[Array, Array]:
+    """Masses and widths of the uniform laws that make up a step function with one peak."""
+    order = np.argsort(-heights, kind="stable")
+    levels = np.append(heights[order], 0.0)
+    wide = np.cumsum(widths[order])
+    return (levels[:-1] - levels[1:]) * wide, wide
+
+
+def _one_minus_envelope(y: Array) -> Array:
+    """Lower bound of 1 - sup_{v >= y} |sin v / v| for y >= 0, relatively accurate near 0."""
+    square = np.minimum(y * y, 1.0)
+    near = square * (1.0 / 6.0 - square * (1.0 / 120.0 - square * (1.0 / 5040.0 - square / 362880.0)))
+    safe = np.maximum(y, 1.0)
+    middle = 1.0 - np.maximum(np.abs(np.sin(safe)) / safe, _LOBE)
+    far = 1.0 - 1.0 / safe
+    return np.where(y <= 1.0, near, np.where(y <= 1.0 / _LOBE, middle, far))

@@ -1,0 +1,80 @@
+"""From bounds of delta(epsilon) to a bracket of epsilon(delta)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+DeltaBounds = Callable[[float], tuple[float, float]]
+
+_MAX_STEPS = 200
+_MAX_WIDENINGS = 60
+
+
+def bracket_epsilon(bounds: DeltaBounds, delta: float, ceiling: float) -> tuple[float, float]:
+    """(lower, upper) with certified delta(lower) >= ``delta`` (or lower = 0) and delta(upper) <= ``delta``.
+
+    Both ends are re-evaluated with ``bounds``, nothing is linearised; delta is decreasing in epsilon.
+
+    Args:
+        bounds: certified (lower, upper) bounds of delta(epsilon), for epsilon >= 0.
+        delta: the target in (0, 1).
+        ceiling: a proved upper bound of epsilon(delta), returned where no smaller one is found.
+    """
+    if ceiling <= 0.0 or bounds(0.0)[1] <= delta:
+        return 0.0, 0.0
+    root, slope = _root(bounds, delta, ceiling)
+    low, high = bounds(root)
+    scale = max(math.log(max(high, 1e-323)) - math.log(max(low, 1e-323)), 1e-15)
+    width = min(scale / max(slope, 1e-300), ceiling) + 4.0 * math.ulp(root)
+    upper = _widen(root, width, ceiling, lambda e: bounds(e)[1] <= delta)
+    lower = _widen(root, -width, 0.0, lambda e: bounds(e)[0] >= delta)
+    return lower, upper
+
+
+def _root(bounds: DeltaBounds, delta: float, ceiling: float) -> tuple[float, float]:
+    """A root of log delta(epsilon) = log delta, by regula falsi (Illinois) on midpoints, and minus the slope there."""
+    target = math.log(delta)
+
+    def excess(epsilon: float) -> float:
+        low, high = bounds(epsilon)
+        return math.log(max(0.5 * (low + high), 1e-323)) - target
+
+    left, right = 0.0, ceiling
+    at_left, at_right = excess(left), excess(right)
+    if at_right >= 0.0:
+        return ceiling, 1.0 / ceiling
+    if at_left <= 0.0:
+        return 0.0, 1.0 / ceiling
+    slope, side = (at_left - at_right) / (right - left), 0
+    for _ in range(_MAX_STEPS):
+        point = right - at_right * (right - left) / (at_right - at_left)
+        if not left < point < right:
+            point = 0.5 * (left + right)
+        value = excess(point)
+        near = right if abs(right - point) < abs(point - left) else left
+        near_value = at_right if near == right else at_left
+        if side == 0 and point != near:
+            slope = abs((near_value - value) / (near - point)) or slope
+        if abs(value) < 1e-14 or right - left <= 4.0 * math.ulp(right):
+            break
+        if value > 0.0:
+            at_right = 0.5 * at_right if side == 1 else at_right
+            left, at_left, side = point, value, 1
+        else:
+            at_left = 0.5 * at_left if side == -1 else at_left
+            right, at_right, side = point, value, -1
+    return point, max(slope, 1e-300)
+
+
+def _widen(root: float, width: float, limit: float, holds: Callable[[float], bool]) -> float:
+    """The first of root, root + width, root + 2 width, ... (doubling) at which ``holds``; ``limit`` if none does."""
+    point = root
+    for _ in range(_MAX_WIDENINGS):
+        if (width > 0.0 and point >= limit) or (width < 0.0 and point <= limit):
+            return limit
+        if holds(point):
+            return point
+        point = root + width
+        width *= 2.0
+    return limit
