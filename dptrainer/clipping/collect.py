@@ -22,7 +22,8 @@ def contributions(session: Session) -> dict[str, list[PerExample]]:
         PrivacyViolation: (DP030) a layer does not have one row per example; (DP019) a rule left a parameter out.
     """
     found: dict[str, list[PerExample]] = {}
-    for call in session.calls:
+    while session.calls:
+        call = session.calls.pop()  # operands are freed as soon as the gradients that replace them exist
         if all(grad is None for grad in call.grads):
             continue
         call.check_inputs_unchanged()

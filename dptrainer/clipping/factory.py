@@ -95,8 +95,7 @@ def self_test(model: nn.Module, example: Sequence[Tensor], *, replay: Sequence[n
     inputs = synthetic_like(example)
     batch = inputs[0].shape[0]
     paths = {id(module): name for name, module in model.named_modules()}
-    twin = copy.deepcopy(model).train()
-    _freeze_randomness(model, twin)
+    twin = deterministic_copy(model)
     twin_replay = [twin.get_submodule(paths[id(module)]) for module in replay]
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         expected = _one_at_a_time(twin, inputs)
@@ -117,13 +116,15 @@ def self_test(model: nn.Module, example: Sequence[Tensor], *, replay: Sequence[n
         )
 
 
-def _freeze_randomness(model: nn.Module, twin: nn.Module) -> None:
-    """Dropout off in the copy, layers that the user keeps in eval mode stay there."""
+def deterministic_copy(model: nn.Module) -> nn.Module:
+    """A copy in train mode with dropout off; layers that are kept in eval mode inside a training model stay there."""
+    twin = copy.deepcopy(model).train()
     for original, copied in zip(model.modules(), twin.modules(), strict=True):
         if isinstance(copied, nn.modules.dropout._DropoutNd) or (model.training and not original.training):
             copied.eval()
         if isinstance(copied, nn.MultiheadAttention | nn.RNNBase):
             copied.dropout = 0.0
+    return twin
 
 
 def _losses(output: object, batch: int) -> Tensor:

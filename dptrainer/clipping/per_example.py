@@ -37,10 +37,17 @@ def row_squares(rows: Tensor) -> Tensor:
     return squares
 
 
-def select(weights: Tensor, rows: Tensor) -> Tensor:
-    """``rows`` with zeros *selected* wherever the weight of the example is 0; never 0 * inf."""
-    keep = (weights != 0).view(-1, *[1] * (rows.dim() - 1))
-    return torch.where(keep, rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
+def finite(values: Tensor, *, owned: bool = False) -> Tensor:
+    """``values`` with zeros in place of NaN and inf.
+
+    Only an example of weight 0 has any: its norm is not finite. With zeros its contribution is 0 * finite = 0, where
+    0 * inf would be NaN for everybody. No branch, no count: how many such examples there are is private.
+
+    Args:
+        values: rows of examples.
+        owned: whether they may be overwritten, which saves a copy.
+    """
+    return values.nan_to_num_(0.0, 0.0, 0.0) if owned else values.nan_to_num(0.0, 0.0, 0.0)
 
 
 class PerExample(ABC):
@@ -63,10 +70,10 @@ class PerExample(ABC):
 
 
 class Dense(PerExample):
-    """Instantiated gradients [B, *shape]."""
+    """Instantiated gradients [B, *shape]; ``owned`` if nobody else holds them."""
 
-    def __init__(self, grads: Tensor) -> None:
-        self.grads = grads
+    def __init__(self, grads: Tensor, *, owned: bool = False) -> None:
+        self.grads, self._owned = grads, owned
         self.batch_size, self.shape = grads.shape[0], grads.shape[1:]
 
     def squared_norms(self) -> Tensor:
@@ -75,7 +82,7 @@ class Dense(PerExample):
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See :class:`PerExample`."""
-        flat = select(weights, self.grads.reshape(self.batch_size, -1))
+        flat = finite(self.grads, owned=self._owned).reshape(self.batch_size, -1)
         return (weights.to(flat.dtype) @ flat).view(self.shape)
 
     def dense(self, rows: slice) -> Tensor:
@@ -97,8 +104,8 @@ class Outer(PerExample):
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See :class:`PerExample`."""
-        scaled = select(weights, self.grads * weights.to(self.grads.dtype).unsqueeze(1))
-        return scaled.t() @ select(weights, self.activations)
+        scaled = finite(self.grads) * weights.to(self.grads.dtype).unsqueeze(1)
+        return scaled.t() @ finite(self.activations)
 
     def dense(self, rows: slice) -> Tensor:
         """See :class:`PerExample`."""
@@ -123,7 +130,7 @@ class Lazy(PerExample):
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See :class:`PerExample`."""
-        parts = (Dense(self._rows(rows)).weighted_sum(weights[rows]) for rows in self._chunks())
+        parts = (Dense(self._rows(rows), owned=True).weighted_sum(weights[rows]) for rows in self._chunks())
         total = next(parts)
         for part in parts:
             total += part
@@ -163,8 +170,8 @@ class TableRows(PerExample):
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See :class:`PerExample`."""
-        per_entry = weights[self._example]
-        scaled = select(per_entry, self._values * per_entry.to(self._values.dtype).unsqueeze(1))
+        per_entry = weights.to(self._values.dtype)[self._example]
+        scaled = finite(self._values, owned=True) * per_entry.unsqueeze(1)
         return scaled.new_zeros(self.shape).index_add_(0, self._index, scaled)
 
     def dense(self, rows: slice) -> Tensor:
@@ -197,7 +204,7 @@ def summed(contributions: Sequence[PerExample]) -> PerExample:
 def instantiate(
     batch_size: int, shape: torch.Size, rows: Callable[[slice], Tensor], operand_elements: int
 ) -> PerExample:
-    """Dense gradients where they take no more memory than twice the operands they replace, else a chunk at a time."""
-    if batch_size * shape.numel() <= max(2 * operand_elements, CHUNK_ELEMENTS // 4):
-        return Dense(rows(slice(0, batch_size)))
+    """Dense gradients where they take little memory or at most twice that of their operands, else a chunk at a time."""
+    if batch_size * shape.numel() <= max(2 * operand_elements, CHUNK_ELEMENTS):
+        return Dense(rows(slice(0, batch_size)), owned=True)
     return Lazy(batch_size, shape, rows)

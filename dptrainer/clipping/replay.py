@@ -47,25 +47,45 @@ def replay(unit: nn.Module, call: UnitCall, parameters: Mapping[str, nn.Paramete
         PrivacyViolation: (DP019) the replay computes something else than the forward pass did; (DP030) an output does
             not have one slice per example.
     """
-    rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
     fixed = {name: p.detach() for name, p in unit.named_parameters() if name not in parameters}
     fixed |= {name: buffer.detach().clone() for name, buffer in unit.named_buffers()}
     live = {name: p.detach().requires_grad_() for name, p in parameters.items()}
-    for index in range(call.batch_size):
-        args, kwargs = tree_map(
-            lambda leaf, i=index: _example(leaf, i, call.batch_size), (call.args, dict(call.kwargs))
-        )
+
+    def gradient(index: int, square_is_shared: bool) -> list[Tensor]:
+        def cut(leaf: Any) -> Any:
+            return _example(leaf, index, call.batch_size, square_is_shared)
+
+        args, kwargs = tree_map(cut, (call.args, dict(call.kwargs)))
         with torch.enable_grad():
             result = functional_call(unit, {**fixed, **live}, args, kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        found = _one_gradient(call, outputs, index, list(live.values()))
-        for name, grad in zip(rows, found, strict=True):
-            rows[name].append(grad)
-    return {name: torch.stack(grads) for name, grads in rows.items()}
+        return _one_gradient(call, outputs, index, list(live.values()))
+
+    shared = False
+    try:
+        first = gradient(0, shared)
+    except (RuntimeError, ValueError, AssertionError, PrivacyViolation):
+        # As many positions as examples: a mask [T, T] looks like rows of examples. The output tells which it is.
+        if not _has_square(call):
+            raise
+        shared = True
+        first = gradient(0, shared)
+    rows = [first, *(gradient(index, shared) for index in range(1, call.batch_size))]
+    return {name: torch.stack(list(grads)) for name, grads in zip(live, zip(*rows, strict=True), strict=True)}
 
 
-def _example(leaf: Any, index: int, batch_size: int) -> Any:
+def _is_square(leaf: Any, batch_size: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.shape == (batch_size, batch_size)
+
+
+def _has_square(call: UnitCall) -> bool:
+    return any(_is_square(leaf, call.batch_size) for leaf in tree_leaves((call.args, dict(call.kwargs))))
+
+
+def _example(leaf: Any, index: int, batch_size: int, square_is_shared: bool) -> Any:
     """A batch of one, where the leaf is a tensor with one row per example."""
+    if square_is_shared and _is_square(leaf, batch_size):
+        return leaf
     if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch_size:
         return leaf[index : index + 1]
     return leaf

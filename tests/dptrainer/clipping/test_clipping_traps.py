@@ -1,0 +1,669 @@
+"""Cases in which released libraries let one example move the update by more than C, or lost a gradient in silence."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from clipping_oracle import assert_equal_to_the_oracle, clipped, losses, microbatch, norm
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dpbudget.errors import PrivacyViolation
+from dptrainer.clipping import BookKeeping, add_clipped
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(3)
+
+
+def small():
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def step(engine, model, x, y, reduction="mean"):
+    engine.begin(len(x))
+    F.cross_entropy(model(x), y, reduction=reduction).backward()
+    return engine.finish(reduction)
+
+
+def refused(code, action):
+    with pytest.raises(PrivacyViolation) as caught:
+        action()
+    assert caught.value.code == code
+    assert caught.value.hint
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------- at most C, as a comparison of floats
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.embed(x)))
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.inner(torch.tanh(self.inner(x)))
+
+
+AT_MOST_C = {
+    "linear": (small, lambda: torch.randn(1, 6)),
+    "sequence": (small, lambda: torch.randn(1, 9, 6)),
+    "one index 50 times": (lambda: nn.Embedding(7, 4), lambda: torch.full((1, 50), 2)),
+    "one index 50 times in a bag": (lambda: nn.EmbeddingBag(7, 4, mode="sum"), lambda: torch.full((1, 50), 2)),
+    "tied": (Tied, lambda: torch.randint(0, 7, (1, 9))),
+    "called twice": (Twice, lambda: torch.randn(1, 6)),
+    "circular": (lambda: nn.Conv2d(2, 3, 3, padding=2, padding_mode="circular"), lambda: torch.randn(1, 2, 6, 6)),
+    "reflect": (lambda: nn.Conv2d(2, 3, 3, padding=2, padding_mode="reflect"), lambda: torch.randn(1, 2, 6, 6)),
+    "replicate": (lambda: nn.Conv2d(2, 3, 3, padding=2, padding_mode="replicate"), lambda: torch.randn(1, 2, 6, 6)),
+    "norms": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4)), lambda: torch.randn(1, 2, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("clip_norm", [1e-3, 0.1, 1.0, 7.3])
+@pytest.mark.parametrize("case", AT_MOST_C)
+def test_one_example_moves_the_update_by_at_most_c_exactly(case, clip_norm):
+    build, data = AT_MOST_C[case]
+    for _ in range(5):
+        model, x = build(), data()
+        engine = BookKeeping(model, clip_norm=clip_norm)
+        with engine.record(1):
+            values = 100.0 * losses(model, [x], torch.zeros(1))
+        result = engine.backward(values)
+        update = torch.cat([g.flatten() for g in result.grads.values()])
+        assert float(update.norm()) <= clip_norm
+        assert float(update.double().norm()) <= clip_norm
+        assert float(update.norm()) > 0.9999 * clip_norm
+        assert result.sensitivity == clip_norm
+
+
+def test_cancelling_positions_do_not_lift_an_example_above_c():
+    """Terms of 1e4 that cancel to almost nothing: norm and sum must come from the same rounded numbers."""
+    model = nn.Linear(32, 32)
+    a = torch.randn(1, 64, 32)
+    x = torch.cat([a, a + 1e-4 * torch.randn_like(a)], 1) * 100
+    signs = torch.cat([torch.ones(64), -torch.ones(64)]).view(1, 128, 1)
+    engine = BookKeeping(model, clip_norm=1e-3)
+    with engine.record(1):
+        values = (model(x) * signs).sum((1, 2)) * 100
+    update = torch.cat([g.flatten() for g in engine.backward(values).grads.values()])
+    assert float(update.norm()) <= 1e-3
+
+
+# ---------------------------------------------------------------------- parameters used in several places
+
+
+def test_tied_weights_add_up_with_their_cross_terms():
+    assert_equal_to_the_oracle(Tied(), [torch.randint(0, 7, (4, 9))])
+
+
+def test_a_module_called_twice_adds_up_with_its_cross_terms():
+    assert_equal_to_the_oracle(Twice(), [torch.randn(5, 6)])
+
+
+def test_one_module_under_two_names_is_one_module():
+    shared = nn.Linear(5, 5)
+    model = nn.Sequential(nn.Linear(6, 5), shared, nn.Tanh(), shared)
+    assert_equal_to_the_oracle(model, [torch.randn(4, 6)])
+
+
+def test_tied_parameters_appear_once_and_in_model_order():
+    found = clipped(Tied(), [torch.randint(0, 7, (3, 4))], 1.0)
+    assert list(found) == ["embed.weight"]
+    model = small()
+    assert list(clipped(model, [torch.randn(3, 6)], 1.0)) == [n for n, _ in model.named_parameters()]
+
+
+class Direct(nn.Module):
+    """Weight tying by hand: the embedding's weight is used outside the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return F.linear(torch.tanh(self.mix(self.embed(x))), self.embed.weight)
+
+
+def test_a_weight_used_outside_its_layer_is_named():
+    model, x = Direct(), torch.randint(0, 7, (4, 9))
+    assert "embed.weight" in refused("DP019", lambda: clipped(model, [x], 1.0))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_weight_used_outside_its_layer_is_right_when_the_module_is_replayed():
+    model = Direct()
+    assert_equal_to_the_oracle(model, [torch.randint(0, 7, (4, 9))], replay=[model])
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda h, w: h @ w.T[:5],
+        lambda h, w: h + w.sum(),
+        lambda h, w: h * torch.stack([w, w])[0, 0, 0],
+        lambda h, w: F.linear(input=h, weight=w[:, :5]),
+        lambda h, w: torch.einsum("bi,i->b", h, w[0, :5]).unsqueeze(1),
+    ],
+)
+def test_every_way_to_use_a_weight_directly_is_seen(use):
+    class Uses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 5)
+
+        def forward(self, x):
+            return use(self.inner(x), self.inner.weight)
+
+    refused("DP019", lambda: clipped(Uses(), [torch.randn(5, 6)], 1.0))
+
+
+def test_reading_a_weight_without_its_gradient_is_allowed():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 5)
+
+        def forward(self, x):
+            h = self.inner(x.to(self.inner.weight.dtype)) * self.inner.weight.shape[0]
+            with torch.no_grad():
+                size = self.inner.weight.norm()
+            return h + size + self.inner.weight.detach().sum() + self.inner.weight.numel()
+
+    assert_equal_to_the_oracle(Reads(), [torch.randn(5, 6)])
+
+
+# ---------------------------------------------------------------------- examples that are not finite
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("shape", [(6,), (4, 6)])
+def test_an_example_without_a_finite_norm_contributes_exactly_nothing(bad, shape):
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+    x = torch.randn(4, *shape)
+    index = torch.tensor([0, 1, 3])
+    engine = BookKeeping(model, clip_norm=0.5)
+
+    def run(rows, scale):
+        with engine.record(len(rows)):
+            values = losses(model, [x[rows]], rows) * scale
+        return engine.backward(values).grads
+
+    expected = run(index, torch.ones(3))
+    broken = torch.ones(4)
+    broken[2] = bad
+    found = run(torch.arange(4), broken)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-8)
+    alone = run(torch.tensor([2]), torch.tensor([bad]))
+    assert all(bool((g == 0).all()) for g in alone.values())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_input_cell_leaves_convolution_and_embedding_untouched(bad):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.embed, self.out = nn.Conv2d(1, 3, 3), nn.Embedding(5, 3), nn.Linear(3, 2)
+
+        def forward(self, image, word):
+            return self.out(torch.tanh(self.conv(image)).mean((2, 3)) + self.embed(word).sum(1))
+
+    model = Two()
+    image, word = torch.randn(4, 1, 6, 6), torch.randint(0, 5, (4, 3))
+    expected = microbatch(model, [image[:3], word[:3]], 0.3)
+    image[3, 0, 2, 2] = bad
+    found = clipped(model, [image, word], 0.3)
+    assert norm({n: found[n].double() - expected[n] for n in expected}) <= 1e-6 * norm(expected)
+
+
+# ---------------------------------------------------------------------- empty batches, unused and frozen parameters
+
+
+def test_an_empty_batch_gives_a_zero_for_every_parameter_with_or_without_a_pass():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3))
+    engine = BookKeeping(model, clip_norm=1.0)
+    engine.begin(0)
+    without = engine.finish()
+    engine.begin(0)
+    F.cross_entropy(model(torch.zeros(0, 1, 6, 6)), torch.zeros(0, dtype=torch.long)).backward()
+    passed = engine.finish("mean")
+    for result in (without, passed):
+        assert {n: g.shape for n, g in result.grads.items()} == {n: p.shape for n, p in model.named_parameters()}
+        assert all(bool((g == 0).all()) for g in result.grads.values())
+        assert result.sensitivity == 1.0
+
+
+def test_a_parameter_without_a_gradient_gets_a_zero_and_stays():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            self.unused(x)
+            return self.used(x)
+
+    model = Branch()
+    assert_equal_to_the_oracle(model, [torch.randn(4, 6)])
+    model = model.float()
+    found = clipped(model, [torch.randn(4, 6)], 1.0)
+    assert bool((found["unused.weight"] == 0).all())
+    assert found["unused.weight"].dtype == torch.float32
+
+
+def test_freezing_and_unfreezing_after_set_up_is_seen_at_the_next_step():
+    model, x, y = small(), torch.randn(4, 6), torch.randint(0, 3, (4,))
+    engine = BookKeeping(model, clip_norm=0.1)
+    assert len(step(engine, model, x, y).grads) == 4
+    model[0].requires_grad_(False)
+    found = step(engine, model, x, y)
+    assert list(found.grads) == ["2.weight", "2.bias"]
+    assert norm(found.grads) > 0.1  # the norm no longer counts the frozen layer, so the rest is clipped less
+    assert not model[0].weight.requires_grad
+    model[0].requires_grad_(True)
+    assert len(step(engine, model, x, y).grads) == 4
+
+
+def test_a_model_without_trainable_parameters_is_refused():
+    refused("DP018", lambda: BookKeeping(small().requires_grad_(False), clip_norm=1.0))
+
+
+# ---------------------------------------------------------------------- what a row is
+
+
+class Positions(nn.Module):
+    def __init__(self, batched):
+        super().__init__()
+        self.word, self.place, self.out = nn.Embedding(7, 4), nn.Embedding(9, 4), nn.Linear(4, 2)
+        self.batched = batched
+
+    def forward(self, x):
+        place = torch.arange(x.shape[1])
+        return self.out(torch.tanh(self.word(x) + self.place(place.unsqueeze(0) if self.batched else place)))
+
+
+def test_broadcast_position_ids_are_summed_per_example():
+    assert_equal_to_the_oracle(Positions(True), [torch.randint(0, 7, (4, 6))])
+    assert_equal_to_the_oracle(Positions(True), [torch.randint(0, 7, (6, 6))])
+
+
+@pytest.mark.parametrize("length", [6, 4])
+def test_positions_are_never_taken_for_examples_even_if_there_are_as_many(length):
+    model = Positions(False)
+    refused("DP030", lambda: clipped(model, [torch.randint(0, 7, (4, length))], 1.0))
+    assert_equal_to_the_oracle(model, [torch.randint(0, 7, (4, length))], replay=[model])
+
+
+def test_tokens_as_rows_are_refused():
+    class Flattens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.inner(x.flatten(0, 1)).view(*x.shape[:2], 3)
+
+    assert "20 rows" in refused("DP030", lambda: clipped(Flattens(), [torch.randn(4, 5, 6)], 1.0))
+
+
+def test_a_batch_of_another_size_than_declared_is_refused():
+    model = small()
+    engine = BookKeeping(model, clip_norm=1.0)
+    engine.begin(5)
+    model(torch.randn(4, 6)).sum().backward()
+    refused("DP030", engine.finish)
+
+
+def test_layers_without_a_batch_dimension_are_refused():
+    engine = BookKeeping(nn.Conv2d(3, 3, 3), clip_norm=1.0)
+    engine.begin(3)
+    engine._model(torch.randn(3, 6, 6)).sum().backward()
+    refused("DP030", engine.finish)
+
+
+def test_a_norm_over_the_examples_is_refused():
+    model = nn.Sequential(nn.Linear(6, 3), nn.LayerNorm((4, 3)))
+    refused("DP010", lambda: clipped(model, [torch.randn(4, 6)], 1.0))
+
+
+def test_a_loss_that_is_not_one_value_per_example_is_refused():
+    model = small()
+    engine = BookKeeping(model, clip_norm=1.0)
+    with engine.record(4):
+        value = model(torch.randn(4, 6)).mean()
+    refused("DP030", lambda: engine.backward(value))
+
+
+# ---------------------------------------------------------------------- one forward, one backward
+
+
+@pytest.mark.parametrize("retain", [True, False])
+def test_two_backward_passes_in_one_step_are_refused(retain):
+    model, x = small(), torch.randn(4, 6)
+    engine = BookKeeping(model, clip_norm=1.0)
+    engine.begin(4)
+    loss = model(x).sum()
+    loss.backward(retain_graph=retain)
+    second = loss if retain else model(x).sum()
+    refused("DP031", second.backward)
+
+
+def test_a_backward_pass_after_the_step_is_refused():
+    model = small()
+    engine = BookKeeping(model, clip_norm=1.0)
+    engine.begin(4)
+    loss = model(torch.randn(4, 6)).sum()
+    engine.abort()
+    refused("DP031", loss.backward)
+
+
+def test_a_step_without_a_backward_pass_or_without_begin_is_refused():
+    model = small()
+    engine = BookKeeping(model, clip_norm=1.0)
+    refused("DP031", engine.finish)
+    engine.begin(4)
+    model(torch.randn(4, 6))
+    refused("DP031", engine.finish)
+
+
+def test_several_losses_of_one_backward_pass_add_up():
+    model, x = small(), torch.randn(4, 6)
+    engine = BookKeeping(model, clip_norm=1e6)
+    engine.begin(4)
+    (model(x).sum() + 2 * model(x * 2).square().sum()).backward()
+    found = engine.finish("sum")
+    (model(x).sum() + 2 * model(x * 2).square().sum()).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found.grads[name], p.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_a_partial_sum_is_dropped_when_the_next_batch_begins():
+    model, x, y = small(), torch.randn(4, 6), torch.randint(0, 3, (4,))
+    engine = BookKeeping(model, clip_norm=1.0)
+    expected = step(engine, model, x, y)
+    engine.begin(4)
+    F.cross_entropy(model(torch.randn(4, 6) * 9), y).backward()
+    again = step(engine, model, x, y)
+    assert all(torch.equal(again.grads[n], g) for n, g in expected.grads.items())
+
+
+def test_dropout_is_drawn_once():
+    model = nn.Sequential(nn.Linear(6, 20), nn.Dropout(0.5), nn.Linear(20, 3))
+    x, y = torch.randn(4, 6), torch.randint(0, 3, (4,))
+    engine = BookKeeping(model, clip_norm=1e6)
+    torch.manual_seed(8)
+    found = step(engine, model, x, y, "sum")
+    torch.manual_seed(8)
+    F.cross_entropy(model(x), y, reduction="sum").backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found.grads[name], p.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_forward_without_backward_has_no_effect():
+    model, x, y = small(), torch.randn(4, 6), torch.randint(0, 3, (4,))
+    engine = BookKeeping(model, clip_norm=0.2)
+    expected = step(engine, model, x, y)
+    engine.begin(4)
+    model(torch.randn(9, 6))  # validation in train mode
+    with torch.no_grad():
+        model(torch.randn(7, 6))
+    model.eval()
+    model(torch.randn(5, 6))
+    model.train()
+    F.cross_entropy(model(x), y).backward()
+    found = engine.finish("mean")
+    assert all(torch.equal(found.grads[n], g) for n, g in expected.grads.items())
+
+
+# ---------------------------------------------------------------------- gradients that would bypass the engine
+
+
+def test_a_penalty_on_parameters_in_the_loss_is_refused_and_discarded():
+    model, x = small(), torch.randn(4, 6)
+    engine = BookKeeping(model, clip_norm=1.0)
+    engine.begin(4)
+    (model(x).sum() + model[0].weight.square().sum()).backward()
+    assert "0.weight" in refused("DP031", lambda: engine.finish("sum"))
+    assert model[0].weight.grad is None
+
+
+def test_a_layer_called_outside_the_model_is_refused():
+    model, x = small(), torch.randn(4, 6)
+    engine = BookKeeping(model, clip_norm=1.0)
+    engine.begin(4)
+    (model(x).sum() + model[0](x).sum()).backward()
+    refused("DP031", lambda: engine.finish("sum"))
+
+
+def test_training_in_eval_mode_is_refused():
+    model, x = small().eval(), torch.randn(4, 6)
+    engine = BookKeeping(model, clip_norm=1.0)
+    engine.begin(4)
+    model(x).sum().backward()
+    refused("DP031", engine.finish)
+
+
+def test_zero_grad_between_forward_and_step_is_harmless():
+    model, x, y = small(), torch.randn(4, 6), torch.randint(0, 3, (4,))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    engine = BookKeeping(model, clip_norm=1.0)
+    engine.begin(4)
+    loss = F.cross_entropy(model(x), y)
+    model.zero_grad(set_to_none=False)
+    loss.backward()
+    assert norm(engine.finish("mean").grads) > 0
+
+
+# ---------------------------------------------------------------------- in place, checkpointing, hooks
+
+
+def test_in_place_activations_after_a_hooked_layer():
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.ReLU(inplace=True), nn.GroupNorm(1, 3), nn.ReLU(inplace=True), nn.Flatten(),
+        nn.Linear(48, 4), nn.LeakyReLU(inplace=True), nn.Linear(4, 2),
+    )  # fmt: skip
+    assert_equal_to_the_oracle(model, [torch.randn(4, 1, 6, 6)])
+
+
+def test_in_place_activation_of_a_first_layer_over_positions():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 2))
+    assert_equal_to_the_oracle(model, [torch.randn(4, 3, 6)])
+
+
+def test_an_input_overwritten_after_use_is_refused():
+    class Overwrites(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            x = self.first(x)
+            y = self.second(x)
+            x += y
+            return x
+
+    assert "second" in refused("DP019", lambda: clipped(Overwrites(), [torch.randn(4, 6)], 1.0))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(6, 6)
+            self.block = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 6))
+            self.last = nn.Linear(6, 2)
+
+        def forward(self, x):
+            h = torch.tanh(self.first(x))
+            return self.last(torch.tanh(checkpoint(self.block, h, use_reentrant=reentrant)))
+
+    class Plain(Checkpointed):
+        def forward(self, x):
+            return self.last(torch.tanh(self.block(torch.tanh(self.first(x)))))
+
+    model, x = Checkpointed(), torch.randn(4, 3, 6)
+    plain = Plain()
+    plain.load_state_dict(model.state_dict())
+    expected = clipped(plain, [x], 0.1)
+    found = clipped(model, [x], 0.1)
+    assert norm(expected) > 0.1
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_checkpointing_of_the_first_layer():
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+
+        def forward(self, x):
+            return checkpoint(self.block, x, use_reentrant=False)
+
+    model, x = First(), torch.randn(4, 6)
+    expected = microbatch(model, [x], 0.1)
+    found = clipped(model, [x], 0.1)
+    assert norm({n: found[n].double() - expected[n] for n in expected}) <= 1e-6 * norm(expected)
+
+
+def test_a_users_hook_that_changes_an_output_is_part_of_the_model():
+    model = small()
+    model[0].register_forward_hook(lambda module, args, output: output * 3)
+    assert_equal_to_the_oracle(model, [torch.randn(4, 6)])
+
+
+def test_an_exception_in_forward_leaves_the_model_as_it_was():
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.fail = nn.Linear(6, 3), True
+
+        def forward(self, x):
+            if self.fail:
+                raise RuntimeError("out of memory")
+            return self.inner(x)
+
+    model, x = Fails(), torch.randn(4, 6)
+    engine = BookKeeping(model, clip_norm=1.0)
+    engine.begin(4)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(x)
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.overrides._len_torch_function_stack() == 0
+    model.fail = False
+    engine.begin(4)
+    model(x).sum().backward()
+    assert norm(engine.finish("sum").grads) > 0
+
+
+def test_the_model_is_untouched_between_steps():
+    model, x, y = small(), torch.randn(4, 6), torch.randint(0, 3, (4,))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    engine = BookKeeping(model, clip_norm=1.0)
+    step(engine, model, x, y)
+    assert type(model) is nn.Sequential
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    F.cross_entropy(model(x), y).backward()  # outside begin and finish: an ordinary model
+    assert all(p.grad is not None for p in model.parameters())
+    engine.detach()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_copies_and_pickles_of_the_model_have_no_engine():
+    model, x = small(), torch.randn(4, 6)
+    engine = BookKeeping(model, clip_norm=1.0)
+    engine.begin(4)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin(x).sum().backward()
+        assert all(p.grad is not None for p in twin.parameters())
+    model(x).sum().backward()
+    assert norm(engine.finish("sum").grads) > 0
+
+
+# ---------------------------------------------------------------------- reductions, scales, physical batches
+
+
+def test_mean_and_sum_and_vector_and_scaled_losses_agree():
+    model, x, y = small(), torch.randn(5, 6), torch.randint(0, 3, (5,))
+    engine = BookKeeping(model, clip_norm=0.2)
+    mean, total = step(engine, model, x, y, "mean"), step(engine, model, x, y, "sum")
+    with engine.record(5):
+        values = F.cross_entropy(model(x), y, reduction="none")
+    vector = engine.backward(values)
+    engine.begin(5)
+    (F.cross_entropy(model(x), y) * 1024).backward()
+    scaled = engine.finish("mean", loss_scale=1024.0)
+    for other in (total, vector, scaled):
+        for name, g in mean.grads.items():
+            torch.testing.assert_close(other.grads[name], g, rtol=1e-5, atol=1e-7)
+
+
+def test_physical_batches_add_up_to_the_logical_one():
+    model, x, y = small(), torch.randn(7, 6), torch.randint(0, 3, (7,))
+    engine = BookKeeping(model, clip_norm=0.2)
+    whole = step(engine, model, x, y)
+    parts = [step(engine, model, x[rows], y[rows]) for rows in (slice(0, 3), slice(3, 7))]
+    together = add_clipped(*parts)
+    assert together.sensitivity == 0.2
+    for name, g in whole.grads.items():
+        torch.testing.assert_close(together.grads[name], g, rtol=1e-5, atol=1e-7)
+
+
+def test_physical_batches_that_disagree_are_refused():
+    model, x, y = small(), torch.randn(4, 6), torch.randint(0, 3, (4,))
+    first = step(BookKeeping(model, clip_norm=0.2), model, x, y)
+    second = step(BookKeeping(model, clip_norm=0.3), model, x, y)
+    refused("DP031", lambda: add_clipped(first, second))
+
+
+def test_autocast_sums_in_float32_and_keeps_the_bound():
+    model, x, y = small(), torch.randn(4, 5, 6), torch.randint(0, 3, (4, 5))
+    engine = BookKeeping(model, clip_norm=0.05)
+    for batch in (4, 1):
+        engine.begin(batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = F.cross_entropy(model(x[:batch]).float().transpose(1, 2), y[:batch], reduction="sum")
+        loss.backward()
+        result = engine.finish("sum")
+        assert all(g.dtype == torch.float32 for g in result.grads.values())
+        if batch == 1:
+            assert norm(result.grads) <= 0.05
+            assert norm(result.grads) > 0.0499
+
+
+def test_dictionaries_in_and_out():
+    class Dictionary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = small()
+
+        def forward(self, *, batch):
+            return {"logits": self.inner(input=batch["x"]), "size": len(batch["x"])}
+
+    model, x, y = Dictionary(), torch.randn(4, 6), torch.randint(0, 3, (4,))
+    expected = step(BookKeeping(model.inner, clip_norm=0.2), model.inner, x, y)
+    engine = BookKeeping(model, clip_norm=0.2)
+    engine.begin(4)
+    F.cross_entropy(model(batch={"x": x})["logits"], y).backward()
+    found = engine.finish("mean")
+    for name, g in expected.grads.items():
+        torch.testing.assert_close(found.grads[f"inner.{name}"], g)

@@ -1,0 +1,200 @@
+"""Every layer rule against a loop over single examples, in float64 and float32."""
+
+import pytest
+import torch
+from clipping_oracle import assert_equal_to_the_oracle
+from torch import nn
+
+from dptrainer.clipping import BookKeeping
+from dptrainer.clipping.rules import conv, rule_for
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(1)
+
+
+class Reshape(nn.Module):
+    def __init__(self, *shape):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x):
+        return x.reshape(x.shape[0], *self.shape)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("inner", [(), (7,), (3, 4)])
+def test_linear(inner, bias):
+    model = nn.Sequential(nn.Linear(6, 5, bias=bias), nn.Tanh(), nn.Linear(5, 3, bias=bias))
+    assert_equal_to_the_oracle(model, [torch.randn(5, *inner, 6)])
+
+
+def test_a_large_linear_over_positions_is_instantiated_in_chunks(monkeypatch):
+    monkeypatch.setattr("dptrainer.clipping.per_example.CHUNK_ELEMENTS", 64)
+    model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 3))
+    assert_equal_to_the_oracle(model, [torch.randn(5, 2, 12)])
+
+
+@pytest.mark.parametrize("frozen", ["0.weight", "0.bias", "2.weight", "2.bias"])
+def test_a_partly_frozen_layer(frozen):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    model.get_parameter(frozen).requires_grad_(False)
+    assert_equal_to_the_oracle(model, [torch.randn(4, 3, 6)])
+
+
+CONVOLUTIONS = [
+    {"kernel_size": 3},
+    {"kernel_size": 3, "stride": 2},
+    {"kernel_size": 2, "stride": 3, "padding": 1},
+    {"kernel_size": 3, "padding": 2, "dilation": 2},
+    {"kernel_size": 3, "groups": 2, "padding": 1},
+    {"kernel_size": 3, "groups": 4, "stride": 2, "dilation": 2, "padding": 2},
+    {"kernel_size": 3, "padding": "same"},
+    {"kernel_size": 4, "padding": "same"},
+    {"kernel_size": 3, "padding": "valid", "bias": False},
+    {"kernel_size": 3, "padding": 2, "padding_mode": "circular"},
+    {"kernel_size": 3, "padding": 2, "padding_mode": "reflect", "stride": 2},
+    {"kernel_size": 3, "padding": 2, "padding_mode": "replicate"},
+    {"kernel_size": 4, "padding": "same", "padding_mode": "replicate"},
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same.")  # about speed, from torch
+@pytest.mark.parametrize("method", [conv.by_loop, conv.by_groups, conv.by_unfolding])
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("dims", [1, 2])
+def test_convolution(dims, options, method, monkeypatch):
+    monkeypatch.setattr(conv, "cheapest", lambda *_: method)
+    kind = (nn.Conv1d, nn.Conv2d)[dims - 1]
+    model = nn.Sequential(kind(4, 4, **options), nn.Tanh())
+    assert_equal_to_the_oracle(model, [torch.randn(3, 4, *(9, 8)[:dims])])
+
+
+@pytest.mark.parametrize("method", [conv.by_loop, conv.by_groups])
+@pytest.mark.parametrize("options", CONVOLUTIONS[:6], ids=str)
+def test_convolution_in_three_dimensions(options, method, monkeypatch):
+    monkeypatch.setattr(conv, "cheapest", lambda *_: method)
+    assert_equal_to_the_oracle(nn.Sequential(nn.Conv3d(4, 4, **options), nn.Tanh()), [torch.randn(3, 4, 6, 5, 6)])
+
+
+def test_unequal_strides_and_kernels():
+    model = nn.Sequential(nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(0, 2), dilation=(1, 2)), nn.Tanh())
+    assert_equal_to_the_oracle(model, [torch.randn(3, 2, 9, 8)])
+
+
+def test_a_large_convolution_is_instantiated_in_chunks(monkeypatch):
+    monkeypatch.setattr("dptrainer.clipping.per_example.CHUNK_ELEMENTS", 16)
+    assert_equal_to_the_oracle(nn.Sequential(nn.Conv2d(5, 6, 3), nn.Tanh()), [torch.randn(5, 5, 3, 3)])
+
+
+def test_the_method_is_chosen_without_moving_the_random_stream():
+    conv._CHOICES.clear()
+    geometry = conv.Geometry(torch.Size((2, 1, 3, 3)), (1, 1), (0, 0), (1, 1), 1)
+    before = torch.get_rng_state()
+    chosen = conv.cheapest(geometry, torch.zeros(2, 1, 5, 5), torch.zeros(2, 2, 3, 3))
+    assert chosen in (conv.by_loop, conv.by_groups, conv.by_unfolding)
+    assert torch.equal(before, torch.get_rng_state())
+    assert len(conv._CHOICES) == 1
+
+
+@pytest.mark.parametrize("padding_idx", [None, 0, 3])
+def test_embedding_with_repeated_indices(padding_idx):
+    model = nn.Sequential(nn.Embedding(5, 3, padding_idx=padding_idx), nn.Linear(3, 2))
+    with torch.no_grad():
+        model[0].weight.normal_()  # a padding row that is not zero would receive a gradient
+    assert_equal_to_the_oracle(model, [torch.randint(0, 5, (4, 12))])
+
+
+def test_embedding_of_one_index_per_example():
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2))
+    assert_equal_to_the_oracle(model, [torch.randint(0, 5, (6,))])
+
+
+@pytest.mark.parametrize("padding_idx", [None, 2])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_embedding_bag(mode, padding_idx):
+    model = nn.Sequential(nn.EmbeddingBag(6, 3, mode=mode, padding_idx=padding_idx), nn.Linear(3, 2))
+    assert_equal_to_the_oracle(model, [torch.randint(0, 6, (4, 9))])
+
+
+class Bags(nn.Module):
+    """Ragged bags: indices of length sum(lengths), and where each bag starts."""
+
+    def __init__(self):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(6, 3, mode="mean")
+        self.out = nn.Linear(3, 2)
+
+    def forward(self, index, length):
+        kept = [row[: int(n)] for row, n in zip(index, length, strict=True)]
+        offsets = torch.cumsum(torch.tensor([0] + [len(k) for k in kept[:-1]]), 0)
+        return self.out(self.bag(torch.cat(kept), offsets))
+
+
+def test_ragged_bags_with_offsets():
+    assert_equal_to_the_oracle(Bags(), [torch.randint(0, 6, (4, 8)), torch.tensor([3, 8, 1, 5])])
+
+
+class WeightedBag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(6, 3, mode="sum")
+
+    def forward(self, index, weight):
+        return self.bag(index, per_sample_weights=weight)
+
+
+def test_weighted_bags():
+    assert_equal_to_the_oracle(WeightedBag(), [torch.randint(0, 6, (4, 8)), torch.randn(4, 8)])
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.LayerNorm(6), (6,)),
+        (nn.LayerNorm(6), (4, 6)),
+        (nn.LayerNorm((4, 6)), (4, 6)),
+        (nn.LayerNorm((4, 6), bias=False), (3, 4, 6)),
+        (nn.RMSNorm(6), (4, 6)),
+        (nn.RMSNorm((4, 6), eps=1e-3), (4, 6)),
+        (nn.GroupNorm(2, 6), (6, 5)),
+        (nn.GroupNorm(3, 6), (6, 4, 5)),
+        (nn.GroupNorm(3, 6), (6,)),
+        (nn.InstanceNorm1d(4, affine=True), (4, 7)),
+        (nn.InstanceNorm2d(4, affine=True), (4, 3, 3)),
+        (nn.InstanceNorm3d(4, affine=True), (4, 3, 2, 3)),
+    ],
+    ids=str,
+)
+def test_norm_layers(layer, shape):
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    width = int(torch.tensor(shape).prod())
+    model = nn.Sequential(nn.Linear(4, width), Reshape(*shape), layer, nn.Tanh())
+    # GroupNorm over one channel of one position is constant in its input, so float32 has less to give there.
+    assert_equal_to_the_oracle(model, [torch.randn(5, 4)], single=3e-6)
+
+
+def test_no_rule_for_a_subclass_with_its_own_forward():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model = nn.Sequential(Doubled(4, 3), nn.Linear(3, 2))
+    assert rule_for(model[0]) is None
+    assert BookKeeping(model, clip_norm=1.0).replayed == ("0",)
+    assert_equal_to_the_oracle(model, [torch.randn(4, 4)])
+
+
+def test_no_rule_for_a_patched_forward():
+    layer = nn.Linear(4, 3)
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight * 2, layer.bias)
+    assert rule_for(layer) is None
+
+
+def test_a_subclass_that_keeps_forward_keeps_the_rule():
+    class Named(nn.Linear):
+        pass
+
+    assert rule_for(Named(2, 2)) is not None
