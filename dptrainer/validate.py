@@ -192,13 +192,14 @@ def isolation_test(model: nn.Module, example: Sequence[Tensor], *, tolerance: fl
 
 
 def _perturbed(inputs: Tensor, index: int) -> Tensor:
-    """The inputs with one row changed: noise on numbers, another row or a reversal for indices."""
+    """The inputs with one row changed: other numbers; for indices another row, or its own reversed if they are equal."""
     changed = inputs.clone()
     row = changed[index]
     if row.is_floating_point():
         changed[index] = row * -1.5 + 1.0
     else:
-        changed[index] = row.flip(0) if row.dim() and row.shape[0] > 1 else inputs[(index + 1) % inputs.shape[0]]
+        other = inputs[(index + 1) % inputs.shape[0]]
+        changed[index] = row.flip(0) if row.dim() and torch.equal(other, row) else other
     return changed
 
 

@@ -83,7 +83,10 @@ class Residual(nn.Module):
 @pytest.mark.parametrize(
     ("model", "data"),
     [
-        (lambda: nn.Sequential(nn.Linear(4, 4), Scale(4), nn.ReLU(inplace=True), nn.Linear(4, 2)), lambda: torch.randn(5, 4)),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 4), Scale(4), nn.ReLU(inplace=True), nn.Linear(4, 2)),
+            lambda: torch.randn(5, 4),
+        ),
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU()), lambda: torch.randn(5, 4)),
         (lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 3), nn.Tanh()), lambda: torch.randn(3, 2, 4, 4)),
         (Token, lambda: torch.randn(5, 3, 4)),
@@ -95,9 +98,20 @@ class Residual(nn.Module):
         (lambda: parametrizations.weight_norm(nn.Linear(4, 3)), lambda: torch.randn(5, 4)),
         (lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 3)), nn.Tanh()), lambda: torch.randn(5, 4)),
     ],
-    ids=["bare", "prelu", "transposed", "token", "lstm", "gru", "attention", "attention-square", "encoder", "weight-norm",
-         "orthogonal"],
-)  # fmt: skip
+    ids=[
+        "bare",
+        "prelu",
+        "transposed",
+        "token",
+        "lstm",
+        "gru",
+        "attention",
+        "attention-square",
+        "encoder",
+        "weight-norm",
+        "orthogonal",
+    ],
+)
 def test_modules_without_a_rule(model, data):
     assert_equal_to_the_oracle(model(), [data()], single=3e-6)
 
@@ -190,7 +204,8 @@ def test_a_rule_for_something_else_than_a_module_class_is_refused():
         rule(nn.Linear(2, 2))
 
 
-def test_the_example_in_the_documentation_runs(_registry):
+@pytest.mark.usefixtures("_registry")
+def test_the_example_in_the_documentation_runs():
     page = Path(__file__).parents[3] / "docs" / "extending.md"
     section = page.read_text(encoding="utf-8").split("@rule(MyLayer)", 1)[1]
     code = re.search(r"```python\n(.*?)```", section, re.S).group(1)

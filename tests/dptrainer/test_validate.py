@@ -1,0 +1,199 @@
+"""Every row of what cannot be trained privately: the code, the name and the way out."""
+
+import pytest
+import torch
+from torch import nn
+
+from dpbudget.errors import CODES, PrivacyViolation
+from dptrainer.validate import check, isolation_test, validate
+
+
+def wrap(*layers):
+    return nn.Sequential(nn.Linear(4, 4), *layers)
+
+
+def tables(**options):
+    return nn.Sequential(nn.Embedding(5, 4, **options), nn.Linear(4, 2))
+
+
+ROWS = {
+    "batch norm": (lambda: wrap(nn.BatchNorm1d(4)), "DP010", "1", "GroupNorm(4, 4)"),
+    "batch norm 2d": (
+        lambda: nn.Sequential(nn.Conv2d(1, 96, 3), nn.BatchNorm2d(96)),
+        "DP010",
+        "1",
+        "GroupNorm(32, 96)",
+    ),
+    "sync batch norm": (lambda: wrap(nn.SyncBatchNorm(4)), "DP010", "1", "GroupNorm"),
+    "frozen batch norm in train mode": (lambda: wrap(nn.BatchNorm1d(4).requires_grad_(False)), "DP010", "1", ".eval()"),
+    "batch norm without statistics": (
+        lambda: wrap(nn.BatchNorm1d(4, track_running_stats=False).eval()).train(),
+        "DP010",
+        "1",
+        "GroupNorm",
+    ),
+    "instance norm with statistics": (
+        lambda: wrap(nn.InstanceNorm1d(4, track_running_stats=True)),
+        "DP013",
+        "1",
+        "track_running_stats=False",
+    ),
+    "eval mode": (lambda: wrap().eval(), "DP014", "", "model.train()"),
+    "nothing trainable": (lambda: wrap().requires_grad_(False), "DP018", "", "requires_grad_"),
+    "half precision": (lambda: wrap().bfloat16(), "DP018", "0.weight", "autocast"),
+    "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "DP018", "weight", "float32"),
+    "sparse": (lambda: tables(sparse=True), "DP019", "0", "sparse=False"),
+    "max norm": (lambda: tables(max_norm=1.0), "DP010", "0", "max_norm=None"),
+    "by frequency": (lambda: tables(scale_grad_by_freq=True), "DP010", "0", "scale_grad_by_freq=False"),
+    "bag by frequency": (lambda: wrap(nn.EmbeddingBag(5, 4, scale_grad_by_freq=True)), "DP010", "1", "scale_grad"),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_problem_has_a_code_a_name_and_a_fix(row):
+    build, code, name, fix = ROWS[row]
+    model = build()
+    found = validate(model)
+    first = found[0]
+    assert (first.code, first.module_name) == (code, name)
+    assert fix in first.fix
+    assert first.code in CODES
+    with pytest.raises(PrivacyViolation) as caught:
+        check(model)
+    assert caught.value.code == code
+    assert fix in str(caught.value)
+
+
+def test_a_batch_norm_that_is_frozen_and_in_eval_mode_is_allowed():
+    model = wrap(nn.BatchNorm1d(4).requires_grad_(False))
+    model[1].eval()
+    assert validate(model) == []
+    model[1].weight.requires_grad_(True)
+    assert [p.code for p in validate(model)] == ["DP010"]
+
+
+def test_a_good_model_and_optimizer_have_no_problem():
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(inplace=True), nn.InstanceNorm2d(4, affine=True), nn.Flatten(),
+        nn.Dropout(0.1), nn.Linear(64, 2),
+    )  # fmt: skip
+    model[0].requires_grad_(False)
+    for optimizer in (torch.optim.SGD(model.parameters(), 0.1), torch.optim.Adam(model[1:].parameters())):
+        assert validate(model, optimizer) == []
+        check(model, optimizer)
+
+
+def test_the_optimizer_must_hold_exactly_the_trainable_parameters():
+    model, other = wrap(nn.Linear(4, 2)), wrap(nn.Linear(4, 2))
+    foreign = torch.optim.SGD(other.parameters(), 0.1)
+    assert [p.code for p in validate(model, foreign)] == ["DP011"]
+    assert "none belong" in validate(model, foreign)[0].reason
+    mixed = torch.optim.SGD([*model.parameters(), *other[0].parameters()], 0.1)
+    assert "2 of them foreign." in validate(model, mixed)[0].reason
+    part = torch.optim.SGD(model[0].parameters(), 0.1)
+    found = validate(model, part)
+    assert [p.code for p in found] == ["DP012"]
+    assert "1.weight, 1.bias" in found[0].reason
+    model[1].requires_grad_(False)
+    assert validate(model, part) == []
+
+
+def test_lbfgs_is_refused():
+    model = wrap()
+    assert [p.code for p in validate(model, torch.optim.LBFGS(model.parameters()))] == ["DP017"]
+
+
+def test_check_lists_every_problem():
+    model = wrap(nn.BatchNorm1d(4), nn.InstanceNorm1d(4, track_running_stats=True)).eval()
+    model[1].train()
+    with pytest.raises(PrivacyViolation) as caught:
+        check(model, torch.optim.LBFGS(model.parameters()))
+    text = str(caught.value)
+    assert all(code in text for code in ("DP010", "DP013", "DP014", "DP017"))
+    assert text.count("Fix:") == 4
+    assert caught.value.code == "DP010"
+
+
+# ---------------------------------------------------------------------- isolation
+
+
+class Mixes(nn.Module):
+    def __init__(self, mix):
+        super().__init__()
+        self.first, self.mix, self.last = nn.Linear(4, 4), mix, nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(self.mix(self.first(x)))
+
+
+class Call(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+MIXERS = {
+    "mean over the batch": lambda x: x + x.mean(0),
+    "neighbour": lambda x: x + x.roll(1, 0),
+    "attention over the batch": lambda x: torch.softmax(x @ x.T, 1) @ x,
+    "maximum": lambda x: x / x.abs().max(),
+    "sorting": lambda x: x.sort(0).values,
+    "cumulative": lambda x: x.cumsum(0),
+}
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_layer_that_mixes_examples_is_found_and_named(mixer):
+    model = Mixes(Call(MIXERS[mixer]))
+    with pytest.raises(PrivacyViolation, match="'mix'") as caught:
+        isolation_test(model, [torch.zeros(2, 4)])
+    assert caught.value.code == "DP033"
+
+
+def test_batch_norm_in_train_mode_mixes_examples():
+    with pytest.raises(PrivacyViolation) as caught:
+        isolation_test(Mixes(nn.BatchNorm1d(4, track_running_stats=False)), [torch.zeros(2, 4)])
+    assert caught.value.code == "DP033"
+    with pytest.raises(PrivacyViolation) as caught:
+        isolation_test(Mixes(nn.BatchNorm1d(4)), [torch.zeros(2, 4)])
+    assert caught.value.code == "DP013"
+
+
+@pytest.mark.parametrize(
+    ("model", "example"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Dropout(0.5), nn.Linear(4, 2)), torch.zeros(2, 4)),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(inplace=True)), torch.zeros(1, 3, 5, 5)),
+        (nn.Sequential(nn.Embedding(9, 4), nn.LSTM(4, 3, batch_first=True)), torch.randint(0, 9, (4, 6))),
+        (nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), torch.zeros(3, 5, 4)),
+    ],
+    ids=["dense", "convolution", "recurrent", "transformer"],
+)
+def test_a_model_that_keeps_examples_apart_passes_and_is_left_as_it_was(model, example):
+    state, values = torch.get_rng_state(), {n: v.clone() for n, v in model.state_dict().items()}
+    isolation_test(model, [example])
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(values[n], v) for n, v in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_an_index_that_reaches_another_example_is_found():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(9, 4)
+
+        def forward(self, x):
+            return self.embed(x).mean(1) * x.float().var()
+
+    with pytest.raises(PrivacyViolation, match="in the model itself"):
+        isolation_test(Counts(), [torch.arange(8).view(4, 2)])
+
+
+def test_a_model_without_one_row_per_example_is_refused():
+    with pytest.raises(PrivacyViolation) as caught:
+        isolation_test(nn.Sequential(nn.Linear(4, 2), Call(lambda x: x.sum())), [torch.zeros(2, 4)])
+    assert caught.value.code == "DP030"
