@@ -18,6 +18,7 @@ from dpbudget.ledger.head import Head, read_head, sign_head
 from dpbudget.ledger.signing import PublicKey, Signer
 from dpbudget.ledger.state import LedgerState
 from dpbudget.ledger.store.base import LedgerStore, Snapshot
+from dpbudget.ledger.tree import Frontier, leaf_hash
 
 #: Values that the operating system's generator gives once.
 _RANDOM = re.compile(rb'"(nonce|commitment|fresh)":"([0-9a-f]+)"')
@@ -70,6 +71,26 @@ def check_head(state: LedgerState, note: bytes) -> Head:
     if head.size != state.size or head.root != state.tree.root.hex():
         raise Tampered(f"the signed head covers {head.size} records with another root; the store holds {state.size}")
     return head
+
+
+def check_kept_heads(snapshot: Snapshot, state: LedgerState) -> int:
+    """Check every head that the store kept, and return their number; ``state`` is that of the same snapshot.
+
+    Raises:
+        Tampered: a head is not the writer's or does not belong to this history.
+    """
+    genesis, tree = state.genesis, Frontier()
+    heads = iter([read_head(note, genesis.ledger_id, genesis.writer) for note in snapshot.heads])
+    head = next(heads, None)
+    for entry in snapshot.entries:
+        tree = tree.append(leaf_hash(entry.line))
+        if head is not None and head.size == tree.size:
+            if head.root != tree.root.hex():
+                raise Tampered(f"the head of {head.size} records has another root than these records")
+            head = next(heads, None)
+    if head is not None:
+        raise Tampered(f"a kept head of {head.size} records is out of order or beyond the {tree.size} records")
+    return len(snapshot.heads)
 
 
 class Journal:

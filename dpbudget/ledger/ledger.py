@@ -111,7 +111,11 @@ class Ledger:
             draft.add("genesis", seal=seal, **facts)
             draft.add("portfolio", seal=seal, index=1, delta=delta, epsilon=share)
 
-        journal.transact(write)
+        try:
+            journal.transact(write)
+        except BaseException:
+            store.close()
+            raise
         return cls(journal, filter)
 
     @classmethod
@@ -200,8 +204,9 @@ class Ledger:
         return nearest if nearest <= left else math.nextafter(nearest, 0.0)
 
     def refresh(self) -> LedgerState:
-        """Read what other processes added; the state verified anew."""
-        self._journal.snapshot()
+        """Read and check what other processes added; a ledger that was opened for reading stays as it was read."""
+        if self._journal.writer is not None:
+            self._journal.transact(lambda _: None)
         return self.state
 
     def sign_plan(self, plan: Plan, *, owner: Signer) -> str:

@@ -55,6 +55,10 @@ class LeaseKey:
             self._key[:] = bytes(len(self._key))
             self._key = None
 
+    def __del__(self) -> None:
+        # A key lives as long as its run's current lease or a receipt of it, and no longer.
+        self.wipe()
+
     def __repr__(self) -> str:
         return "<LeaseKey: hidden>"
 

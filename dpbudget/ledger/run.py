@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -34,17 +36,11 @@ def default_lease_steps(steps: int) -> int:
 
 @dataclass
 class _Held:
-    """The lease that this process holds: steps ``first`` to ``end - 1``.
-
-    Attributes:
-        next: the next step to be issued.
-        written: the first step without a reserve on disk.
-    """
+    """The lease that this process holds: steps ``first`` to ``end - 1``, of which ``next`` is issued next."""
 
     first: int
     end: int
     next: int
-    written: int
     nonce: bytes
     key: LeaseKey
 
@@ -91,7 +87,10 @@ class Run:
         self._held: _Held | None = None
         self._issued: list[_Issued] = []
         self._since = 0.0
-        self._keys: list[LeaseKey] = []
+        # Weak: the key of a used-up lease dies with the last receipt that still needs it.
+        self._keys: weakref.WeakSet[LeaseKey] = weakref.WeakSet()
+        # Two threads must never be handed the same step.
+        self._lock = threading.RLock()
         self._closed = False
 
     @property
@@ -141,12 +140,16 @@ class Run:
             PrivacyViolation: the run is closed (DP078).
         """
         self._guard()
+        with self._lock:
+            return self._next_receipt()
+
+    def _next_receipt(self) -> Receipt:
         held = self._held
         if held is None or held.next == held.end:
             held = self._take_lease()
         elif self._issued and self._clock() - self._since > FLUSH_SECONDS:
             self._journal.transact(partial(self._write_issued, held))
-            self._issued, held.written = [], held.next
+            self._issued = []
         # After the commit: a copied file or a restored backup draws other bytes, hence other noise.
         fresh = os.urandom(16)
         receipt = self._receipt(held, fresh)
@@ -164,6 +167,10 @@ class Run:
             output_digest: SHA-256 of the released values, 64 hexadecimal digits. Never a hash of data.
         """
         self._guard()
+        with self._lock:
+            self._settle(receipt, output_digest)
+
+    def _settle(self, receipt: Receipt, output_digest: str | None) -> None:
         newest = self._issued[-1] if self._issued else None
         if receipt.run_id != self.run_id or newest is None or newest.fresh != receipt.fresh:
             raise InvalidParameter(
@@ -180,15 +187,16 @@ class Run:
         Raises:
             StorageFailed: the last settles could not be written; their steps stay charged all the same.
         """
-        if self._closed:
+        if self._closed or self._journal.forked:
+            # A forked child holds a copy of the run, whose keys are gone; its parent closes the original.
             return
-        self._closed = True
-        for key in self._keys:
-            key.wipe()
-        held, self._held = self._held, None
-        # A forked child holds a copy of the run, and its parent closes the original.
-        if held is not None and not self._journal.forked:
-            self._journal.transact(partial(self._write_close, held))
+        with self._lock:
+            self._closed = True
+            for key in list(self._keys):
+                key.wipe()
+            held, self._held = self._held, None
+            if held is not None:
+                self._journal.transact(partial(self._write_close, held))
 
     def __enter__(self) -> Self:
         return self
@@ -245,7 +253,7 @@ class Run:
             # Outside the lock, since an accountant takes its time; inside, the portfolio must still be what was seen.
             claim = None if seen.frozen else self._joint_claim(state, seen)
             taken = self._journal.transact(partial(self._write_lease, seen, claim, nonce, key))
-        self._keys.append(key)
+        self._keys.add(key)
         self._issued, self._held = [], taken
         return taken
 
@@ -284,14 +292,20 @@ class Run:
             count=count,
             claim=claim,
         )
-        return _Held(first, first + count, first, first, nonce, key)
+        return _Held(first, first + count, first, nonce, key)
 
     def _write_issued(self, held: _Held, draft: Draft) -> None:
-        """Reserve and settle every receipt that was issued since the last time."""
-        if not self._issued:
+        """Reserve and settle every receipt that was issued and is not on disk yet.
+
+        What is on disk is asked of the ledger: an interrupt right after a commit leaves no trace in this object.
+        """
+        lease = next((lease for lease in draft.state.runs[self.run_id].leases if lease.first == held.first), None)
+        written = held.end if lease is None else lease.first + lease.reserved
+        pending = [issued for issued in self._issued if issued.step >= written]
+        if not pending:
             return
-        draft.add("reserve", run=self.run_id, step=held.written, count=held.next - held.written)
-        for issued in self._issued:
+        draft.add("reserve", run=self.run_id, step=written, count=held.next - written)
+        for issued in pending:
             draft.add("settle", run=self.run_id, step=issued.step, fresh=issued.fresh.hex(), output=issued.output)
 
     def _write_close(self, held: _Held, draft: Draft) -> None:

@@ -18,6 +18,7 @@ from dpbudget.ledger.store.base import Snapshot
 from dpbudget.ledger.store.jsonl import MAX_EXPORT_BYTES, read_export
 from dpbudget.ledger.store.sqlite import (
     MAGIC,
+    SqliteStore,
     check_schema,
     journal_of,
     live_store,
@@ -38,14 +39,23 @@ def read_ledger(path: str | os.PathLike[str]) -> Snapshot:
         Tampered: a torn or edited file (DP071, DP082).
     """
     place = files.as_path(path)
+    live = _live(place)
+    if live is not None:
+        return live.snapshot()
     head = _first_bytes(place)
     if head == MAGIC:
-        # Closing a second descriptor would drop the locks of a store that is open in this process.
-        live = live_store(files.identity(place))
-        return live.snapshot() if live is not None else _read_copy(place)
+        return _read_copy(place)
     if head[:1] == b"{":
         return read_export(files.read_regular(place, MAX_EXPORT_BYTES))
     raise Unreadable(f"{place} is neither a ledger nor an export", hint="name a file made by dpbudget")
+
+
+def _live(place: Path) -> SqliteStore | None:
+    try:
+        status = os.stat(place)
+    except OSError as error:
+        raise Unreadable(f"{place}: {error.strerror}", hint="check the path") from None
+    return live_store((status.st_dev, status.st_ino))
 
 
 def _first_bytes(place: Path) -> bytes:

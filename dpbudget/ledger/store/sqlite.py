@@ -133,7 +133,8 @@ class SqliteStore:
                 finally:
                     self._connection.execute("ROLLBACK")
             except sqlite3.Error as error:
-                raise Tampered(f"{self.path} cannot be read: {error}") from None
+                refuse_busy(error, self.path)
+                raise Tampered(f"{self.path} is damaged: {error}") from None
 
     def close(self) -> None:
         """Close the connection; harmless when repeated, and left alone in a forked child."""
@@ -146,13 +147,9 @@ class SqliteStore:
         try:
             self._check_in_place()
             self._connection.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
-                raise StorageFailed(
-                    f"another process holds the lock of {self.path}; nothing was charged",
-                    hint="wait for it, or see which process has the ledger open",
-                ) from None
-            self._poison = str(error)
+        except sqlite3.Error as error:
+            refuse_busy(error, self.path)
+            self._poison = f"{type(error).__name__}: {error}"
             raise StorageFailed(f"{self.path}: {error}; nothing was released") from error
 
     def _commit(self) -> None:
@@ -230,6 +227,7 @@ def check_schema(connection: sqlite3.Connection, path: Path) -> None:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         encoding = connection.execute("PRAGMA encoding").fetchone()[0]
     except sqlite3.Error as error:
+        refuse_busy(error, path)
         raise Unreadable(f"{path} is not a dpbudget ledger: {error}") from None
     if application != APPLICATION_ID:
         raise Unreadable(f"{path} is not a dpbudget ledger", hint="name the ledger file or an export of it")
@@ -255,6 +253,15 @@ def refuse_super_journal(journal: Path) -> None:
         raise
     if tail == _SUPER_JOURNAL_MAGIC:
         raise Unreadable(f"{journal} belongs to a transaction over several databases", code="DP083")
+
+
+def refuse_busy(error: sqlite3.Error, path: Path) -> None:
+    """Raise :class:`StorageFailed` where ``error`` says that another process holds the lock; else return."""
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+        raise StorageFailed(
+            f"another process holds the lock of {path}; nothing was charged",
+            hint="wait for it, or see which process has the ledger open",
+        ) from None
 
 
 def live_store(identity: tuple[int, int]) -> SqliteStore | None:
@@ -286,6 +293,7 @@ def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
         level = connection.execute("PRAGMA synchronous").fetchone()[0]
     except sqlite3.Error as error:
         connection.close()
+        refuse_busy(error, path)
         raise Unreadable(f"{path} is not a dpbudget ledger: {error}") from None
     if mode != "delete" or level != 3:
         connection.close()
