@@ -1,9 +1,9 @@
 """What may still be spent: the arithmetic that a ledger asks before it admits a plan.
 
 A ledger holds rules and no privacy arithmetic; it is given a filter. ``portfolio``: the plans of one portfolio are
-fixed before any of them touches data, so they compose as one non-adaptive composition, interleaved in any order (Vadhan
-and Zhang 2023); between portfolios the declared (epsilon_i, delta_i) add up, which is a valid filter under fully adaptive
-choice (Rogers, Roth, Ullman and Vadhan 2016).
+fixed before any of them touches data, so they compose as one non-adaptive composition, interleaved in any order
+(Vadhan and Zhang 2023); between portfolios the declared (epsilon_i, delta_i) add up, which is a valid filter under
+fully adaptive choice (Rogers, Roth, Ullman and Vadhan 2016).
 """
 
 from __future__ import annotations
