@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate
 
@@ -29,6 +29,7 @@ from dpbudget._search import most_steps, smallest_noise
 from dpbudget.accountants.base import Accountant
 from dpbudget.curve import Bounds
 from dpbudget.errors import InvalidParameter, NotComputable
+from dpbudget.filters import PortfolioFilter
 from dpbudget.mechanisms import Adjacency, Charge
 from dpbudget.mechanisms.gaussian import MAX_NOISE_MULTIPLIER, MIN_NOISE_MULTIPLIER
 from dpbudget.meter import Meter
@@ -127,6 +128,7 @@ class _Draft:
     accountant: Accountant
     accountant_name: AccountantName
     max_parameters: int
+    beside: tuple[Plan, ...] = ()
 
     def plan(self, sigma: float, steps: int | None = None) -> Plan:
         """The plan with this noise, and the claim that its accountant certifies; infinite bounds raise NotComputable.
@@ -160,9 +162,9 @@ class _Draft:
         return plan.replace(claim=stated.replace(epsilon=claimed_epsilon(bounds.upper)))
 
     def claim(self, sigma: float, steps: int | None = None) -> float:
-        """The claimed epsilon, infinite where nothing can be claimed."""
+        """The epsilon claimed together with the plans beside it, infinite where nothing can be claimed."""
         try:
-            return self.plan(sigma, steps).claim.epsilon
+            return self.joint_claim(self.plan(sigma, steps))
         except NotComputable as error:
             if error.code == "DP062":
                 raise
@@ -171,6 +173,12 @@ class _Draft:
             if error.code != "DP053":
                 raise
             return math.inf
+
+    def joint_claim(self, plan: Plan) -> float:
+        """What ``plan`` and the plans beside it claim together."""
+        if not self.beside:
+            return plan.claim.epsilon
+        return PortfolioFilter().joint_claim((*self.beside, plan), self.delta)
 
 
 def _draft(
@@ -206,6 +214,7 @@ def calibrate(
     adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
     accountant: str = "prv",
     max_parameters: int = DEFAULT_MAX_PARAMETERS,
+    beside: Sequence[Plan] = (),
 ) -> Plan:
     """The plan with the smallest noise multiplier whose claim is at most ``epsilon``.
 
@@ -225,6 +234,7 @@ def calibrate(
         adjacency: which datasets are neighbours.
         accountant: ``prv`` (tight) or ``rdp`` (looser, faster to audit).
         max_parameters: largest number of trainable parameters; enters the bounded tail.
+        beside: plans of the same portfolio; then ``epsilon`` bounds the joint claim of all of them.
 
     Raises:
         InvalidParameter: a value is out of range (DP001 to DP009) or delta is too small for the noise mode (DP053).
@@ -235,12 +245,13 @@ def calibrate(
         sample_rate=sample_rate, steps=steps, dataset_size=dataset_size, batch_size=batch_size, epochs=epochs
     )
     draft = _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters)
+    draft = replace(draft, beside=tuple(beside))
     # At the largest noise every refusal is final, so it is raised as it is; below, it only means "more noise".
-    least = draft.plan(MAX_NOISE_MULTIPLIER)
-    if least.claim.epsilon > target:
+    least = draft.joint_claim(draft.plan(MAX_NOISE_MULTIPLIER))
+    if least > target:
         raise NotComputable(
             f"epsilon {target:g} is not reachable in {schedule.steps} steps at sampling rate {schedule.rate:.4g} with "
-            f"a noise multiplier up to {MAX_NOISE_MULTIPLIER:g}; the smallest reachable is {least.claim.epsilon:.3g}",
+            f"a noise multiplier up to {MAX_NOISE_MULTIPLIER:g}; the smallest reachable is {least:.3g}",
             code="DP004",
             hint="pass fewer epochs, a smaller batch, a larger delta or a larger epsilon",
         )

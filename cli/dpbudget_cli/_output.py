@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -82,6 +83,12 @@ def _directed(value: float, digits: int, rounding: str) -> str:
     if not math.isfinite(value):
         return str(value)
     return f"{Context(prec=digits, rounding=rounding).create_decimal(Decimal(value)):g}"
+
+
+def floor_float(value: Fraction) -> float:
+    """The largest float that is not above an exact value."""
+    nearest = float(value)
+    return nearest if nearest <= value else math.nextafter(nearest, -math.inf)
 
 
 def clean(value: object) -> str:

@@ -1,0 +1,78 @@
+"""Key files and passphrases, as the commands name them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dpbudget.errors import InvalidParameter, Unreadable
+
+if TYPE_CHECKING:
+    from dpbudget.ledger.signing import Ed25519Signer
+
+_MAX_PASSPHRASE = 4096
+
+PASSPHRASE_FD = click.option(
+    "--passphrase-fd", type=int, metavar="FD", help="Read the key's passphrase from this file descriptor."
+)
+
+
+def read_passphrase(fd: int | None) -> bytes | None:
+    """The first line of a file descriptor, without its line feed; None where none is named."""
+    if fd is None:
+        return None
+    try:
+        with os.fdopen(os.dup(fd), "rb") as stream:
+            line = stream.readline(_MAX_PASSPHRASE + 1).rstrip(b"\r\n")
+    except (OSError, OverflowError):
+        raise InvalidParameter(
+            f"file descriptor {fd} cannot be read", code="DP070", hint="open it, as in --passphrase-fd 3 3< FILE"
+        ) from None
+    if not 0 < len(line) <= _MAX_PASSPHRASE:
+        raise InvalidParameter(
+            f"file descriptor {fd} gives no passphrase of 1 to {_MAX_PASSPHRASE} bytes", code="DP073"
+        )
+    return line
+
+
+def ask_passphrase(*, twice: bool = False) -> bytes:
+    """Ask a person at a terminal; refused in a pipe, where nobody could answer."""
+    if not sys.stdin.isatty():
+        raise InvalidParameter(
+            "a passphrase is needed and there is no terminal to ask at",
+            code="DP073",
+            hint="pass --passphrase-fd FD, as in --passphrase-fd 3 3< FILE",
+        )
+    text = click.prompt("passphrase", hide_input=True, confirmation_prompt=twice, err=True)
+    return str(text).encode()
+
+
+def key_path(given: str | None, ledger: str, role: str) -> str:
+    """The key file that was named, else the one beside the ledger; raises Unreadable (DP070) where there is neither."""
+    if given is not None:
+        return given
+    beside = f"{ledger}.{role}.key"
+    if not Path(beside).exists():
+        raise Unreadable(f"no --{role}-key given and no {beside} beside the ledger", hint=f"pass --{role}-key FILE")
+    return beside
+
+
+def load_signer(path: str, passphrase_fd: int | None) -> Ed25519Signer:
+    """The private key of a file; an encrypted one without --passphrase-fd is asked for at a terminal.
+
+    Raises:
+        Unreadable: missing, unsafe or not a key (DP070, DP073).
+    """
+    from dpbudget.ledger.keys import load_key
+
+    passphrase = read_passphrase(passphrase_fd)
+    try:
+        return load_key(path, passphrase)
+    except Unreadable as error:
+        if passphrase is not None or "passphrase" not in error.message or not sys.stdin.isatty():
+            raise
+        return load_key(path, ask_passphrase())

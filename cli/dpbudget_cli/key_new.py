@@ -1,0 +1,38 @@
+"""``dpbudget key new``: make a signing key."""
+
+from __future__ import annotations
+
+import click
+
+from dpbudget_cli import _output as out
+from dpbudget_cli._keys import PASSPHRASE_FD, ask_passphrase, read_passphrase
+from dpbudget_cli._options import JSON
+from dpbudget_cli.main import EXIT_CODES
+
+
+@click.command("new", epilog=EXIT_CODES)
+@click.argument("path")
+@click.option("--passphrase", is_flag=True, help="Encrypt the key; asks for a passphrase at the terminal.")
+@PASSPHRASE_FD
+@JSON
+def command(path: str, passphrase: bool, passphrase_fd: int | None, as_json: bool) -> None:
+    r"""Make an Ed25519 key: the private half in PATH (mode 0600), the public half in PATH.pub.
+
+    Nothing is overwritten. A passphrase is never taken from the command line, where others could read it.
+
+    \b
+    Examples:
+      dpbudget key new owner.key
+      dpbudget key new writer.key --json
+    """
+    from dpbudget.ledger.keys import new_key
+
+    secret = read_passphrase(passphrase_fd)
+    if passphrase and secret is None:
+        secret = ask_passphrase(twice=True)
+    signer = new_key(path, secret)
+    if as_json:
+        out.emit_json({"key": path, "public_file": f"{path}.pub", "public": signer.public.hex})
+        return
+    out.emit_table([("key", path), ("public file", f"{path}.pub"), ("public", signer.public.hex)])
+    out.talk("Keep the key file; give the public file to whoever verifies, by another way than the ledger.")

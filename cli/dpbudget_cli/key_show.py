@@ -1,0 +1,37 @@
+"""``dpbudget key show``: the public half of a key."""
+
+from __future__ import annotations
+
+import click
+
+from dpbudget.errors import Unreadable
+from dpbudget_cli import _output as out
+from dpbudget_cli._keys import PASSPHRASE_FD, load_signer
+from dpbudget_cli._options import JSON
+from dpbudget_cli.main import EXIT_CODES
+
+
+@click.command("show", epilog=EXIT_CODES)
+@click.argument("path")
+@PASSPHRASE_FD
+@JSON
+def command(path: str, passphrase_fd: int | None, as_json: bool) -> None:
+    r"""Show the public half of the key in PATH: a private key file, a .pub file or 64 hexadecimal digits.
+
+    \b
+    Examples:
+      dpbudget key show owner.key
+      dpbudget key show owner.key.pub --json
+    """
+    from dpbudget.ledger.keys import load_public_key
+
+    try:
+        public = load_public_key(path)
+    except Unreadable as error:
+        if "private key" not in error.hint:
+            raise
+        public = load_signer(path, passphrase_fd).public
+    if as_json:
+        out.emit_json({"public": public.hex, "key_id": public.key_id})
+    else:
+        out.emit_table([("public", public.hex), ("key id", public.key_id)])

@@ -1,0 +1,137 @@
+"""``dpbudget ledger init``: grant a budget for one dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dpbudget.errors import InvalidParameter, Unreadable
+from dpbudget_cli import _output as out
+from dpbudget_cli._keys import PASSPHRASE_FD, load_signer
+from dpbudget_cli._options import ADJACENCY, DELTA, EPSILON, JSON
+from dpbudget_cli.main import EXIT_CODES
+
+if TYPE_CHECKING:
+    from dpbudget.ledger.ledger import Ledger
+    from dpbudget.ledger.signing import Signer
+    from dpbudget.plan import Budget
+
+TWO_LEDGERS = "Two ledgers for one dataset cannot be detected: keep one ledger per dataset."
+ONE_PERSON = "Owner and writer keys were made together, so both roles are one person until you hand a key over."
+
+
+@click.command("init", epilog=EXIT_CODES)
+@click.argument("path")
+@click.option("--epsilon", type=EPSILON, metavar="E", required=True, help="Total epsilon of all runs.")
+@click.option("--delta", type=DELTA, metavar="D", required=True, help="Total delta of all runs.")
+@click.option("--owner-key", metavar="FILE", help="Key that grants; PATH.owner.key is made if not given.")
+@click.option("--writer-key", metavar="FILE", help="Key that spends; PATH.writer.key is made if not given.")
+@click.option("--adjacency", type=ADJACENCY, default="add-remove", help="add-remove (default), zero-out, replace-one.")
+@click.option("--whole-budget", is_flag=True, help="Let the first portfolio of plans use all of delta, not half.")
+@click.option("--public-data", is_flag=True, help="Declare that the data are public anyway.")
+@PASSPHRASE_FD
+@JSON
+def command(
+    path: str,
+    epsilon: float,
+    delta: float,
+    owner_key: str | None,
+    writer_key: str | None,
+    adjacency: str,
+    whole_budget: bool,
+    public_data: bool,
+    passphrase_fd: int | None,
+    as_json: bool,
+) -> None:
+    r"""Make the ledger PATH with a budget for one dataset, signed by its owner.
+
+    \b
+    Examples:
+      dpbudget ledger init budget.ledger --epsilon 3 --delta 1e-5 --whole-budget
+      dpbudget ledger init other.ledger --epsilon 8 --delta 1/100000 --json
+    """
+    from dpbudget._surface import create_ledger
+    from dpbudget.mechanisms import Adjacency
+    from dpbudget.plan import Budget
+
+    budget = Budget(epsilon=epsilon, delta=delta)
+    made: list[str] = []
+
+    def build(owner: Signer, writer: Signer) -> Ledger:
+        return create_ledger(
+            path,
+            budget=budget,
+            owner=owner,
+            writer=writer,
+            adjacency=Adjacency(adjacency),
+            public_data=public_data,
+            whole_budget=whole_budget,
+        )
+
+    try:
+        ledger = build(
+            _signer(path, owner_key, "owner", passphrase_fd, made),
+            _signer(path, writer_key, "writer", passphrase_fd, made),
+        )
+    except BaseException:
+        for name in made:  # a refused ledger leaves nothing behind
+            Path(name).unlink(missing_ok=True)
+        raise
+    with ledger:
+        _report(path, ledger, budget, made, as_json)
+
+
+def _signer(ledger: str, given: str | None, role: str, passphrase_fd: int | None, made: list[str]) -> Signer:
+    """The named key, or a new one beside the ledger, noted in ``made`` so that a failure can take it back."""
+    if given is not None:
+        return load_signer(given, passphrase_fd)
+    from dpbudget.ledger.keys import new_key
+
+    place = Path(ledger)
+    if place.exists() or place.is_symlink():
+        raise InvalidParameter(f"{ledger} exists", code="DP074", hint="choose another path; nothing was written")
+    if not place.parent.is_dir():
+        raise Unreadable(f"the folder {place.parent} does not exist", hint="make the folder first")
+    name = f"{ledger}.{role}.key"
+    signer = new_key(name)
+    made += [name, f"{name}.pub"]
+    return signer
+
+
+def _report(path: str, ledger: Ledger, budget: Budget, made: list[str], as_json: bool) -> None:
+    genesis = ledger.state.genesis
+    notes = [TWO_LEDGERS, *([ONE_PERSON] if len(made) > 2 else [])]
+    if as_json:
+        out.emit_json(
+            {
+                "ledger": path,
+                "id": ledger.id,
+                "epsilon": budget.epsilon,
+                "delta": budget.delta,
+                "plan_delta": ledger.plan_delta,
+                "adjacency": str(genesis.adjacency),
+                "owner": genesis.owner.hex,
+                "writer": genesis.writer.hex,
+                "head": str(ledger.head),
+                "keys": made,
+                "notes": notes,
+            }
+        )
+        return
+    out.emit_table(
+        [
+            ("ledger", path),
+            ("id", ledger.id),
+            ("budget", f"epsilon {budget.epsilon:g}, delta {budget.delta:g}"),
+            ("first portfolio", f"delta {ledger.plan_delta:g}"),
+            ("adjacency", genesis.adjacency),
+            ("owner", genesis.owner.hex),
+            ("writer", genesis.writer.hex),
+            ("head", ledger.head),
+            *(("key made", name) for name in made),
+        ]
+    )
+    for note in notes:
+        out.talk(note)

@@ -1,0 +1,125 @@
+"""``dpbudget ledger show``: what was granted, planned and spent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dpbudget_cli import _output as out
+from dpbudget_cli._options import JSON
+from dpbudget_cli.main import EXIT_CODES
+
+if TYPE_CHECKING:
+    from dpbudget.ledger.ledger import Ledger
+    from dpbudget.ledger.state import LedgerState
+
+
+@click.command("show", epilog=EXIT_CODES)
+@click.argument("path")
+@JSON
+def command(path: str, as_json: bool) -> None:
+    r"""Show the budget, the portfolios and the runs of the ledger PATH, after checking every record.
+
+    The numbers are those that the ledger states; ledger verify computes them again.
+
+    \b
+    Examples:
+      dpbudget ledger show budget.ledger
+      dpbudget ledger show budget.ledger --json
+    """
+    from dpbudget.ledger.ledger import Ledger
+
+    with Ledger.open(path) as ledger:
+        if as_json:
+            out.emit_json(describe(ledger))
+            return
+        state, genesis = ledger.state, ledger.state.genesis
+        out.emit_table(
+            [
+                ("id", ledger.id),
+                ("budget", f"epsilon {genesis.epsilon:g}, delta {genesis.delta:g}"),
+                ("left", f"epsilon {left(state)[0]:.9g}, delta {left(state)[1]:.9g}"),
+                ("adjacency", genesis.adjacency),
+                ("data", "declared public" if genesis.public_data else "private"),
+                ("owner", genesis.owner.hex),
+                ("writer", genesis.writer.hex),
+                ("records", state.size),
+                ("head", ledger.head),
+            ]
+        )
+        show_runs(state)
+
+
+def left(state: LedgerState) -> tuple[float, float]:
+    """Epsilon and delta that no portfolio takes yet, rounded down."""
+    return out.floor_float(state.remaining_epsilon), out.floor_float(state.remaining_delta)
+
+
+def show_runs(state: LedgerState) -> None:
+    """One line for every signed plan."""
+    if not state.runs:
+        out.talk("no plan is signed in yet: dpbudget plan new")
+        return
+    headers = ("run", "portfolio", "epsilon", "delta", "noise", "rate", "charged", "planned")
+    rows = []
+    for run in state.runs.values():
+        claim, phase = run.plan.claim, run.plan.phases[0]
+        more = "…" if len(run.plan.phases) > 1 else ""
+        rows.append(
+            (
+                run.run_id,
+                run.portfolio,
+                out.round_up(claim.epsilon),
+                f"{claim.delta:g}",
+                f"{phase.noise_multiplier:.6g}{more}",
+                f"{phase.rate:.6g}{more}",
+                run.charged,
+                run.plan.steps,
+            )
+        )
+    out.emit_columns(headers, rows)
+
+
+def runs_json(state: LedgerState) -> list[dict[str, Any]]:
+    """The JSON form of the signed plans."""
+    return [
+        {
+            "run": run.run_id,
+            "portfolio": run.portfolio,
+            "epsilon": run.plan.claim.epsilon,
+            "delta": run.plan.claim.delta,
+            "accountant": run.plan.claim.accountant,
+            "phases": [
+                {"sample_rate": phase.rate, "noise_multiplier": phase.noise_multiplier, "steps": phase.steps}
+                for phase in run.plan.phases
+            ],
+            "clip_norm": run.plan.clip_norm,
+            "dataset_size": run.plan.nominal_size,
+            "planned": run.plan.steps,
+            "charged": run.charged,
+        }
+        for run in state.runs.values()
+    ]
+
+
+def describe(ledger: Ledger) -> dict[str, Any]:
+    """The JSON form of a whole ledger."""
+    state, genesis = ledger.state, ledger.state.genesis
+    epsilon_left, delta_left = left(state)
+    return {
+        "id": ledger.id,
+        "budget": {"epsilon": genesis.epsilon, "delta": genesis.delta},
+        "left": {"epsilon": epsilon_left, "delta": delta_left},
+        "adjacency": str(genesis.adjacency),
+        "public_data": genesis.public_data,
+        "owner": genesis.owner.hex,
+        "writer": genesis.writer.hex,
+        "records": state.size,
+        "head": str(ledger.head),
+        "portfolios": [
+            {"index": p.index, "delta": p.delta, "epsilon": p.epsilon, "claim": p.claim, "runs": list(p.runs)}
+            for p in state.portfolios
+        ],
+        "runs": runs_json(state),
+    }

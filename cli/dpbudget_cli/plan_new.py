@@ -1,0 +1,110 @@
+"""``dpbudget plan new``: calibrate a plan to what a ledger allows, and sign it in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dpbudget.errors import BudgetExceeded
+from dpbudget_cli import _output as out
+from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer
+from dpbudget_cli._options import ACCOUNTANT, CLIP, COUNT, EPSILON, JSON, NOISE, schedule_options
+from dpbudget_cli.main import EXIT_CODES
+
+if TYPE_CHECKING:
+    from dpbudget.ledger.ledger import Ledger
+    from dpbudget.plan import Plan
+    from dpbudget_cli._question import Question
+
+
+@click.command("new", epilog=EXIT_CODES)
+@click.option("--ledger", "path", required=True, metavar="PATH", help="The ledger that pays for the plan.")
+@click.option("--owner-key", metavar="FILE", help="The owner's key; PATH.owner.key if not given.")
+@click.option("--writer-key", metavar="FILE", help="The writer's key, which signs the head; PATH.writer.key.")
+@click.option("--epsilon", type=EPSILON, metavar="E", help="What the plan may claim; all that is left if not given.")
+@schedule_options
+@click.option("--noise-multiplier", type=NOISE, metavar="S", help="Use this noise; epsilon follows from it.")
+@click.option("--clip-norm", type=CLIP, metavar="C", help="L2 bound of each record's gradient.")
+@click.option("--max-parameters", type=COUNT, metavar="D", help="Most trainable parameters.")
+@click.option("--accountant", type=ACCOUNTANT, help="prv (default, tight) or rdp (looser).")
+@PASSPHRASE_FD
+@JSON
+def command(
+    path: str, owner_key: str | None, writer_key: str | None, passphrase_fd: int | None, as_json: bool, **values: Any
+) -> None:
+    r"""Calibrate a plan and sign it into a ledger. It is charged when it begins to run, and then as a whole.
+
+    Delta is that of the ledger's open portfolio. Plans signed before any of them runs share a portfolio and are
+    composed jointly. The dataset size is a public, nominal one.
+
+    \b
+    Examples:
+      dpbudget plan new --ledger budget.ledger --epsilon 1 --dataset-size 60000 --batch-size 256 --epochs 10
+      dpbudget plan new --ledger budget.ledger --epochs 5
+    """
+    from dpbudget._surface import open_ledger
+    from dpbudget_cli._question import Question
+
+    owner = load_signer(key_path(owner_key, path, "owner"), passphrase_fd)
+    writer = load_signer(key_path(writer_key, path, "writer"), passphrase_fd)
+    with open_ledger(path, writer=writer, trust=owner.public) as ledger:
+        question = Question(values)
+        plan = _plan(question, ledger)
+        run_id = ledger.sign_plan(plan, owner=owner)
+        head = str(ledger.head)
+    _report(plan, question, run_id, head, as_json)
+
+
+def _plan(question: Question, ledger: Ledger) -> Plan:
+    """The plan that was asked for, at the delta and within the epsilon that the ledger has left."""
+    from dpbudget._calibrate import calibrate, plan_for
+    from dpbudget_cli._question import ask_schedule, refuse_together
+
+    values, state = question.values, ledger.state
+    refuse_together(values, "epsilon", "noise_multiplier")
+    newest = state.portfolios[-1]
+    room = out.floor_float(state.remaining_epsilon if newest.frozen else state.room_for(newest))
+    if room <= 0.0 or ledger.plan_delta <= 0.0:
+        raise BudgetExceeded(
+            "nothing is left of the budget", hint="see dpbudget ledger show; a new budget is the owner's to grant"
+        )
+    values["adjacency"] = str(state.genesis.adjacency)
+    question.note("delta", ledger.plan_delta, "what the ledger's open portfolio has")
+    question.need("dataset_size")
+    ask_schedule(question)
+    question.need("clip_norm", "max_parameters")
+    facts = question.pick("sample_rate", "batch_size", "steps", "epochs", "dataset_size", "delta")
+    facts |= question.pick("clip_norm", "adjacency", "accountant", "max_parameters")
+    if question.has("noise_multiplier"):
+        return plan_for(noise_multiplier=values["noise_multiplier"], **facts)
+    if question.has("epsilon"):
+        return calibrate(epsilon=values["epsilon"], **facts)
+    question.note("epsilon", room, "all that is left of the budget; pass --epsilon to leave some")
+    return calibrate(epsilon=room, beside=() if newest.frozen else state.plans_of(newest), **facts)
+
+
+def _report(plan: Plan, question: Question, run_id: str, head: str, as_json: bool) -> None:
+    from dpbudget._schedule import delta_warning
+    from dpbudget_cli.calibrate import describe
+
+    warning = delta_warning(plan.claim.delta, plan.nominal_size)
+    if as_json:
+        answer = describe(plan, question, [warning] if warning else [])
+        out.emit_json({"run": run_id, "plan": plan.digest(), "head": head, **answer})
+        return
+    out.talk_assumed(question.assumed)
+    if warning:
+        out.talk(f"warning {warning}")
+    phase = plan.phases[0]
+    out.emit_table(
+        [
+            ("run", run_id),
+            ("plan", plan.digest()),
+            ("noise multiplier", f"{phase.noise_multiplier:.10g}"),
+            ("claim", f"epsilon {out.round_up(plan.claim.epsilon)} at delta {plan.claim.delta:g}"),
+            ("sampling rate", f"{phase.rate:.10g}"),
+            ("steps", plan.steps),
+            ("head", head),
+        ]
+    )
