@@ -192,7 +192,7 @@ def isolation_test(model: nn.Module, example: Sequence[Tensor], *, tolerance: fl
 
 
 def _perturbed(inputs: Tensor, index: int) -> Tensor:
-    """The inputs with one row changed: other numbers; for indices another row, or its own reversed if they are equal."""
+    """The inputs with one row changed: other numbers; for indices another row, or its own reversed if equal."""
     changed = inputs.clone()
     row = changed[index]
     if row.is_floating_point():

@@ -67,7 +67,7 @@ class BookKeeping:
         self._guard: ParameterGuard | None = None
         self._watch: BufferWatch | None = None
         self._busy = False
-        self._stack: list[tuple[nn.Module, frozenset[int]]] = []
+        self._stack: list[tuple[nn.Module, bool, frozenset[int]]] = []
         self._refresh(trainable_parameters(model))
 
     @property
@@ -111,17 +111,18 @@ class BookKeeping:
 
         Raises:
             PrivacyViolation: (DP031) no batch is open, no backward pass ran, or gradients bypassed the engine, which
-                are then discarded; (DP030) a layer does not have one row per example; (DP019) no rule fits a layer.
+                are then discarded; (DP014) the same in eval mode; (DP030) a layer does not have one row per
+                example; (DP019) no rule fits a layer.
         """
         session = self._session
         if session is None:
             raise PrivacyViolation("finish() without begin().", hint="call begin(batch_size) first.", code="DP031")
         scale = gradient_scale(loss_reduction, session.batch_size, loss_scale)
         try:
-            session.refuse_bypass()
+            session.refuse_bypass(self._model.training)
             sums = zero_sums(session.trainable)
             if session.batch_size > 0:
-                session.require_backward()
+                session.require_backward(self._model.training)
                 self._busy = True
                 with torch.no_grad(), torch.autocast(next(iter(sums.values())).device.type, enabled=False):
                     self._accumulate(session, scale, sums)
@@ -243,17 +244,19 @@ class BookKeeping:
                 parameter.requires_grad_(True)
 
     def _inside_unit(self) -> bool:
-        return any(self._layers[module].rule is None for module, _ in self._stack)
+        return any(active and self._layers[module].rule is None for module, active, _ in self._stack)
 
     def _enter_layer(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._session is None or self._busy or module not in self._layers or self._inside_unit():
+        if self._session is None or self._busy or module not in self._layers:
             return
+        layer = self._layers[module]
         if self._guard is not None:
-            self._stack.append((module, self._guard.allowed))
-            self._guard.allowed = self._guard.allowed | self._layers[module].ids
+            active = not self._inside_unit()
+            self._stack.append((module, active, self._guard.allowed))
+            self._guard.allowed = self._guard.allowed | layer.ids
         elif in_backward():
             # Recomputation for gradient checkpointing must build the graph that was built first.
-            for parameter in self._layers[module].parameters.values():
+            for parameter in layer.parameters.values():
                 parameter.requires_grad_(False)
 
     def _leave_layer(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -262,9 +265,8 @@ class BookKeeping:
             return None
         layer = self._layers[module]
         if self._guard is not None:
-            if not self._stack or self._stack[-1][0] is not module:
+            if not self._pop(module, self._guard):
                 return None
-            _, self._guard.allowed = self._stack.pop()
             if not torch.is_grad_enabled():
                 session.recomputed.add(module)
                 return None
@@ -274,3 +276,11 @@ class BookKeeping:
                 parameter.requires_grad_(True)
             return tap(session, module, layer, (args, kwargs), output, keep=module in session.recomputed)
         return None
+
+    def _pop(self, module: nn.Module, guard: ParameterGuard) -> bool:
+        """Leaves ``module``, and whatever inside it ended by an exception; whether its call is to be recorded."""
+        while self._stack:
+            entered, active, guard.allowed = self._stack.pop()
+            if entered is module:
+                return active
+        return False

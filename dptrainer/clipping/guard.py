@@ -41,6 +41,13 @@ def depends_on_position_alone(tensor: object) -> bool:
     return bool(getattr(tensor, _MARK, False))
 
 
+def now_examples(tensor: Tensor) -> Tensor:
+    """The tensor, from now on with one row per example."""
+    if hasattr(tensor, _MARK):
+        delattr(tensor, _MARK)
+    return tensor
+
+
 class ParameterGuard(TorchFunctionMode):
     """Names any use of a trainable parameter outside the forward of a layer that answers for it.
 
@@ -96,8 +103,7 @@ class ParameterGuard(TorchFunctionMode):
                 setattr(tensor, _MARK, True)
         elif given and not fixed:
             for tensor in _tensors([result]):  # an in-place operation may have written data into a marked tensor
-                if hasattr(tensor, _MARK):
-                    delattr(tensor, _MARK)
+                now_examples(tensor)
 
     @staticmethod
     def _refusal(name: str, func: Callable[..., Any]) -> PrivacyViolation:

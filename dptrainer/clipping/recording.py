@@ -11,7 +11,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dpbudget.errors import PrivacyViolation
-from dptrainer.clipping.guard import depends_on_position_alone
+from dptrainer.clipping.guard import depends_on_position_alone, now_examples
 from dptrainer.clipping.layout import Layer
 
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
@@ -105,12 +105,14 @@ class Session:
                 code="DP031",
             )
 
-    def require_backward(self) -> None:
+    def require_backward(self, training: bool) -> None:
         """Refuses a step without a backward pass.
 
         Raises:
-            PrivacyViolation: (DP031) no gradient arrived.
+            PrivacyViolation: (DP031) no gradient arrived; (DP014) because the model is in eval mode.
         """
+        if self._task is None and not training:
+            raise _eval_mode()
         if self._task is None:
             raise PrivacyViolation(
                 f"no backward pass ran for this batch of {self.batch_size} examples.",
@@ -118,11 +120,11 @@ class Session:
                 code="DP031",
             )
 
-    def refuse_bypass(self) -> None:
+    def refuse_bypass(self, training: bool) -> None:
         """Discards and refuses gradients that reached ``.grad`` past the engine: they are not clipped.
 
         Raises:
-            PrivacyViolation: (DP031) names the parameter.
+            PrivacyViolation: (DP031) names the parameter; (DP014) the model is in eval mode, so nothing was recorded.
         """
         bypassed = [
             name
@@ -133,6 +135,8 @@ class Session:
         ]
         for name in bypassed:
             self.trainable[name].grad = None
+        if bypassed and self._task is None and not training:
+            raise _eval_mode()
         if bypassed:
             raise PrivacyViolation(
                 f'an unclipped gradient reached parameter "{bypassed[0]}"; it was discarded.',
@@ -140,6 +144,14 @@ class Session:
                 "decay) from the loss to the optimizer.",
                 code="DP031",
             )
+
+
+def _eval_mode() -> PrivacyViolation:
+    return PrivacyViolation(
+        "the model is in eval mode, so no per-example gradient was recorded; nothing was released.",
+        hint="call model.train() before the training loop (usually after validation).",
+        code="DP014",
+    )
 
 
 class Call:
@@ -257,7 +269,7 @@ def _per_example_output(
         return output
     if first.shape[0] == 1 and output.shape[0] == 1 and session.batch_size > 1:
         expanded = output.expand(session.batch_size, *output.shape[1:])
-        return expanded if expanded.requires_grad else expanded.contiguous()
+        return now_examples(expanded if expanded.requires_grad else expanded.contiguous())
     if depends_on_position_alone(first) and first.shape[0] != 1:
         raise PrivacyViolation(
             f'layer "{layer.name}" is given positions {list(first.shape)} that all examples share, so its rows are not '

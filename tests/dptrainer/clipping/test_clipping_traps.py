@@ -310,6 +310,34 @@ def test_positions_are_never_taken_for_examples_even_if_there_are_as_many(length
     assert_equal_to_the_oracle(model, [torch.randint(0, 7, (4, length))], replay=[model])
 
 
+def test_layers_after_broadcast_positions_see_examples():
+    class Projected(Positions):
+        def __init__(self):
+            super().__init__(True)
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            place = self.place(torch.arange(x.shape[1]).unsqueeze(0))
+            return self.out(torch.tanh(self.word(x) + self.second(torch.tanh(self.first(place)))))
+
+    assert_equal_to_the_oracle(Projected(), [torch.randint(0, 7, (4, 6))])
+
+
+def test_an_initial_state_of_zeros_has_examples_as_rows():
+    class Cell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.state = nn.Linear(6, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            h = torch.zeros(x.shape[0], 3, dtype=x.dtype)
+            for t in range(x.shape[1]):
+                h = torch.tanh(self.inner(x[:, t]) + self.state(h))
+            return h
+
+    assert_equal_to_the_oracle(Cell(), [torch.randn(4, 5, 6)])
+
+
 def test_tokens_as_rows_are_refused():
     class Flattens(nn.Module):
         def __init__(self):
@@ -456,7 +484,11 @@ def test_training_in_eval_mode_is_refused():
     engine = BookKeeping(model, clip_norm=1.0)
     engine.begin(4)
     model(x).sum().backward()
-    refused("DP031", engine.finish)
+    refused("DP014", engine.finish)
+    assert model[0].weight.grad is None
+    engine.begin(4)
+    model(x)
+    refused("DP014", engine.finish)
 
 
 def test_zero_grad_between_forward_and_step_is_harmless():
@@ -573,6 +605,33 @@ def test_an_exception_in_forward_leaves_the_model_as_it_was():
     engine.begin(4)
     model(x).sum().backward()
     assert norm(engine.finish("sum").grads) > 0
+
+
+def test_an_exception_that_the_model_catches_loses_no_gradient():
+    class Catches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.other = nn.Linear(6, 3), nn.Linear(5, 3)
+
+        def forward(self, x):
+            try:
+                return self.other(x)
+            except RuntimeError:
+                return self.inner(x)
+
+    assert_equal_to_the_oracle(Catches(), [torch.randn(4, 6)])
+
+
+def test_a_replayed_module_that_calls_itself():
+    class Tree(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.inner = nn.Parameter(torch.randn(6)), nn.Linear(6, 6)
+
+        def forward(self, x, depth=2):
+            return x if depth == 0 else torch.tanh(self.inner(self(x * self.scale, depth - 1)))
+
+    assert_equal_to_the_oracle(nn.Sequential(nn.Linear(6, 6), Tree(), nn.Linear(6, 2)), [torch.randn(4, 6)])
 
 
 def test_the_model_is_untouched_between_steps():

@@ -98,19 +98,7 @@ class Residual(nn.Module):
         (lambda: parametrizations.weight_norm(nn.Linear(4, 3)), lambda: torch.randn(5, 4)),
         (lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 3)), nn.Tanh()), lambda: torch.randn(5, 4)),
     ],
-    ids=[
-        "bare",
-        "prelu",
-        "transposed",
-        "token",
-        "lstm",
-        "gru",
-        "attention",
-        "attention-square",
-        "encoder",
-        "weight-norm",
-        "orthogonal",
-    ],
+    ids=str.split("bare prelu transposed token lstm gru attention attention-square encoder weight-norm orthogonal"),
 )
 def test_modules_without_a_rule(model, data):
     assert_equal_to_the_oracle(model(), [data()], single=3e-6)
