@@ -86,6 +86,28 @@ def minimize_unimodal(
     return _golden_section(function, left, right, best, tolerance)
 
 
+def minimize_on_integers(function: Callable[[int], float], start: int, low: int, high: int) -> tuple[int, float]:
+    """Minimise a quasi-convex function on the integers of [low, high] from ``start``; (argument, value) evaluated."""
+    values: dict[int, float] = {}
+
+    def at(k: int) -> float:
+        if k not in values:
+            values[k] = function(k)
+        return values[k]
+
+    best, stride = min(max(start, low), high), 4
+    while stride:
+        trials = [k for k in (best - stride, best + stride) if low <= k <= high]
+        winner = min(trials, key=at, default=best)
+        if at(winner) < at(best):
+            # March on in the direction that helped.
+            step = winner - best
+            while at(winner) < at(best):
+                best, winner = winner, min(max(winner + step, low), high)
+        stride //= 2
+    return best, at(best)
+
+
 def _golden_section(
     function: Callable[[float], float], left: float, right: float, best: tuple[float, float], tolerance: float
 ) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """Compositions with a closed form: unsampled Gaussians, and a single sampled Gaussian step.
 
 delta(epsilon) of N(mu, 1) against N(0, 1) is Phi(mu/2 - epsilon/mu) - e^epsilon Phi(-mu/2 - epsilon/mu) (Balle and
-Wang 2018, Theorem 8), and Gaussians compose to mu = sqrt(sum 1 / sigma_i^2) (Dong, Roth and Su 2022, Corollary 3.3). One
-step of the sampled Gaussian is a Gaussian profile at another epsilon; docs/accounting.md, "Closed forms", has the proof.
+Wang 2018, Theorem 8), and Gaussians compose to mu = sqrt(sum 1 / sigma_i^2) (Dong, Roth and Su 2022, Corollary 3.3).
+One step of the sampled Gaussian is a Gaussian profile at another epsilon (docs/accounting.md, "Closed forms").
 
 The sums are taken with 60 digits, so that what cancels (at most 30 digits are allowed to) cannot matter, down to
 delta = 1e-300 and beyond. Assumes that mpmath's exp, log and erfc are right to 35 of those digits.

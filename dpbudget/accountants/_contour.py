@@ -13,33 +13,37 @@ Proofs: docs/accounting.md, "Inversion" to "Rounding".
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from dpbudget._numerics import (
-    ELEMENTARY,
-    UNIT,
-    exp_up,
-    log1p_exp,
-    log_expm1,
-    log_kappa,
-    minimize_unimodal,
-    truncate_mantissa,
-)
-from dpbudget.accountants._decay import Decay
-from dpbudget.accountants._moment_bound import MAX_TILT, MIN_TILT, MomentBound, log_moment_bounds
-from dpbudget.accountants._phases import Phase
-from dpbudget.accountants._quadrature import Array, Direction
+from dpbudget._numerics import ELEMENTARY, UNIT, exp_up, log_expm1, log_kappa
+from dpbudget.accountants._moment_bound import MomentBound
+from dpbudget.accountants._quadrature import Array
 from dpbudget.accountants._tilted_step import Complex, TiltedStep
 
-#: Most nodes on the line, and most (node, output, phase) triples, that a contour may use.
-MAX_LINE_NODES = 1 << 16
-MAX_WORK = 1 << 22
 _CHUNK = 1 << 18
 _FIRST_BLOCK = 64
-_NEIGHBOURS = (0.05, 0.2, 0.4, 0.6, 0.75, 0.87, 1.15, 1.35, 1.65, 2.1, 3.0)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Where to sum: nodes tilt + i k step, k = 0 .. count; ``step`` has at most 20 significant bits.
+
+    Attributes:
+        tilt: c > 0.
+        step: h.
+        count: last kept node, >= 1.
+        log_decay: proved bound of log |M(c + iu) / M(c)| for all u >= (count + 1) step.
+        neighbours: other tilts, on both sides, whose moments bound the aliases.
+    """
+
+    tilt: float
+    step: float
+    count: int
+    log_decay: float
+    neighbours: tuple[float, ...]
 
 
 class Contour:
@@ -50,13 +54,13 @@ class Contour:
         usable: False where some step's moments could not be computed; then nothing is answered.
     """
 
-    def __init__(self, moments: MomentBound, tilt: float, step: float, count: int, log_decay: float) -> None:
-        self.tilt, self._step, self._moments = tilt, step, moments
-        self._u = np.arange(count + 1, dtype=np.float64) * step
-        self._log_top = moments(tilt)
-        self._chernoff = [(other, moments(other) + log_kappa(other)) for other in _neighbours(tilt)]
+    def __init__(self, moments: MomentBound, line: Line) -> None:
+        self.tilt, self._step, self._moments = line.tilt, line.step, moments
+        self._u = np.arange(line.count + 1, dtype=np.float64) * line.step
+        self._log_top = moments(line.tilt)
+        self._chernoff = [(other, moments(other) + log_kappa(other)) for other in line.neighbours]
         # sum over the dropped nodes of h / |t (t + 1)| <= 1 / (last kept u)
-        self._log_cut = log_decay - math.log(math.pi * step * count)
+        self._log_cut = line.log_decay - math.log(math.pi * line.step * line.count)
         self.usable = self._evaluate()
 
     def delta(self, epsilon: float) -> tuple[float, float]:
@@ -127,85 +131,6 @@ class Contour:
         error = np.where(swell < 1.0, np.exp(real) * np.expm1(np.minimum(swell, 1.0)), wide)
         self._error = float(error @ size) * 1.001
         self._error_per_epsilon = float((wide * size) @ u) * 4.0 * UNIT
-
-
-def plan_contour(moments: MomentBound, epsilon: float, log_delta: float, tolerance: float) -> Contour | None:
-    """A contour whose errors are about ``tolerance`` relative to delta near (epsilon, exp(log_delta)), or None.
-
-    None where no tilt works or the nodes would be too many to be of use.
-    """
-    tilt = _saddle(moments, epsilon)
-    period = _period(moments, tilt, epsilon, math.log(tolerance) + log_delta)
-    if not 1e-12 < period < 1e12 or tilt > 0.1 * MAX_TILT:
-        return None
-    step = truncate_mantissa(2.0 * math.pi / period)
-    gap = moments(tilt) - tilt * epsilon - log_delta - math.log(tolerance)
-    cut = _cut(moments.phases, moments.direction, tilt, step, gap)
-    if cut is None:
-        return None
-    count, log_decay = cut
-    contour = Contour(moments, tilt, step, count, log_decay)
-    return contour if contour.usable else None
-
-
-def _saddle(moments: MomentBound, epsilon: float) -> float:
-    """The tilt at which the integrand on the real axis is least, to a few percent."""
-
-    def height(log_c: float) -> float:
-        c = math.exp(log_c)
-        return moments(c) - c * epsilon - math.log(c) - math.log1p(c)
-
-    known = [(moments(c) - c * epsilon - math.log(c) - math.log1p(c), c) for c, _ in moments.points()]
-    start = min(known)[1] if known else 1.0
-    log_c, _ = minimize_unimodal(height, math.log(start), math.log(MIN_TILT), math.log(MAX_TILT), 0.05)
-    return math.exp(log_c)
-
-
-def _period(moments: MomentBound, tilt: float, epsilon: float, log_target: float) -> float:
-    """The least period B for which the known moments bound both alias sums by exp(log_target)."""
-    below, above = log1p_exp(-log_target) / tilt, math.inf
-    for other in _neighbours(tilt):
-        excess = moments(other) + log_kappa(other) - other * epsilon - log_target
-        period = log1p_exp(excess) / abs(other - tilt)
-        if other < tilt:
-            below = min(below, period)
-        else:
-            above = min(above, period)
-    return max(below, above)
-
-
-def _neighbours(tilt: float) -> list[float]:
-    """Tilts whose moments bound the aliases of a sum at ``tilt``."""
-    return [tilt * factor for factor in _NEIGHBOURS]
-
-
-def _cut(
-    phases: Sequence[Phase], direction: Direction, tilt: float, step: float, gap: float
-) -> tuple[int, float] | None:
-    """The last kept node and a log bound of |M / M(c)| beyond it: the earliest cut below exp(-gap), or the last."""
-    candidates = np.unique(np.ceil(1.07 ** np.arange(9, int(math.log(MAX_LINE_NODES) / math.log(1.07)))))
-    total = np.zeros(len(candidates))
-    for phase in phases:
-        pair = phase.pair
-        top = log_moment_bounds(pair, tilt, direction)[1]
-        decay = Decay(pair.rate, pair.sigma, tilt, direction, top)
-        total += phase.count * decay.log_rho(candidates * step)
-    enough = total - np.log(math.pi * step * (candidates - 1.0)) < -gap
-    best = int(np.argmax(enough)) if enough.any() else len(candidates) - 1
-    while best >= 0 and _work(phases, direction, tilt, step, int(candidates[best])) > MAX_WORK:
-        best -= 4
-    return None if best < 0 else (int(candidates[best]) - 1, float(total[best]))
-
-
-def _work(phases: Sequence[Phase], direction: Direction, tilt: float, step: float, count: int) -> float:
-    total = 0.0
-    for phase in phases:
-        pair, nats = phase.pair, 40.0 + math.log(phase.count)
-        probe = TiltedStep(pair.rate, pair.sigma, tilt, direction, step * count, nats)
-        if not probe.usable:
-            return math.inf
-        total += 0.7 * count * len(probe.grid.nodes)
-    return total
 
 
 def _blocks(count: int) -> list[tuple[int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from dpbudget._numerics import UNIT, log_expm1, log_kappa, minimize_unimodal
+from dpbudget._numerics import UNIT, log_expm1, log_kappa, minimize_on_integers, minimize_unimodal
 from dpbudget.accountants._phases import Phase
 from dpbudget.accountants._quadrature import Direction
 from dpbudget.accountants._tilted_step import TiltedStep
@@ -13,6 +13,9 @@ from dpbudget.mechanisms import SubsampledGaussianPair
 
 #: Tilts (Renyi order minus one) that a search visits.
 MIN_TILT, MAX_TILT = 1e-9, 1e9
+#: Ratio of the tilts that searches share, so that each moment is computed once, and the range of their indices.
+GRID_RATIO = 1.09
+GRID_RANGE = (-240, 240)
 # Sums of a few rounded terms: relative padding of every upper bound below.
 _PAD = 64.0 * UNIT
 
@@ -48,6 +51,16 @@ def _accuracy(pair: SubsampledGaussianPair, tilt: float) -> float:
     return 40.0 - math.log(scale)
 
 
+def grid_tilt(index: int) -> float:
+    """The tilt of the shared grid with this index; index 0 is tilt 1."""
+    return float(GRID_RATIO**index)
+
+
+def grid_index(tilt: float) -> int:
+    """The index of the grid tilt next to ``tilt``."""
+    return round(math.log(tilt) / math.log(GRID_RATIO))
+
+
 class MomentBound:
     """K(c) >= log E exp(c L) of a composition in one direction, remembered between calls."""
 
@@ -62,10 +75,6 @@ class MomentBound:
             terms = [phase.count * log_moment_bounds(phase.pair, tilt, self.direction)[1] for phase in self.phases]
             value = self._known[tilt] = math.fsum(terms) * (1.0 + _PAD)
         return value
-
-    def points(self) -> list[tuple[float, float]]:
-        """All (tilt, K) evaluated so far, by tilt."""
-        return sorted(self._known.items())
 
     def epsilon_at(self, tilt: float, log_delta: float) -> float:
         """Upper bound of epsilon from the moment at ``tilt``: the root of kappa(c) exp(K(c) - c epsilon) = delta."""
@@ -83,6 +92,19 @@ class MomentBound:
         """(epsilon, tilt) of the smallest bound found; valid whatever the search found. May be negative."""
         # K(c) + log kappa(c) is convex, hence the bound is quasi-convex in c.
         return self._search(lambda tilt: self.epsilon_at(tilt, log_delta), self._start(log_delta), tolerance)
+
+    def coarse_epsilon(self, log_delta: float) -> tuple[float, int]:
+        """Like :meth:`best_epsilon` over the tilts of :func:`grid_tilt` only; (epsilon, index)."""
+        index, value = minimize_on_integers(
+            lambda k: self.epsilon_at(grid_tilt(k), log_delta), grid_index(self._start(log_delta)), *GRID_RANGE
+        )
+        return value, index
+
+    def coarse_log_delta(self, epsilon: float) -> tuple[float, int]:
+        """Like :meth:`best_log_delta` over the tilts of :func:`grid_tilt` only; (log delta, index)."""
+        start = grid_index(self._start(-0.5 * epsilon - 1.0))
+        index, value = minimize_on_integers(lambda k: self.log_delta_at(grid_tilt(k), epsilon), start, *GRID_RANGE)
+        return value, index
 
     def best_log_delta(self, epsilon: float, tolerance: float = 1e-4) -> tuple[float, float]:
         """(log delta, tilt) of the smallest bound found."""

@@ -14,9 +14,9 @@ from functools import partial
 
 from dpbudget._numerics import exp_up
 from dpbudget.accountants._closed_form import gaussian_delta, one_step_delta
-from dpbudget.accountants._contour import plan_contour
 from dpbudget.accountants._moment_bound import MomentBound
 from dpbudget.accountants._phases import Phase, check_delta, check_epsilon, phases_of
+from dpbudget.accountants._plan_contour import guess_epsilon, plan_contour
 from dpbudget.accountants._quadrature import Direction
 from dpbudget.accountants._solve import DeltaBounds, bracket_epsilon
 from dpbudget.curve import Bounds
@@ -26,7 +26,8 @@ from dpbudget.mechanisms import Adjacency, Charge, SubsampledGaussianPair
 _TOLERANCE = 1e-14
 # A bracket of this relative width is not refined, one wider than the second is intersected with the fallback.
 _GOOD, _POOR = 1e-11, 1e-6
-_PASSES = 3
+# One narrower than this shows where to plan the next contour.
+_ROUGH, _PASSES = 0.01, 4
 Interval = tuple[float, float]
 
 
@@ -99,12 +100,13 @@ class _Direction:
     def epsilon(self, delta: float) -> Interval:
         """Certified bounds of this direction's epsilon at ``delta``."""
         log_delta = math.log(delta)
-        ceiling = min(self._moments.best_epsilon(log_delta, 0.1)[0], self._largest_loss())
+        chernoff, index = self._moments.coarse_epsilon(log_delta)
+        ceiling = min(chernoff, self._largest_loss())
         if ceiling <= 0.0:
             return 0.0, 0.0
         if self._closed is not None:
             return bracket_epsilon(self._closed, delta, ceiling)
-        answer = self._refine(delta, (0.0, ceiling))
+        answer = self._refine(delta, index, (0.0, ceiling))
         if _is_wider(answer, _POOR):
             answer = _intersect(answer, self._fallback_epsilon(delta, answer[1]))
         if _is_wider(answer, _POOR):
@@ -112,19 +114,25 @@ class _Direction:
             answer = _intersect(answer, (0.0, max(finest, 0.0)))
         return answer
 
-    def _refine(self, delta: float, answer: Interval) -> Interval:
+    def _refine(self, delta: float, index: int, answer: Interval) -> Interval:
         """Contours, each planned at the last one's answer, until the bracket is good or stops improving."""
-        # The Renyi bound is typically 7 percent high.
-        guess, ceiling = 0.94 * answer[1], answer[1]
+        ceiling, log_delta = answer[1], math.log(delta)
+        # Should a guess be off, the next is tried: the Renyi bound is a few percent high.
+        guesses = [0.99 * ceiling, 0.94 * ceiling, guess_epsilon(self._moments, index, log_delta)]
         for _ in range(_PASSES):
-            contour = plan_contour(self._moments, guess, math.log(delta), _TOLERANCE)
-            if contour is None:
+            guess = min(max(guesses.pop(), 1e-3 * ceiling), ceiling)
+            contour = plan_contour(self._moments, guess, log_delta, _TOLERANCE, index)
+            if contour is not None:
+                before = answer[1] - answer[0]
+                answer = _intersect(answer, bracket_epsilon(contour.delta, delta, ceiling))
+                if not _is_wider(answer, _GOOD):
+                    break
+                if not _is_wider(answer, _ROUGH):
+                    if answer[1] - answer[0] > 0.5 * before:
+                        break
+                    guesses.append(0.5 * (answer[0] + answer[1]))
+            if not guesses:
                 break
-            before = answer[1] - answer[0]
-            answer = _intersect(answer, bracket_epsilon(contour.delta, delta, ceiling))
-            if not _is_wider(answer, _GOOD) or answer[1] - answer[0] > 0.9 * before:
-                break
-            guess = 0.5 * (answer[0] + answer[1])
         return answer
 
     def _fallback_epsilon(self, delta: float, ceiling: float) -> Interval:
@@ -141,10 +149,11 @@ class _Direction:
             return self._closed(epsilon)
         if epsilon >= self._largest_loss():
             return 0.0, 0.0
-        log_delta = min(self._moments.best_log_delta(epsilon, 0.1)[0], 0.0)
+        chernoff, index = self._moments.coarse_log_delta(epsilon)
+        log_delta = min(chernoff, 0.0)
         answer = (0.0, exp_up(log_delta))
         # The Renyi bound of delta is typically a few nats high, which makes the tolerance a little coarser than meant.
-        contour = plan_contour(self._moments, epsilon, log_delta - 3.0, _TOLERANCE)
+        contour = plan_contour(self._moments, epsilon, log_delta - 3.0, _TOLERANCE, index)
         if contour is not None:
             answer = _intersect(answer, contour.delta(epsilon))
         if answer[1] - answer[0] > _POOR * answer[1]:
