@@ -27,6 +27,7 @@ from dptrainer.clipping.engine import (
     checked_clip_norm,
     clip_factors,
     gradient_scale,
+    sum_dtype,
     trainable_parameters,
     zero_sums,
 )
@@ -120,13 +121,16 @@ class BookKeeping:
         scale = gradient_scale(loss_reduction, session.batch_size, loss_scale)
         try:
             session.refuse_bypass(self._model.training)
-            sums = zero_sums(session.trainable)
+            found: dict[str, Tensor] = {}
             if session.batch_size > 0:
                 session.require_backward(self._model.training)
                 self._busy = True
-                with torch.no_grad(), torch.autocast(next(iter(sums.values())).device.type, enabled=False):
-                    self._accumulate(session, scale, sums)
-            return ClippedSum(grads=sums, sensitivity=self._clip_norm)
+                device = next(iter(session.trainable.values())).device
+                with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                    found = self._sums(session, scale)
+            zeros = zero_sums({name: p for name, p in session.trainable.items() if name not in found})
+            grads = {name: found[name] if name in found else zeros[name] for name in session.trainable}
+            return ClippedSum(grads=grads, sensitivity=self._clip_norm)
         finally:
             self._busy = False
             self.abort()
@@ -138,15 +142,17 @@ class BookKeeping:
             self._session.close()
             self._session = None
 
-    def _accumulate(self, session: Session, scale: float, sums: dict[str, Tensor]) -> None:
+    def _sums(self, session: Session, scale: float) -> dict[str, Tensor]:
         """Norms over all parameters first, then the factors, then the sums."""
         per_example = {name: summed(parts) for name, parts in contributions(session).items()}
         if not per_example:
-            return
+            return {}
         squared = torch.stack([gradients.squared_norms() for gradients in per_example.values()]).sum(0)
         weights = clip_factors(squared * scale**2, self._clip_norm) * scale
-        for name in list(per_example):
-            sums[name].copy_(per_example.pop(name).weighted_sum(weights))
+        return {
+            name: per_example.pop(name).weighted_sum(weights).to(sum_dtype(session.trainable[name]))
+            for name in list(per_example)
+        }
 
     # ------------------------------------------------------------------ with a per-example loss
 
