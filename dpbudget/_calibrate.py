@@ -28,7 +28,7 @@ from dpbudget._schedule import Schedule, delta_or_default, make_schedule
 from dpbudget._search import most_steps, smallest_noise
 from dpbudget.accountants.base import Accountant
 from dpbudget.curve import Bounds
-from dpbudget.errors import InvalidParameter, NotComputable
+from dpbudget.errors import BudgetExceeded, DPBudgetError, InvalidParameter, NotComputable
 from dpbudget.filters import PortfolioFilter
 from dpbudget.mechanisms import Adjacency, Charge
 from dpbudget.mechanisms.gaussian import MAX_NOISE_MULTIPLIER, MIN_NOISE_MULTIPLIER
@@ -246,16 +246,9 @@ def calibrate(
     )
     draft = _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters)
     draft = replace(draft, beside=tuple(beside))
-    # At the largest noise every refusal is final, so it is raised as it is; below, it only means "more noise".
-    least = draft.joint_claim(draft.plan(MAX_NOISE_MULTIPLIER))
-    if least > target:
-        raise NotComputable(
-            f"epsilon {target:g} is not reachable in {schedule.steps} steps at sampling rate {schedule.rate:.4g} with "
-            f"a noise multiplier up to {MAX_NOISE_MULTIPLIER:g}; the smallest reachable is {least:.3g}",
-            code="DP004",
-            hint="pass fewer epochs, a smaller batch, a larger delta or a larger epsilon",
-        )
     sigma = smallest_noise(draft.claim, target, _first_guess(schedule, target, draft.delta))
+    if sigma is None:
+        raise _unreachable(draft, target)
     return draft.plan(sigma)
 
 
@@ -314,6 +307,25 @@ def max_steps(
     return most_steps(lambda steps: draft.claim(sigma, steps) <= target, int(start))
 
 
+def _unreachable(draft: _Draft, target: float) -> DPBudgetError:
+    """Why not even the largest noise fits. A refusal of the plan itself (DP053, DP062, DP063) is raised as it is."""
+    least = draft.joint_claim(draft.plan(MAX_NOISE_MULTIPLIER))
+    if draft.beside:
+        together = PortfolioFilter().joint_claim(draft.beside, draft.delta)
+        return BudgetExceeded(
+            f"the {len(draft.beside)} plans beside it claim epsilon {together:.9g} of {target:.9g} already, "
+            "which leaves no room for another plan",
+            hint="sign fewer or smaller plans, or pass a larger epsilon",
+        )
+    return NotComputable(
+        f"epsilon {target:g} is not reachable in {draft.schedule.steps} steps at sampling rate "
+        f"{draft.schedule.rate:.4g} with a noise multiplier up to {MAX_NOISE_MULTIPLIER:g}; the smallest reachable is "
+        f"{least:.3g}",
+        code="DP004",
+        hint="pass fewer epochs, a smaller batch, a larger delta or a larger epsilon",
+    )
+
+
 def _first_guess(schedule: Schedule, epsilon: float, delta: float) -> float:
     """A noise multiplier of the right order: the classical sigma = q sqrt(2 T log(1.25/delta)) / epsilon."""
     guess = 0.4 + schedule.rate * math.sqrt(2.0 * schedule.steps * math.log(1.25 / delta)) / epsilon
@@ -325,8 +337,8 @@ def _first_guess(schedule: Schedule, epsilon: float, delta: float) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_meter(plan: Plan, *, points: int = 64) -> Meter:
-    """A monotone table of epsilon by number of steps, about ``points`` entries long.
+def build_meter(plan: Plan, *, points: int = 32) -> Meter:
+    """A monotone table of epsilon by number of steps, of at most about ``points`` entries.
 
     Guarantee: every upper end is a certified bound at the plan's delta, bounded noise tail included, and the last one
     is the bound behind the plan's claim. Epsilon grows with the steps, so an entry may take the smallest upper end at
@@ -338,39 +350,46 @@ def build_meter(plan: Plan, *, points: int = 64) -> Meter:
     accountant = _load(plan.claim.accountant)
     delta = plan.claim.delta
     ideal = plan.ideal_delta(delta)
-    rows: list[tuple[int, Bounds]] = []
-    for steps in _step_points(plan.steps, points):
+
+    def answer(steps: int) -> tuple[Bounds, Bounds]:
         curve = accountant.curve(_first_charges(plan, steps), plan.adjacency)
+        return curve.epsilon(ideal), curve.epsilon(delta)
+
+    rows = {plan.steps: answer(plan.steps)}
+    for steps in _step_points(plan.steps, points):
         try:
-            upper = curve.epsilon(ideal)
-            lower = min(curve.epsilon(delta).lower, upper.upper)
+            rows[steps] = answer(steps)
         except NotComputable:
-            if steps == plan.steps:
-                raise
-            continue  # the next entry's upper end holds here as well
-        rows.append((steps, Bounds(lower, upper.upper, upper.kind)))
+            break
+        # Wide brackets are slow ones, and fewer steps only make them wider: the next entry's upper end holds there.
+        if 0.0 < rows[steps][0].lower < (1.0 - 1e-9) * rows[steps][0].upper:
+            break
+    try:
+        rows.setdefault(1, answer(1))  # one step has a closed form
+    except NotComputable:
+        pass
+    table = tuple(sorted(rows))
     return Meter(
-        steps=tuple(steps for steps, _ in rows),
-        bounds=_monotone([bounds for _, bounds in rows]),
-        delta=delta,
-        target=plan.claim.epsilon,
+        steps=table, bounds=_monotone([rows[steps] for steps in table]), delta=delta, target=plan.claim.epsilon
     )
 
 
-def _monotone(bounds: list[Bounds]) -> tuple[Bounds, ...]:
-    uppers = list(accumulate((row.upper for row in reversed(bounds)), min))[::-1]
-    lowers = accumulate((row.lower for row in bounds), max)
+def _monotone(rows: list[tuple[Bounds, Bounds]]) -> tuple[Bounds, ...]:
+    """Upper ends from the first of each pair, lower ends from the second, each as tight as its neighbours allow."""
+    uppers = list(accumulate((at_ideal.upper for at_ideal, _ in reversed(rows)), min))[::-1]
+    lowers = accumulate((at_delta.lower for _, at_delta in rows), max)
+    kinds = (at_ideal.kind for at_ideal, _ in rows)
     return tuple(
-        Bounds(min(lower, upper), upper, row.kind) for row, lower, upper in zip(bounds, lowers, uppers, strict=True)
+        Bounds(min(lower, upper), upper, kind) for lower, upper, kind in zip(lowers, uppers, kinds, strict=True)
     )
 
 
 def _step_points(total: int, points: int) -> list[int]:
-    """1, ``total`` and points between them, half in geometric and half in arithmetic progression."""
+    """Decreasing numbers of steps below ``total``: half in arithmetic, then half in geometric progression."""
     half = max(points // 2, 1)
-    geometric = {round(total ** (index / half)) for index in range(half + 1)}
-    even = {max(1, total * index // half) for index in range(half + 1)}
-    return sorted({1, total} | {min(step, total) for step in geometric} | even)
+    even = {total * index // half for index in range(1, half)}
+    halves = {(total // half) >> power for power in range(1, half)}
+    return sorted((even | halves) - {0, total}, reverse=True)
 
 
 def _first_charges(plan: Plan, steps: int) -> list[Charge]:

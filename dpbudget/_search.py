@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dpbudget.mechanisms.gaussian import MAX_NOISE_MULTIPLIER, MIN_NOISE_MULTIPLIER
 from dpbudget.plan import MAX_STEPS
 
-#: Relative width at which the search for a noise multiplier stops. Claims are rounded to 1e-9, so finer is idle.
+#: Relative width at which the search for a noise multiplier stops at the latest.
 _TOLERANCE = 5e-10
 
 _BOTTOM, _TOP = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER)
@@ -16,21 +16,23 @@ _BOTTOM, _TOP = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER)
 _Point = tuple[float, float]
 
 
-def smallest_noise(claim: Callable[[float], float], target: float, guess: float) -> float:
-    """The smallest sigma with claim(sigma) <= target, up to :data:`_TOLERANCE` relative and on the safe side.
+def smallest_noise(claim: Callable[[float], float], target: float, guess: float) -> float | None:
+    """The smallest sigma with claim(sigma) <= target, on the safe side; None where none was found up to the largest.
 
-    Assumes claim(MAX_NOISE_MULTIPLIER) <= target. Whatever the shape of ``claim``, the returned sigma itself was seen
-    to fit.
+    The search ends where the claim is within three units of its rounding, 1e-9 max(1, target), below the target, or
+    where sigma is known to :data:`_TOLERANCE` relative. Whatever the shape of ``claim``, the returned sigma itself was
+    seen to fit.
     """
+    unit = 1e-9 * max(1.0, target) / target
 
     def excess(log_sigma: float) -> float:
-        if log_sigma >= _TOP:
-            return -math.inf
         epsilon = claim(_sigma(log_sigma))
         return math.log(epsilon / target) if epsilon > 0 else -math.inf
 
     low, high = _bracket(excess, min(max(math.log(guess), _BOTTOM), _TOP))
-    return MIN_NOISE_MULTIPLIER if low is None else _sigma(_narrow(excess, low, high))
+    if high is None:
+        return None
+    return MIN_NOISE_MULTIPLIER if low is None else _sigma(_narrow(excess, low, high, min(unit, 0.1)))
 
 
 def _sigma(log_sigma: float) -> float:
@@ -40,12 +42,14 @@ def _sigma(log_sigma: float) -> float:
     return min(max(math.exp(log_sigma), MIN_NOISE_MULTIPLIER), MAX_NOISE_MULTIPLIER)
 
 
-def _bracket(f: Callable[[float], float], x: float) -> tuple[_Point | None, _Point]:
-    """Neighbouring points with f > 0 at the lower and f <= 0 at the upper; None where even the least noise fits."""
+def _bracket(f: Callable[[float], float], x: float) -> tuple[_Point | None, _Point | None]:
+    """Neighbouring points with f > 0 at the lower and f <= 0 at the upper; None for the one that does not exist."""
     here, stride = (x, f(x)), 0.25
     if here[1] > 0.0:
         low = here
         while here[1] > 0.0:
+            if here[0] >= _TOP:
+                return here, None
             low = here
             x = min(x + stride, _TOP)
             here, stride = (x, f(x)), 2.0 * stride
@@ -58,22 +62,27 @@ def _bracket(f: Callable[[float], float], x: float) -> tuple[_Point | None, _Poi
     return (here, high) if here[1] > 0.0 else (None, here)
 
 
-def _narrow(f: Callable[[float], float], low: _Point, high: _Point) -> float:
-    """The upper end of a bracket narrowed to the tolerance: inverse secant steps, kept honest by bisection."""
-    for turn in range(200):
+def _narrow(f: Callable[[float], float], low: _Point, high: _Point, unit: float) -> float:
+    """The upper end of a bracket after secant steps towards f = -unit, kept honest by bisection."""
+    before, last = low, high
+    slow = 0
+    while high[0] - low[0] > _TOLERANCE and high[1] < -3.0 * unit:
         width = high[0] - low[0]
-        if width <= _TOLERANCE:
-            break
-        middle = low[0] + 0.5 * width
-        if math.isfinite(low[1]) and math.isfinite(high[1]) and turn % 4 != 3:
-            root = low[0] + width * low[1] / (low[1] - high[1])
-            # Overshoot by a little: the claim is a staircase of width 1e-9, and both sides should close in.
-            nudge = max(0.4 * _TOLERANCE, 0.01 * width)
-            middle = root + nudge if turn % 2 == 0 else root - nudge
-            middle = min(max(middle, low[0] + 0.2 * _TOLERANCE), high[0] - 0.2 * _TOLERANCE)
-        point = (middle, f(middle))
-        low, high = (point, high) if point[1] > 0.0 else (low, point)
+        x = _secant(before, last, -unit)
+        if slow >= 2 or x is None or not low[0] < x < high[0]:
+            x, slow = low[0] + 0.5 * width, 0
+        before, last = last, (x, f(x))
+        low, high = (last, high) if last[1] > 0.0 else (low, last)
+        slow = slow + 1 if high[0] - low[0] > 0.5 * width else 0
     return high[0]
+
+
+def _secant(one: _Point, other: _Point, level: float) -> float | None:
+    """Where the line through two points has the height ``level``; None where there is no such line."""
+    rise = other[1] - one[1]
+    if rise == 0.0 or not math.isfinite(rise):
+        return None
+    return other[0] + (level - other[1]) * (other[0] - one[0]) / rise
 
 
 def most_steps(fits: Callable[[int], bool], start: int) -> int:
