@@ -22,6 +22,9 @@ SHRINK = 1.0 - 2.0**-16
 SMALLEST_CLIP_NORM = 1e-6
 LARGEST_CLIP_NORM = 1e12
 
+#: Far inside the normal range of float32, also after a batch size or loss scale was multiplied in.
+SMALLEST_FACTOR = 2.0**-100
+
 
 class ClippingEngine(Protocol):
     """Turns one physical batch into a :class:`ClippedSum`; it draws no noise and keeps nothing of the batch."""
@@ -75,8 +78,9 @@ def checked_batch_size(batch_size: int) -> int:
 def clip_factors(squared_norms: Tensor, clip_norm: float) -> Tensor:
     """c_i = min(1, C (1 - 2^-16) / ||g_i||), and exactly 0 where the norm is not finite. Abadi et al. (2016), Alg. 1.
 
-    A factor of 0 also tells the sums to *select* zeros for that example, since 0 * inf would be NaN. How many there are
-    is private: nothing here counts, logs or branches on it.
+    It is 0 too where it would be below 2^-100: float32 would round so small a factor too coarsely to keep the bound.
+    The sums put zeros in place of what is not finite, since 0 * inf would be NaN. How many such examples there are is
+    private: nothing here counts, logs or branches on it.
 
     Args:
         squared_norms: [B] float64, squared norms of the per-example gradients over all trainable parameters.
@@ -86,7 +90,7 @@ def clip_factors(squared_norms: Tensor, clip_norm: float) -> Tensor:
         [B] float64 factors in [0, 1].
     """
     factors = (clip_norm * SHRINK / squared_norms.sqrt()).clamp(max=1.0)
-    return torch.where(squared_norms.isfinite(), factors, torch.zeros_like(factors))
+    return torch.where(factors >= SMALLEST_FACTOR, factors, torch.zeros_like(factors))  # false for NaN
 
 
 def gradient_scale(loss_reduction: Reduction, batch_size: int, loss_scale: float) -> float:

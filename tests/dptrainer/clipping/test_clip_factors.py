@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -18,6 +18,7 @@ CLIPS = st.floats(min_value=SMALLEST_CLIP_NORM, max_value=LARGEST_CLIP_NORM)
 
 
 @given(NORMS, CLIPS)
+@example(2.5577915639891756e36, 1e-6)
 def test_a_factor_never_lets_a_norm_exceed_the_clip_even_in_float32(norm, clip):
     factor = clip_factors(torch.tensor([norm], dtype=torch.float64).square(), clip)
     assert 0.0 <= float(factor) <= 1.0
@@ -25,8 +26,10 @@ def test_a_factor_never_lets_a_norm_exceed_the_clip_even_in_float32(norm, clip):
     assert float(factor.float()) * norm <= clip
     if norm <= clip * (1 - 2.0**-15):
         assert float(factor) == 1.0
-    else:
+    elif norm <= clip * 2.0**99:
         assert float(factor) * norm >= clip * (1 - 2.0**-14)
+    elif norm >= clip * 2.0**101:
+        assert float(factor) == 0.0
 
 
 def test_a_norm_that_is_not_finite_gets_factor_zero_and_the_others_theirs():
