@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpbudget.accountants import ACCOUNTANTS, get_accountant
-from dpbudget.curve import Bounds
+from dpbudget.curve import Bounds, round_down, round_up
 from dpbudget.errors import DPBudgetError, InvalidParameter, Tampered
 from dpbudget.filters import PortfolioFilter
 from dpbudget.ledger.entries import Entry
@@ -123,8 +123,8 @@ class Report:
         """The verdict in a few lines of plain words."""
         lines = ["VALID" if self.ok else "NOT VALID" if self.exit_code == 1 else "VALID, BUT NOT ANCHORED"]
         if self.epsilon is not None and self.budget is not None:
-            lines[0] += f": epsilon <= {self.epsilon.upper:.9g} at delta {self.delta:g}"
-            lines.append(f"  lower bound {self.epsilon.lower:.9g}; recomputed by {' and '.join(self.checked_by)}")
+            lines[0] += f": epsilon <= {round_up(self.epsilon.upper, 10)} at delta {self.delta:g}"
+            lines.append(f"  lower bound {round_down(self.epsilon.lower, 10)}; recomputed by {' and '.join(self.checked_by)}")
             lines.append(f"  budget epsilon {self.budget[0]:g}, delta {self.budget[1]:g}; {self.steps} steps charged")
             lines.append(
                 "  every epsilon assumes honest training code, key and operating system (docs/threat-model.md)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Literal, Protocol
 
 Kind = Literal["certified", "numerical"]
@@ -40,3 +41,19 @@ class PrivacyCurve(Protocol):
 
     def delta(self, epsilon: float) -> Bounds:
         """Smallest delta such that the composition is (epsilon, delta)-DP in both directions; epsilon >= 0."""
+
+
+def round_up(value: float, digits: int = 6) -> str:
+    """An upper bound in at most ``digits`` decimal digits, never rounded below it; every printed guarantee uses it."""
+    return _directed(value, digits, ROUND_CEILING)
+
+
+def round_down(value: float, digits: int = 6) -> str:
+    """A lower bound in at most ``digits`` decimal digits, never rounded above it."""
+    return _directed(value, digits, ROUND_FLOOR)
+
+
+def _directed(value: float, digits: int, rounding: str) -> str:
+    if not math.isfinite(value):
+        return str(value)
+    return f"{Context(prec=digits, rounding=rounding).create_decimal(Decimal(value)):g}"

@@ -29,6 +29,7 @@ from torch.utils.data import TensorDataset
 
 import dpbudget
 import dptrainer
+from dpbudget.curve import round_up
 
 EPSILON, DELTA, STEPS, LEARNING_RATE, SEEDS = 3.0, 1e-5, 100, 5.0, 5
 
@@ -95,7 +96,7 @@ def plan_and_train(folder: Path, split: Split, console: Console) -> tuple[float,
     phase = plan.phases[0]
     console.print(
         f"[bold]plan[/]     {STEPS} steps at sampling rate {phase.rate:g} need noise multiplier "
-        f"{phase.noise_multiplier:.6f}: epsilon <= {plan.claim.epsilon:.9f}"
+        f"{phase.noise_multiplier:.6f}: epsilon <= {round_up(plan.claim.epsilon, 10)}"
     )
     run_id = ledger.sign_plan(plan, owner=owner)
     console.print(f"[bold]signed[/]   plan {plan.digest()[:16]}… as run {run_id[:16]}…")
@@ -103,17 +104,21 @@ def plan_and_train(folder: Path, split: Split, console: Console) -> tuple[float,
     run = dpbudget.start(ledger, run_id)
     model = linear_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    trainer = dptrainer.PrivateTrainer(model, optimizer, nn.CrossEntropyLoss(), split.train, run)
     with Progress(
         TextColumn("[bold]train[/]   "),
         BarColumn(40),
         MofNCompleteColumn(),
-        TextColumn("epsilon {task.fields[epsilon]:.3f} of {task.fields[target]:.3f}"),
+        TextColumn("epsilon {task.fields[epsilon]} of {task.fields[target]}"),
         console=console,
         disable=console.quiet,
     ) as progress:
-        task = progress.add_task("train", total=STEPS, epsilon=0.0, target=plan.claim.epsilon)
-        trainer.fit(on_step=lambda step: progress.update(task, completed=step.steps, epsilon=step.epsilon.upper))
+        task = progress.add_task("train", total=STEPS, epsilon="0", target=round_up(plan.claim.epsilon))
+
+        def show(steps: int, epsilon: dpbudget.Bounds | None) -> None:
+            shown = round_up(epsilon.upper, 4) if epsilon else "?"
+            progress.update(task, completed=steps, epsilon=shown)
+
+        dptrainer.PrivateTrainer(model, optimizer, nn.CrossEntropyLoss(), split.train, run, callbacks=[show]).fit()
 
     try:
         run.next_receipt()
