@@ -337,8 +337,8 @@ def _first_guess(schedule: Schedule, epsilon: float, delta: float) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_meter(plan: Plan, *, points: int = 32) -> Meter:
-    """A monotone table of epsilon by number of steps, of at most about ``points`` entries.
+def build_meter(plan: Plan, *, points: int = 16) -> Meter:
+    """A monotone table of epsilon by number of steps, of at most ``points`` + 1 entries.
 
     Guarantee: every upper end is a certified bound at the plan's delta, bounded noise tail included, and the last one
     is the bound behind the plan's claim. Epsilon grows with the steps, so an entry may take the smallest upper end at
@@ -385,11 +385,8 @@ def _monotone(rows: list[tuple[Bounds, Bounds]]) -> tuple[Bounds, ...]:
 
 
 def _step_points(total: int, points: int) -> list[int]:
-    """Decreasing numbers of steps below ``total``: half in arithmetic, then half in geometric progression."""
-    half = max(points // 2, 1)
-    even = {total * index // half for index in range(1, half)}
-    halves = {(total // half) >> power for power in range(1, half)}
-    return sorted((even | halves) - {0, total}, reverse=True)
+    """Evenly spaced numbers of steps below ``total``, the largest first."""
+    return sorted({total * index // points for index in range(1, points)} - {0, total}, reverse=True)
 
 
 def _first_charges(plan: Plan, steps: int) -> list[Charge]:
