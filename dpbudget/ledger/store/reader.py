@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import stat
 import tempfile
 import time
 from pathlib import Path
@@ -55,17 +56,15 @@ def _live(place: Path) -> SqliteStore | None:
         status = os.stat(place)
     except OSError as error:
         raise Unreadable(f"{place}: {error.strerror}", hint="check the path") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise Unreadable(f"{place} is not a regular file", code="DP083", hint="name a file made by dpbudget")
     return live_store((status.st_dev, status.st_ino))
 
 
 def _first_bytes(place: Path) -> bytes:
-    try:
-        descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise Unreadable(f"{place}: {error.strerror}", hint="check the path") from None
+    # O_NONBLOCK: a FIFO that took the file's place must not make this wait.
+    descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
-        if not os.path.isfile(place):
-            raise Unreadable(f"{place} is not a regular file", code="DP083")
         return file.read(len(MAGIC))
 
 
