@@ -56,6 +56,8 @@ CODES: dict[str, str] = {
     "DP031": "A backward pass ran outside the private step, or twice within it; its gradients are not clipped.",
     "DP032": "A private model was stepped by an optimizer that is not under the run's control; nothing was updated.",
     "DP033": "The output for one example changes when another example changes.",
+    "DP034": "The optimizer was changed between two physical batches of one step. How many there are is private, so a "
+    "schedule that counts them would depend on private data without noise.",
     "DP050": "The signed plan is used up. A further step would not be covered by the guarantee.",
     "DP051": "The weights and the ledger disagree about the private steps taken; the ledger decides what was spent.",
     "DP052": "The plan does not fit what is left of the owner's budget.",

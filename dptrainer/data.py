@@ -1,0 +1,138 @@
+"""Records by index: which datasets can be sampled privately, how a batch is made, and what stands in for an empty one.
+
+``len(dataset)`` is private under add-remove adjacency. It is read here to pick indices and for nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data.sampler import BatchSampler, RandomSampler, SequentialSampler
+
+from dpbudget.errors import InvalidParameter, PrivacyViolation
+from dptrainer.sampling import Indices
+
+Collate = Callable[[list[Any]], Any]
+
+_PLAIN_SAMPLERS = (RandomSampler, SequentialSampler, BatchSampler)
+
+
+class Records:
+    """A map-style dataset, read by index.
+
+    Args:
+        dataset: has ``__len__`` and ``__getitem__``; one item is one record, the unit that privacy protects.
+        collate_fn: makes a batch of a list of items, with the records in dimension 0 of its tensors; default that of
+            torch.
+
+    Raises:
+        PrivacyViolation: a loader was given (DP020), one with weights or a sampler of its own (DP022), or something
+            without indices (DP024).
+        InvalidParameter: the dataset is empty (DP009).
+    """
+
+    def __init__(self, dataset: Dataset[Any], collate_fn: Collate | None = None) -> None:
+        check_dataset(dataset)
+        self._dataset: Any = dataset
+        self._collate: Collate = default_collate if collate_fn is None else collate_fn
+        self._whole = dataset.tensors if type(dataset) is TensorDataset and collate_fn is None else None
+
+    @property
+    def population(self) -> int:
+        """Number of records. Private: for the sampler alone."""
+        return len(self._dataset)
+
+    def batch(self, indices: Indices) -> Any:
+        """The records of ``indices``, at least one, collated."""
+        if self._whole is not None:
+            chosen = torch.from_numpy(indices)
+            return [tensor[chosen.to(tensor.device)] for tensor in self._whole]
+        if hasattr(self._dataset, "__getitems__"):
+            return self._collate(self._dataset.__getitems__(indices.tolist()))
+        return self._collate([self._dataset[index] for index in indices.tolist()])
+
+    def synthetic(self) -> Any:
+        """A batch of one record with zeros in all its tensors: the shapes and types of the data, and no value of it."""
+        return tree_map(lambda leaf: torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf, self._first())
+
+    def _first(self) -> Any:
+        return self._collate([self._dataset[0]])
+
+
+def check_dataset(dataset: object) -> None:
+    """Refuse what cannot be sampled record by record with the plan's probability; reads no record.
+
+    Raises:
+        PrivacyViolation: DP020, DP022 or DP024, see :class:`Records`.
+        InvalidParameter: the dataset is empty (DP009).
+    """
+    if isinstance(dataset, DataLoader):
+        sampler = dataset.batch_sampler if dataset.sampler is None else dataset.sampler
+        if isinstance(dataset.dataset, IterableDataset):
+            check_dataset(dataset.dataset)
+        if not isinstance(sampler, _PLAIN_SAMPLERS):
+            raise PrivacyViolation(
+                f"your {type(sampler).__name__} would not be used; weighting or choosing records changes the privacy "
+                "analysis",
+                code="DP022",
+                hint="pass the dataset itself, with the records that each person may contribute",
+            )
+        order = "shuffled" if isinstance(sampler, RandomSampler) else "sequential"
+        raise PrivacyViolation(
+            f"a {order} DataLoader is not Poisson sampling, for which the plan was made",
+            code="DP020",
+            hint="pass loader.dataset (and collate_fn=loader.collate_fn); the private loader draws its own batches",
+        )
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise PrivacyViolation(
+            f"{type(dataset).__name__} gives no record by index, and Poisson sampling picks records by index",
+            code="DP024",
+            hint="use a map-style dataset with __len__ and __getitem__",
+        )
+    if len(dataset) == 0:
+        raise InvalidParameter("the dataset has no record", code="DP009", hint="check how it was loaded")
+
+
+def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Positional inputs, named inputs and target of a batch.
+
+    ``(input, ..., target)`` as a tuple or list; or a mapping whose entry ``labels`` is the target and whose other
+    entries are named inputs of the model.
+
+    Raises:
+        InvalidParameter: the batch has another form (DP091).
+    """
+    if isinstance(batch, tuple | list) and len(batch) >= 2:
+        return tuple(batch[:-1]), {}, batch[-1]
+    if isinstance(batch, Mapping) and "labels" in batch and len(batch) >= 2:
+        return (), {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
+    raise InvalidParameter(
+        f"a batch is {type(batch).__name__}; PrivateTrainer needs (input, ..., target) or a mapping with 'labels'",
+        code="DP091",
+        hint="pass a collate_fn that gives one of these, or use make_private with your own loop",
+    )
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on ``device``."""
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def check_rows(batch: Any, rows: int) -> None:
+    """Every tensor of a collated batch must have one row a record.
+
+    Raises:
+        PrivacyViolation: one has not (DP023); the message names no size, since both may be private.
+    """
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    if not any(leaf.dim() > 0 and leaf.shape[0] == rows for leaf in tensors):
+        raise PrivacyViolation(
+            "no tensor of the collated batch has one row for each record that was drawn",
+            code="DP023",
+            hint="let collate_fn keep exactly the records it is given, in dimension 0",
+        )

@@ -1,0 +1,279 @@
+"""The state of a private loop that the user writes: which batch is open, and what guards it.
+
+Between ``loader`` and ``optimizer.step()`` a batch is open. The step finishes it with noise or not at all; parameters
+have no gradient before that, so an optimizer or a backward pass that goes around finds nothing, and is refused.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from dpbudget.errors import PrivacyViolation
+from dpbudget.ledger.receipt import Receipt
+from dpbudget.ledger.run import Run
+from dptrainer.clipping import Reduction, add_clipped, make_engine
+from dptrainer.clipping.engine import trainable_parameters
+from dptrainer.data import check_rows
+from dptrainer.noise.source import NoiseSource, SecureNoise
+from dptrainer.probe import probe
+from dptrainer.update import check_run, output_digest, release
+from dptrainer.validate import check
+from dptrainer.values import ClippedSum
+
+_attached: weakref.WeakSet[PrivateLoop] = weakref.WeakSet()
+_global_hook: list[RemovableHandle] = []
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One physical batch that the loader gave out.
+
+    Attributes:
+        receipt: pays for the step that the batch belongs to.
+        empty: whether a synthetic example stands in for a draw without records.
+        last: whether the step ends with it.
+        stepped: whether ``optimizer.step()`` took it.
+    """
+
+    receipt: Receipt
+    empty: bool
+    last: bool
+    stepped: bool = False
+
+
+class PrivateLoop:
+    """Model, optimizer and run of one ``make_private``.
+
+    Attributes:
+        run: where receipts come from.
+        step_complete: whether the last ``optimizer.step()`` released a step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        run: Run,
+        *,
+        reduction: Reduction,
+        replay: Sequence[nn.Module],
+        record_outputs: bool,
+        noise: NoiseSource | None,
+        note: Callable[[str], None] | None,
+        synthetic: Any,
+    ) -> None:
+        check(model, optimizer)
+        check_run(model, run)
+        _detach_earlier(model, optimizer)
+        if isinstance(synthetic, tuple | list) and len(synthetic) >= 2:
+            probe(model, synthetic[:-1], replay)
+        self.run, self.step_complete = run, True
+        self._model, self._optimizer = model, optimizer
+        self._engine = make_engine(model, run.plan.clip_norm, replay=replay, note=note)
+        self._reduction: Reduction = reduction
+        self._record_outputs, self._noise = record_outputs, SecureNoise() if noise is None else noise
+        self._ticket: Ticket | None = None
+        self._total: ClippedSum | None = None
+        self._settings: object = None
+        self._watched: dict[int, RemovableHandle] = {}
+        self._handle: RemovableHandle | None = optimizer.register_step_pre_hook(self._before_step)
+        self._watch_parameters()
+        _attached.add(self)
+        if not _global_hook:
+            _global_hook.append(register_optimizer_step_pre_hook(_refuse_other_optimizers))
+
+    # ------------------------------------------------------------------ batches
+
+    def open(self, receipt: Receipt, batch: Any, size: int, *, last: bool) -> Ticket:
+        """Open one physical batch of ``size`` records (0: a synthetic example stands in)."""
+        rows = max(size, 1)
+        check_rows(batch, rows)
+        self._watch_parameters()
+        for parameter in self._model.parameters():
+            parameter.grad = None
+        self._engine.begin(rows)
+        self._ticket = Ticket(receipt, size == 0, last)
+        return self._ticket
+
+    def was_stepped(self, ticket: Ticket) -> bool:
+        """Whether the step took this batch; a batch that was skipped drops the step that it belongs to."""
+        return ticket.stepped
+
+    def drop(self) -> None:
+        """Forget an unfinished step: its partial sum is never released, its receipt stays charged."""
+        self._engine.abort()
+        self._ticket = self._total = self._settings = None
+
+    def require_attached(self) -> None:
+        """Refuse to go on after :meth:`detach` (DP021)."""
+        if self._handle is None:
+            raise PrivacyViolation(
+                "this loader was detached from its model",
+                code="DP021",
+                hint="use the loader of the newest make_private",
+            )
+
+    def detach(self) -> None:
+        """Take all hooks off; idempotent."""
+        self.drop()
+        self._engine.detach()
+        for handle in self._watched.values():
+            handle.remove()
+        self._watched.clear()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        _attached.discard(self)
+
+    def holds(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether this loop guards the model or the optimizer."""
+        return model is self._model or optimizer is self._optimizer
+
+    def guards(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether ``optimizer``, another than this loop's, would step parameters of this loop's model."""
+        if optimizer is self._optimizer:
+            return False
+        own = {id(parameter) for parameter in self._model.parameters()}
+        return any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
+
+    # ------------------------------------------------------------------ the step
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the optimizer moves: finish the open batch, and give noise to the step that it ends.
+
+        Raises:
+            PrivacyViolation: there is no open batch (DP021), a closure was given (DP017), no backward pass ran (DP031),
+                the optimizer changed within the step (DP034), or what engine and noise refuse. The parameters stay as
+                they were.
+        """
+        ticket = self._ticket
+        if ticket is None:
+            raise PrivacyViolation(
+                "optimizer.step() without an open batch of the private loader",
+                code="DP021",
+                hint="iterate over the loader that make_private returned, and step once for each of its batches",
+            )
+        try:
+            # The first of the arguments is the optimizer itself.
+            if kwargs.get("closure") is not None or any(callable(value) for value in args[1:]):
+                raise PrivacyViolation(
+                    "optimizer.step() was given a closure, which evaluates the loss again",
+                    code="DP017",
+                    hint="call backward() yourself, then optimizer.step() without arguments",
+                )
+            self._finish(ticket)
+        except BaseException:
+            self.drop()
+            raise
+
+    def _finish(self, ticket: Ticket) -> None:
+        if ticket.empty:
+            self._engine.begin(0)  # drops what the synthetic example left
+            part = self._engine.finish()
+        else:
+            part = self._engine.finish(self._reduction)
+        self._ticket = None
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        if self._total is not None and not _same(settings, self._settings):
+            raise PrivacyViolation(
+                "the optimizer's settings changed between two physical batches of one step",
+                code="DP034",
+                hint="advance the learning rate schedule only where loader.step_complete is true",
+            )
+        self._settings = settings
+        self._total = part if self._total is None else add_clipped(self._total, part)
+        ticket.stepped, self.step_complete = True, ticket.last
+        if ticket.last:
+            noisy = release(self._model, self._total, ticket.receipt, self._noise)
+            if self._record_outputs:
+                self.run.settle(ticket.receipt, output_digest(noisy))
+            self._total = None
+        else:
+            for parameter in self._model.parameters():
+                parameter.grad = None  # an optimizer passes over parameters without a gradient
+
+    # ------------------------------------------------------------------ guards
+
+    def _watch_parameters(self) -> None:
+        """Hook every trainable parameter: under the engine no gradient ever accumulates in one."""
+        for name, parameter in trainable_parameters(self._model).items():
+            if id(parameter) not in self._watched:
+                hook = partial(_refuse_gradient, weakref.ref(self), name)
+                self._watched[id(parameter)] = _watch(parameter, hook)
+
+    def refuse_gradient(self, name: str, parameter: Tensor) -> None:
+        """Throw away a gradient that went past the engine, and say why it did.
+
+        Raises:
+            PrivacyViolation: always: DP021 without an open batch, DP014 in eval mode, DP031 otherwise.
+        """
+        parameter.grad = None
+        if self._ticket is None:
+            raise PrivacyViolation(
+                f'a gradient reached parameter "{name}" from a batch that is not one of the private loader',
+                code="DP021",
+                hint="iterate over the loader that make_private returned; evaluate under torch.no_grad()",
+            )
+        if not self._model.training:
+            raise PrivacyViolation(
+                "backward() ran while the model is in eval mode",
+                code="DP014",
+                hint="call model.train() before the training step",
+            )
+        raise PrivacyViolation(
+            f'an unclipped gradient reached parameter "{name}"; it was discarded',
+            code="DP031",
+            hint="call the layers through model(...), and leave weight decay to the optimizer",
+        )
+
+
+def _watch(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    register: Callable[..., RemovableHandle] = parameter.register_post_accumulate_grad_hook
+    return register(hook)
+
+
+def _refuse_gradient(loop: weakref.ref[PrivateLoop], name: str, parameter: Tensor) -> None:
+    owner = loop()
+    if owner is not None:
+        owner.refuse_gradient(name, parameter)
+
+
+def _refuse_other_optimizers(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    """Hook of every optimizer of the process.
+
+    Raises:
+        PrivacyViolation: it is about to step parameters of a private model that is not its own (DP032).
+    """
+    if any(loop.guards(optimizer) for loop in _attached):
+        raise PrivacyViolation(
+            f"this {type(optimizer).__name__} holds parameters of a private model, but is not the optimizer that "
+            "make_private was given; nothing was updated",
+            code="DP032",
+            hint="step the optimizer that make_private returned",
+        )
+
+
+def _detach_earlier(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for loop in list(_attached):
+        if loop.holds(model, optimizer):
+            loop.detach()
+
+
+def _same(first: object, second: object) -> bool:
+    """Equality of nested settings, tensors included."""
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return isinstance(first, Tensor) and isinstance(second, Tensor) and torch.equal(first, second)
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(map(_same, first, second))
+    return bool(first == second)

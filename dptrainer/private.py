@@ -1,0 +1,181 @@
+"""``make_private``: the ordinary loop, with a receipt for every batch and noise before every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from dpbudget.curve import Bounds
+from dpbudget.errors import InvalidParameter, PlanExhausted, PrivacyViolation
+from dpbudget.ledger.receipt import Receipt
+from dpbudget.ledger.run import Run
+from dptrainer.clipping import Reduction
+from dptrainer.data import Collate, Records
+from dptrainer.loop import PrivateLoop
+from dptrainer.noise.source import NoiseSource
+from dptrainer.sampling import PoissonSampler, physical_batches
+from dptrainer.trainer import checked_size
+
+Model = TypeVar("Model", bound=nn.Module)
+AnyOptimizer = TypeVar("AnyOptimizer", bound=torch.optim.Optimizer)
+
+
+class PrivateLoader:
+    """Private Poisson batches, one charged receipt each, in the form in which a ``DataLoader`` would give them.
+
+    A batch that drew no record is stood in for by one example of zeros whose gradient is dropped, so that the loop runs
+    the same code and its length does not tell; the step that follows is noise alone. With physical batches, several
+    items belong to one step and the optimizer moves on the last of them. A batch that is left without
+    ``optimizer.step()`` is dropped; its receipt stays charged.
+    """
+
+    def __init__(
+        self, loop: PrivateLoop, records: Records, physical_batch_size: int | None, steps_per_epoch: int | None
+    ) -> None:
+        self._loop, self._records = loop, records
+        self._physical, self._epoch = physical_batch_size, steps_per_epoch
+        self._sampler = PoissonSampler()
+
+    def __len__(self) -> int:
+        """Steps that the next iteration will take; with physical batches it has more items than steps."""
+        remaining = self._loop.run.remaining
+        return remaining if self._epoch is None else min(self._epoch, remaining)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Batches until the plan, or one epoch of it, ends.
+
+        Raises:
+            PlanExhausted: the plan was used up before (DP050); the model is unchanged.
+            StorageFailed: a step could not be charged (DP075).
+        """
+        steps = 0
+        while self._epoch is None or steps < self._epoch:
+            receipt = self._next_receipt(first=steps == 0)
+            if receipt is None:
+                return
+            yield from self._step(receipt)
+            steps += 1
+
+    @property
+    def epsilon(self) -> Bounds | None:
+        """Live epsilon of the charged steps, *if stopping there had been planned*; the plan's claim is what holds."""
+        return self._loop.run.epsilon()
+
+    @property
+    def step_complete(self) -> bool:
+        """Whether the last ``optimizer.step()`` ended a step, and was not one of several physical batches.
+
+        Learning rate schedules advance only then.
+        """
+        return self._loop.step_complete
+
+    def detach(self) -> None:
+        """Take every guard off model and optimizer, for example to go on with public data; this loader is then dead."""
+        self._loop.detach()
+
+    def _next_receipt(self, *, first: bool) -> Receipt | None:
+        self._loop.require_attached()
+        try:
+            return self._loop.run.next_receipt()
+        except PlanExhausted:
+            if first:
+                raise
+            return None
+
+    def _step(self, receipt: Receipt) -> Iterator[Any]:
+        pieces = list(physical_batches(self._sampler.draw(receipt, self._records.population), self._physical))
+        try:
+            for number, piece in enumerate(pieces):
+                empty = len(piece) == 0
+                batch = self._records.synthetic() if empty else self._records.batch(piece)
+                ticket = self._loop.open(receipt, batch, len(piece), last=number + 1 == len(pieces))
+                yield batch
+                if not self._loop.was_stepped(ticket):
+                    return
+        finally:
+            self._loop.drop()
+
+
+def make_private(
+    model: Model,
+    optimizer: AnyOptimizer,
+    dataset: Dataset[Any],
+    *,
+    run: Run,
+    loss_reduction: Reduction = "mean",
+    physical_batch_size: int | None = None,
+    steps_per_epoch: int | None = None,
+    collate_fn: Collate | None = None,
+    replay: Sequence[nn.Module] = (),
+    record_outputs: bool = False,
+    noise: NoiseSource | None = None,
+    note: Callable[[str], None] | None = None,
+) -> tuple[Model, AnyOptimizer, PrivateLoader]:
+    """Make an existing training loop private. Model and optimizer are changed in place; the same objects come back.
+
+    ::
+
+        model, optimizer, loader = make_private(model, optimizer, dataset, run=run)
+        for x, y in loader:
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Guarantee: what ``optimizer.step()`` does to the parameters is (epsilon, delta)-DP with the claim of the run's plan,
+    for one record of ``dataset``, provided that model and loss do not mix examples (the model is tested on synthetic
+    inputs) and that nothing else in the loop depends on the data: a loss or batch size that is printed, or that decides
+    when to stop, is a release that is not counted. Noise, clipping norm, rate, divisor and steps come from the plan.
+
+    Args:
+        model: in train mode, called as ``model(...)`` with the examples in dimension 0.
+        optimizer: any ``torch.optim`` optimizer over exactly the trainable parameters.
+        dataset: map-style; one item is one record.
+        run: from ``dpbudget.start``; the caller closes it.
+        loss_reduction: what the loop's criterion does over the examples of a batch: ``mean``, ``sum`` or ``none`` (then
+            the loop sums). Its weights must not depend on other examples of the batch.
+        physical_batch_size: largest number of examples in one item; None gives every drawn batch whole.
+        steps_per_epoch: an iteration ends after so many steps; None runs to the end of the plan.
+        collate_fn: as for a ``DataLoader``.
+        replay: modules to differentiate as a whole, see :class:`~dptrainer.clipping.BookKeeping`.
+        record_outputs: settle every step with a hash of its noisy sum.
+        noise: adds the noise.
+        note: is told, once, about modules that are slow to clip.
+
+    Raises:
+        PrivacyViolation: model, optimizer or dataset cannot be trained privately; nothing was charged or changed.
+        InvalidParameter: an argument is out of range, or the dataset is empty.
+    """
+    if loss_reduction not in ("mean", "sum", "none"):
+        raise InvalidParameter(
+            f"unknown loss reduction {loss_reduction!r}", code="DP030", hint="declare mean, sum or none"
+        )
+    if steps_per_epoch is not None and (type(steps_per_epoch) is not int or steps_per_epoch < 1):
+        raise InvalidParameter(
+            f"steps_per_epoch must be a positive integer, got {steps_per_epoch!r}",
+            code="DP009",
+            hint="leave it out to run to the end of the plan",
+        )
+    if not isinstance(run, Run):
+        raise PrivacyViolation(
+            f"run is {type(run).__name__}, not a run of a ledger",
+            code="DP081",
+            hint="run = dpbudget.start(ledger, run_id)",
+        )
+    size = checked_size(physical_batch_size)
+    records = Records(dataset, collate_fn)
+    loop = PrivateLoop(
+        model,
+        optimizer,
+        run,
+        reduction=loss_reduction,
+        replay=replay,
+        record_outputs=record_outputs,
+        noise=noise,
+        note=note,
+        synthetic=records.synthetic(),
+    )
+    return model, optimizer, PrivateLoader(loop, records, size, steps_per_epoch)

@@ -1,0 +1,194 @@
+"""DP-SGD on one screen: draw, clip, add noise, step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from dpbudget.curve import Bounds
+from dpbudget.errors import InvalidParameter, PrivacyViolation
+from dpbudget.ledger.run import Run
+from dptrainer.clipping import BookKeeping, add_clipped, make_engine
+from dptrainer.data import Collate, Records, check_rows, split_batch, to_device
+from dptrainer.losses import Loss, PerExampleLoss
+from dptrainer.noise.source import NoiseSource, SecureNoise
+from dptrainer.probe import probe
+from dptrainer.sampling import Indices, PoissonSampler, physical_batches
+from dptrainer.update import check_run, output_digest, release
+from dptrainer.validate import check
+from dptrainer.values import ClippedSum
+
+#: Called after each step with (steps released by this call, live epsilon or None); returning False stops the training.
+Callback = Callable[[int, Bounds | None], object]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a call of :meth:`PrivateTrainer.fit` did; every field is public.
+
+    The guarantee is that of the run's plan, however many steps were taken.
+
+    Attributes:
+        run_id: the run in the ledger.
+        steps: steps released by this call.
+        charged, planned: steps charged to the ledger for this run so far, and planned.
+        stopped: whether a callback ended it before the plan did.
+        epsilon: live epsilon of the charged steps, *if stopping there had been planned*; None without a meter.
+        claim: the plan's epsilon, which is what holds.
+        delta: the delta of both.
+    """
+
+    run_id: str
+    steps: int
+    charged: int
+    planned: int
+    stopped: bool
+    epsilon: Bounds | None
+    claim: float
+    delta: float
+
+
+class PrivateTrainer:
+    """Trains a model under a run: one charged receipt, one Poisson batch, one noisy update at a time.
+
+    Guarantee: the model's parameters, and everything the callbacks see, are (epsilon, delta)-DP with the plan's claim,
+    for one record of ``dataset``, provided that the model does not mix examples (tested on synthetic inputs at set-up).
+    No loss, batch size or norm is computed for display. Noise multiplier, clipping norm, rate and steps come from the
+    plan; there is nothing to repeat here.
+
+    Args:
+        model: in train mode; changed in place.
+        optimizer: any ``torch.optim`` optimizer over the model's trainable parameters, without closure.
+        loss_fn: criterion of (outputs, target), see :class:`~dptrainer.losses.PerExampleLoss`.
+        dataset: map-style; an item is ``(input, ..., target)`` or a mapping with ``labels``.
+        run: from ``dpbudget.start``; the caller closes it.
+        physical_batch_size: largest number of examples in memory at once; None takes every drawn batch whole.
+        collate_fn: as for a ``DataLoader``.
+        callbacks: each is called after every step with (steps so far, epsilon); False stops.
+        replay: modules to differentiate as a whole, see :class:`~dptrainer.clipping.BookKeeping`.
+        record_outputs: settle every step with a hash of its noisy sum (about 2 ns a parameter).
+        noise: adds the noise.
+        note: is told, once, about modules that are slow to clip.
+
+    Raises:
+        PrivacyViolation: model, optimizer or dataset cannot be trained privately; nothing was charged or changed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: Loss,
+        dataset: Dataset[Any],
+        run: Run,
+        *,
+        physical_batch_size: int | None = None,
+        collate_fn: Collate | None = None,
+        callbacks: Sequence[Callback] = (),
+        replay: Sequence[nn.Module] = (),
+        record_outputs: bool = False,
+        noise: NoiseSource | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
+        check(model, optimizer)
+        check_run(model, run)
+        self._records = Records(dataset, collate_fn)
+        inputs, named, _ = split_batch(self._records.synthetic())
+        if not named:
+            probe(model, inputs, replay)
+        self._model, self._optimizer, self._run = model, optimizer, run
+        self._loss = PerExampleLoss(loss_fn)
+        self._engine: BookKeeping = make_engine(model, run.plan.clip_norm, replay=replay, note=note)
+        self._sampler, self._noise = PoissonSampler(), SecureNoise() if noise is None else noise
+        self._physical, self._record_outputs = checked_size(physical_batch_size), record_outputs
+        self._callbacks = tuple(callbacks)
+        self._stopped = False
+
+    def stop(self) -> None:
+        """End :meth:`fit` after the step that is running; the rest of the plan stays charged or unspent as it is."""
+        self._stopped = True
+
+    def fit(self) -> TrainingResult:
+        """Take every step that the run has left, or those until a callback stops.
+
+        Raises:
+            PlanExhausted: the run has no step left; the model is unchanged (DP050).
+            StorageFailed: a step could not be charged; it was not taken (DP075).
+            PrivacyViolation: the training code would break the guarantee; that step was not taken.
+        """
+        run, self._stopped, steps = self._run, False, 0
+        if not run.remaining:
+            run.next_receipt()  # raises: a plan that is used up ends with an error, not with an empty loop
+        try:
+            for receipt in run:
+                clipped = self._clip(self._sampler.draw(receipt, self._records.population))
+                noisy = release(self._model, clipped, receipt, self._noise)
+                self._optimizer.step()
+                if self._record_outputs:
+                    run.settle(receipt, output_digest(noisy))
+                steps += 1
+                self._tell(steps)
+                if self._stopped:
+                    break
+        finally:
+            self._engine.detach()
+            self._optimizer.zero_grad(set_to_none=True)
+        return self._result(steps)
+
+    def _clip(self, indices: Indices) -> ClippedSum:
+        """The clipped sum of one drawn batch, a physical batch at a time; zeros for an empty one."""
+        total: ClippedSum | None = None
+        for piece in physical_batches(indices, self._physical):
+            part = self._clip_piece(piece)
+            total = part if total is None else add_clipped(total, part)
+        assert total is not None  # noqa: S101 - an empty draw is one empty piece
+        return total
+
+    def _clip_piece(self, indices: Indices) -> ClippedSum:
+        size = len(indices)
+        if size == 0:
+            self._engine.begin(0)
+            return self._engine.finish()
+        if not self._model.training:
+            raise PrivacyViolation(
+                "the model is in eval mode", code="DP014", hint="call model.train() after evaluating in a callback"
+            )
+        batch = self._records.batch(indices)
+        check_rows(batch, size)
+        device = next(self._model.parameters()).device
+        inputs, named, target = split_batch(to_device(batch, device))
+        with torch.enable_grad(), self._engine.record(size):
+            losses = self._loss(self._model(*inputs, **named), target, size)
+        return self._engine.backward(losses)
+
+    def _tell(self, steps: int) -> None:
+        epsilon = self._run.epsilon()
+        for callback in self._callbacks:
+            if callback(steps, epsilon) is False:
+                self._stopped = True
+
+    def _result(self, steps: int) -> TrainingResult:
+        run, claim = self._run, self._run.plan.claim
+        return TrainingResult(
+            run.run_id, steps, run.charged, run.planned, self._stopped, run.epsilon(), claim.epsilon, claim.delta
+        )
+
+
+def checked_size(size: int | None) -> int | None:
+    """``physical_batch_size`` if it is a positive integer or None.
+
+    Raises:
+        InvalidParameter: otherwise (DP009).
+    """
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise InvalidParameter(
+            f"physical_batch_size must be a positive integer, got {size!r}",
+            code="DP009",
+            hint="leave it out to take every drawn batch whole",
+        )
+    return size

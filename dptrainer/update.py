@@ -1,0 +1,69 @@
+"""From a clipped sum to gradients that an optimizer may see: noise, the public divisor, ``.grad``."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from dpbudget.errors import PrivacyViolation
+from dpbudget.ledger.receipt import Receipt
+from dpbudget.ledger.run import Run
+from dptrainer.clipping.engine import trainable_parameters
+from dptrainer.noise.source import NoiseSource
+from dptrainer.values import ClippedSum, NoisySum
+
+
+def check_run(model: nn.Module, run: Run) -> None:
+    """Refuse a model that the run's plan does not cover; nothing is charged or changed.
+
+    Raises:
+        PrivacyViolation: more trainable parameters than the plan allows, or none (DP018).
+    """
+    count = sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    if not 0 < count <= run.plan.max_parameters:
+        raise PrivacyViolation(
+            f"the model has {count} trainable parameters, but the plan allows 1 to {run.plan.max_parameters}",
+            code="DP018",
+            hint="freeze parameters, or make a plan with max_parameters of at least the model's",
+        )
+
+
+def release(model: nn.Module, clipped: ClippedSum, receipt: Receipt, noise: NoiseSource) -> NoisySum:
+    """Add the receipt's noise and write ``sum / expected batch size`` to ``.grad`` of every trainable parameter.
+
+    The divisor is the plan's, never the size of the batch that was drawn. What is in ``.grad`` afterwards may be
+    published, and everything computed from it.
+
+    Raises:
+        PrivacyViolation: the sum does not belong to this model (DP031), or :class:`SecureNoise` refuses it.
+        ReceiptSpent: the receipt was used before (DP077).
+    """
+    parameters = dict(model.named_parameters())
+    trainable = trainable_parameters(model)
+    if list(clipped.grads) != list(trainable):
+        raise PrivacyViolation(
+            "parameters were frozen, added or renamed between the forward pass and the step",
+            code="DP031",
+            hint="change requires_grad between steps",
+        )
+    noisy = noise.privatise(clipped, receipt)
+    for parameter in parameters.values():
+        parameter.grad = None
+    for name, total in noisy.grads.items():
+        parameter = parameters[name]
+        parameter.grad = (total / receipt.expected_batch_size).to(parameter.dtype)
+    return noisy
+
+
+def output_digest(noisy: NoisySum) -> str:
+    """SHA-256 over name, type, shape and little-endian values of every noisy sum, in order; 64 hexadecimal digits.
+
+    It commits to what was released, so that a replay with other data and the same noise shows.
+    """
+    digest = hashlib.sha256()
+    for name, total in noisy.grads.items():
+        digest.update(f"{name}\0{total.dtype}\0{list(total.shape)}\0".encode())
+        digest.update(total.detach().contiguous().cpu().view(torch.uint8).reshape(-1).numpy().data)
+    return digest.hexdigest()
