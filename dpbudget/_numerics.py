@@ -86,8 +86,14 @@ def minimize_unimodal(
     return _golden_section(function, left, right, best, tolerance)
 
 
-def minimize_on_integers(function: Callable[[int], float], start: int, low: int, high: int) -> tuple[int, float]:
-    """Minimise a quasi-convex function on the integers of [low, high] from ``start``; (argument, value) evaluated."""
+def minimize_on_integers(
+    function: Callable[[int], float], start: int, limits: tuple[int, int], largest: int, finest: int
+) -> tuple[int, float]:
+    """Minimise a quasi-convex function on integers: steps of ``largest`` from ``start``, halved down to ``finest``.
+
+    Returns (argument, value) of the best point evaluated; all of them are within ``limits``.
+    """
+    low, high = limits
     values: dict[int, float] = {}
 
     def at(k: int) -> float:
@@ -95,8 +101,8 @@ def minimize_on_integers(function: Callable[[int], float], start: int, low: int,
             values[k] = function(k)
         return values[k]
 
-    best, stride = min(max(start, low), high), 4
-    while stride:
+    best, stride = min(max(start, low), high), largest
+    while stride >= finest:
         trials = [k for k in (best - stride, best + stride) if low <= k <= high]
         winner = min(trials, key=at, default=best)
         if at(winner) < at(best):

@@ -14,8 +14,10 @@ from dpbudget.mechanisms import SubsampledGaussianPair
 #: Tilts (Renyi order minus one) that a search visits.
 MIN_TILT, MAX_TILT = 1e-9, 1e9
 #: Ratio of the tilts that searches share, so that each moment is computed once, and the range of their indices.
-GRID_RATIO = 1.09
-GRID_RANGE = (-240, 240)
+GRID_RATIO = 1.005
+#: Searches use every COARSE-th tilt and the others only where the moments are steep.
+COARSE = 16
+GRID_RANGE = (-256 * COARSE, 256 * COARSE)
 # Sums of a few rounded terms: relative padding of every upper bound below.
 _PAD = 64.0 * UNIT
 
@@ -57,8 +59,8 @@ def grid_tilt(index: int) -> float:
 
 
 def grid_index(tilt: float) -> int:
-    """The index of the grid tilt next to ``tilt``."""
-    return round(math.log(tilt) / math.log(GRID_RATIO))
+    """The index of the coarse grid tilt next to ``tilt``."""
+    return COARSE * round(math.log(tilt) / math.log(GRID_RATIO) / COARSE)
 
 
 class MomentBound:
@@ -96,14 +98,20 @@ class MomentBound:
     def coarse_epsilon(self, log_delta: float) -> tuple[float, int]:
         """Like :meth:`best_epsilon` over the tilts of :func:`grid_tilt` only; (epsilon, index)."""
         index, value = minimize_on_integers(
-            lambda k: self.epsilon_at(grid_tilt(k), log_delta), grid_index(self._start(log_delta)), *GRID_RANGE
+            lambda k: self.epsilon_at(grid_tilt(k), log_delta),
+            grid_index(self._start(log_delta)),
+            GRID_RANGE,
+            4 * COARSE,
+            COARSE,
         )
         return value, index
 
     def coarse_log_delta(self, epsilon: float) -> tuple[float, int]:
         """Like :meth:`best_log_delta` over the tilts of :func:`grid_tilt` only; (log delta, index)."""
         start = grid_index(self._start(-0.5 * epsilon - 1.0))
-        index, value = minimize_on_integers(lambda k: self.log_delta_at(grid_tilt(k), epsilon), start, *GRID_RANGE)
+        index, value = minimize_on_integers(
+            lambda k: self.log_delta_at(grid_tilt(k), epsilon), start, GRID_RANGE, 4 * COARSE, COARSE
+        )
         return value, index
 
     def best_log_delta(self, epsilon: float, tolerance: float = 1e-4) -> tuple[float, float]:

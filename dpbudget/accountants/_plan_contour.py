@@ -13,7 +13,7 @@ import numpy as np
 from dpbudget._numerics import log1p_exp, log_kappa, minimize_on_integers, truncate_mantissa
 from dpbudget.accountants._contour import Contour, Line
 from dpbudget.accountants._decay import Decay
-from dpbudget.accountants._moment_bound import GRID_RANGE, GRID_RATIO, MomentBound, grid_tilt, log_moment_bounds
+from dpbudget.accountants._moment_bound import COARSE, GRID_RANGE, GRID_RATIO, MomentBound, grid_tilt, log_moment_bounds
 from dpbudget.accountants._phases import Phase
 from dpbudget.accountants._quadrature import Direction
 from dpbudget.accountants._tilted_step import TiltedStep
@@ -22,7 +22,10 @@ from dpbudget.accountants._tilted_step import TiltedStep
 MAX_LINE_NODES = 1 << 16
 MAX_WORK = 1 << 22
 # Tilts below and above the saddle, as indices of the grid, that may be chosen or bound the aliases.
-_LOWER, _HIGHER = 16, 9
+_OFFSETS = tuple(COARSE * k for k in range(-16, 10))
+_STEEP_OFFSETS = (-256, -128, -64, -40, -24, -16, -12, -8, -6, -4, -2, 0, 2, 4, 6, 8, 12, 16, 24, 40, 64)
+# Nats of amplitude between neighbours of the coarse grid beyond which the fine one is used.
+_STEEP = 1.0
 # A tilt may lose so many nats of amplitude against the saddle for the sake of a larger step, at this price a nat.
 _MAX_LOSS, _LOSS_PRICE = 7.0, 0.2
 
@@ -34,10 +37,10 @@ def plan_contour(
 
     None where no tilt works or the nodes would be too many to be of use. ``start`` is a grid index near the saddle.
     """
-    saddle = _saddle(moments, epsilon, start)
-    if not GRID_RANGE[0] + _LOWER <= saddle <= GRID_RANGE[1] - _HIGHER:
+    saddle, offsets = _saddle(moments, epsilon, start)
+    if not GRID_RANGE[0] - offsets[0] <= saddle <= GRID_RANGE[1] - offsets[-1]:
         return None
-    table = [grid_tilt(saddle + k) for k in range(-_LOWER, _HIGHER + 1)]
+    table = [grid_tilt(saddle + offset) for offset in offsets]
     target = math.log(tolerance) + log_delta
     tilt, period = _tilt_and_period(moments, table, epsilon, target)
     step = truncate_mantissa(2.0 * math.pi / period)
@@ -55,7 +58,7 @@ def guess_epsilon(moments: MomentBound, start: int, log_delta: float) -> float:
     index = start
     here = _saddle_estimate(moments, index)
     # The approximate delta falls as the tilt grows; walk to the pair of tilts that encloses the target.
-    stride = -1 if here[0] < log_delta else 1
+    stride = -COARSE if here[0] < log_delta else COARSE
     for _ in range(60):
         there = _saddle_estimate(moments, index + stride)
         if (there[0] - log_delta) * (here[0] - log_delta) <= 0.0:
@@ -67,8 +70,8 @@ def guess_epsilon(moments: MomentBound, start: int, log_delta: float) -> float:
 
 def _saddle_estimate(moments: MomentBound, index: int) -> tuple[float, float]:
     """(approximate log delta, epsilon) whose saddle point is this tilt of the grid, by differences of K in log c."""
-    c, log_ratio = grid_tilt(index), math.log(GRID_RATIO)
-    below, here, above = (moments(grid_tilt(index + k)) for k in (-1, 0, 1))
+    c, log_ratio = grid_tilt(index), COARSE * math.log(GRID_RATIO)
+    below, here, above = (moments(grid_tilt(index + k)) for k in (-COARSE, 0, COARSE))
     # K is nearly a power of c between neighbours, so differences are taken of log K.
     logs = [math.log(max(value, 1e-300)) for value in (below, here, above)]
     power = (logs[2] - logs[0]) / (2.0 * log_ratio)
@@ -81,14 +84,17 @@ def _saddle_estimate(moments: MomentBound, index: int) -> tuple[float, float]:
     return log_delta, epsilon
 
 
-def _saddle(moments: MomentBound, epsilon: float, start: int) -> int:
-    """Index of the grid tilt at which the integrand on the real axis is least."""
+def _saddle(moments: MomentBound, epsilon: float, start: int) -> tuple[int, tuple[int, ...]]:
+    """Index of the grid tilt at which the integrand on the real axis is least, and offsets of tilts to look at there."""
 
     def height(index: int) -> float:
         c = grid_tilt(index)
         return moments(c) - c * epsilon - math.log(c) - math.log1p(c)
 
-    return minimize_on_integers(height, start, *GRID_RANGE)[0]
+    index, least = minimize_on_integers(height, start, GRID_RANGE, 4 * COARSE, COARSE)
+    if min(height(index - COARSE), height(index + COARSE)) < least + _STEEP:
+        return index, _OFFSETS
+    return minimize_on_integers(height, index, GRID_RANGE, COARSE // 2, 1)[0], _STEEP_OFFSETS
 
 
 def _tilt_and_period(
