@@ -124,7 +124,8 @@ class Report:
         lines = ["VALID" if self.ok else "NOT VALID" if self.exit_code == 1 else "VALID, BUT NOT ANCHORED"]
         if self.epsilon is not None and self.budget is not None:
             lines[0] += f": epsilon <= {round_up(self.epsilon.upper, 10)} at delta {self.delta:g}"
-            lines.append(f"  lower bound {round_down(self.epsilon.lower, 10)}; recomputed by {' and '.join(self.checked_by)}")
+            checked_by = " and ".join(self.checked_by)
+            lines.append(f"  lower bound {round_down(self.epsilon.lower, 10)}; recomputed by {checked_by}")
             lines.append(f"  budget epsilon {self.budget[0]:g}, delta {self.budget[1]:g}; {self.steps} steps charged")
             lines.append(
                 "  every epsilon assumes honest training code, key and operating system (docs/threat-model.md)"

@@ -5,9 +5,10 @@ privacy beside it. The data set is declared public, so accuracies may be shown a
 ledger of its own; on private data every one of these runs, and every look at a metric, would be charged.
 
 Settings. A linear model, because noise hurts per parameter; full batches, because at a given epsilon the signal grows
-with the batch and the noise does not; pixels scaled by the public constant 16 and centred by a public constant; the
-clipping norm 1. The learning rate was chosen on folds of the training part. On private data such a search costs budget
-too: plan the trials as runs of one portfolio, or search on public data of the same kind.
+with the batch and the noise does not; a small clipping norm, so that every example counts alike; pixels scaled and
+centred by public constants. Steps, clipping norm and learning rate were chosen by cross-validation inside the four
+training fifths; the held-out fifth was not looked at for it. On private data such a search costs budget too: plan the
+trials as runs of one portfolio, or search on public data of the same kind.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ import dpbudget
 import dptrainer
 from dpbudget.curve import round_up
 
-EPSILON, DELTA, STEPS, LEARNING_RATE, SEEDS = 3.0, 1e-5, 100, 5.0, 5
+EPSILON, DELTA, SEEDS = 3.0, 1e-5, 5
+STEPS, CLIP_NORM, LEARNING_RATE = 30, 0.2, 100.0  # the step length is learning rate x clipping norm = 20
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,11 @@ def accuracy(model: nn.Module, split: Split) -> float:
 
 
 def without_privacy(split: Split) -> float:
-    """The same model, batches and steps without clipping and noise; allowed because the data is declared public."""
+    """The same model and batches without clipping and noise, trained to the end; allowed on data declared public."""
     model = linear_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE / 10, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     inputs, labels = split.train.tensors
-    for _ in range(STEPS):
+    for _ in range(200):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(inputs), labels).backward()
         optimizer.step()
@@ -92,7 +94,9 @@ def plan_and_train(folder: Path, split: Split, console: Console) -> tuple[float,
     console.print(f"[bold]ledger[/]   {ledger.id[:16]}… grants epsilon {EPSILON:g} at delta {DELTA:g} (owner-signed)")
 
     size = len(split.train)  # public here, as declared; otherwise a public nominal size
-    plan = dpbudget.calibrate(epsilon=EPSILON, delta=DELTA, dataset_size=size, batch_size=size, steps=STEPS)
+    plan = dpbudget.calibrate(
+        epsilon=EPSILON, delta=DELTA, dataset_size=size, batch_size=size, steps=STEPS, clip_norm=CLIP_NORM
+    )
     phase = plan.phases[0]
     console.print(
         f"[bold]plan[/]     {STEPS} steps at sampling rate {phase.rate:g} need noise multiplier "
