@@ -52,13 +52,22 @@ def ask_passphrase(*, twice: bool = False) -> bytes:
 
 
 def key_path(given: str | None, ledger: str, role: str) -> str:
-    """The key file that was named, else the one beside the ledger; raises Unreadable (DP070) where there is neither."""
+    """The key file that was named, else PATH.<role>.key or <role>.key beside the ledger.
+
+    Raises:
+        Unreadable: there is none of them (DP070).
+    """
     if given is not None:
         return given
-    beside = f"{ledger}.{role}.key"
-    if not Path(beside).exists():
-        raise Unreadable(f"no --{role}-key given and no {beside} beside the ledger", hint=f"pass --{role}-key FILE")
-    return beside
+    candidates = (f"{ledger}.{role}.key", str(Path(ledger).with_name(f"{role}.key")))
+    for name in candidates:
+        if Path(name).exists():
+            return name
+    missing = " nor ".join(Path(name).name for name in candidates)
+    raise Unreadable(
+        f"no --{role}-key given, and beside the ledger is neither {missing}",
+        hint=f"pass --{role}-key FILE",
+    )
 
 
 def load_signer(path: str, passphrase_fd: int | None) -> Ed25519Signer:

@@ -69,6 +69,48 @@ class Checked(_ParamType):
         return read
 
 
+def to_positive(text: str) -> float | str:
+    """A finite number above 0; the text itself otherwise."""
+    number = to_float(text)
+    return number if isinstance(number, float) and number > 0.0 else text
+
+
+class Plain(_ParamType):
+    """A public number without a privacy code of its own; raises InvalidParameter (DP009)."""
+
+    def __init__(self, name: str, read: Callable[[str], Any], wanted: str) -> None:
+        self.name = name
+        self._read = read
+        self._wanted = wanted
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number; raises InvalidParameter (DP009) that names the option."""
+        if not isinstance(value, str):
+            return value
+        number = self._read(value)
+        if isinstance(number, str):
+            from dpbudget.errors import InvalidParameter
+
+            label = param.opts[0] if param else self.name
+            raise InvalidParameter(f"{label} must be {self._wanted}, got {value!r}", hint=f"pass {self._wanted}")
+        return number
+
+
+def to_seed(text: str) -> int | str:
+    """A seed that torch takes; the text itself otherwise."""
+    number = to_count(text)
+    return number if isinstance(number, int) and 0 <= number < 2**63 else text
+
+
+def to_share(text: str) -> float | str:
+    """A number in [0, 1); the text itself otherwise."""
+    number = to_float(text)
+    return number if isinstance(number, float) and 0.0 <= number < 1.0 else text
+
+
+POSITIVE = Plain("number", to_positive, "a number above 0")
+SEED = Plain("seed", to_seed, "a whole number in [0, 2^63)")
+SHARE = Plain("share", to_share, "a number in [0, 1)")
 EPSILON = Checked("epsilon", to_float, "as_epsilon")
 DELTA = Checked("delta", to_float, "as_delta")
 RATE = Checked("rate", to_float, "as_rate")

@@ -102,7 +102,7 @@ def _leaf(name: str) -> str:
     return f"dpbudget_cli.{name}:command"
 
 
-main = Root(
+app = Root(
     "dpbudget",
     context_settings=_CONTEXT,
     help="Privacy budgets that are certified before, enforced during and proved after training.\n\n"
@@ -166,3 +166,6 @@ plan = LazyGroup(
         "show": (_leaf("plan_show"), "Show the plans of a ledger."),
     },
 )
+
+#: The script and the tests' name of the same command.
+main = app

@@ -1,0 +1,360 @@
+"""``dpbudget train``: a linear model, an MLP or your own model on a file, under a signed plan."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dpbudget.errors import DPBudgetError, InvalidParameter, MissingExtra, Unreadable
+from dpbudget_cli import _output as out
+from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer
+from dpbudget_cli._options import COUNT, JSON, POSITIVE, SEED, SHARE
+from dpbudget_cli.main import EXIT_CODES
+
+if TYPE_CHECKING:
+    import torch
+
+    from dpbudget.curve import Bounds
+    from dpbudget.ledger.run import Run
+    from dpbudget_cli._data import Table
+    from dptrainer.trainer import TrainingResult
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the options say; every field is public."""
+
+    data: str
+    target: str
+    classes: int
+    model: str
+    hidden: int
+    lr: float
+    momentum: float
+    feature_scale: float
+    seed: int
+    output: str | None
+    init: str | None
+    public_eval: str | None
+    physical_batch_size: int | None
+
+
+@click.command("train", epilog=EXIT_CODES)
+@click.option("--ledger", "path", required=True, metavar="PATH", help="The ledger that holds the plan.")
+@click.option("--plan", "run_id", metavar="RUN", help="The run that plan new printed; only one needs no name.")
+@click.option("--writer-key", metavar="FILE", help="The writer's key; PATH.writer.key if not given.")
+@click.option("--data", required=True, metavar="FILE", help="Private data: .csv with a header, or .npz.")
+@click.option("--target", default="y", metavar="COL", help="Column or array with the labels (y).")
+@click.option("--classes", type=COUNT, required=True, metavar="K", help="Number of classes: declared, not counted.")
+@click.option("--model", default="linear", metavar="M", help="linear, mlp, or module:factory(features, classes).")
+@click.option("--hidden", type=COUNT, default=64, metavar="H", help="Width of the mlp (64).")
+@click.option("--lr", type=POSITIVE, default=0.5, metavar="R", help="Learning rate of SGD (0.5).")
+@click.option("--momentum", type=SHARE, default=0.0, metavar="M", help="Momentum (0).")
+@click.option("--feature-scale", type=POSITIVE, default=1.0, metavar="F", help="Public factor for all features (1).")
+@click.option("--seed", type=SEED, default=0, metavar="N", help="Seed of the initial weights alone (0).")
+@click.option("--output", metavar="FILE", help="Write the weights to this new .safetensors file.")
+@click.option("--init", metavar="FILE", help="Begin with these weights: public ones, or an earlier --output.")
+@click.option("--public-eval", metavar="FILE", help="Data that you declare public, to print an accuracy on.")
+@click.option("--physical-batch-size", type=COUNT, metavar="B", help="Most records in memory at once.")
+@PASSPHRASE_FD
+@JSON
+def command(
+    path: str, run_id: str | None, writer_key: str | None, passphrase_fd: int | None, as_json: bool, **values: Any
+) -> None:
+    r"""Train on a file under a signed plan; noise, clipping, sampling and steps come from the plan alone.
+
+    No loss, size or accuracy of the private data is computed for display, and features are not standardised by it.
+    Started again, it takes the steps that the ledger has left. Column names and their number are treated as public.
+
+    \b
+    Examples:
+      dpbudget train --ledger budget.ledger --data train.csv --target label --classes 2
+      dpbudget train --ledger budget.ledger --data train.npz --classes 10 --model mlp --output mlp.safetensors
+    """
+    job = _Job(**values)
+    _require_torch()
+    _check_output(job.output)
+    from dpbudget._surface import open_ledger, start
+    from dpbudget_cli.plan_show import find_run
+
+    table = _read(job, job.data)
+    held_out = _read(job, job.public_eval) if job.public_eval else None
+    model = _make_model(job, table)
+    writer = load_signer(key_path(writer_key, path, "writer"), passphrase_fd)
+    with open_ledger(path, writer=writer) as ledger, _stop_on_interrupt() as interrupt:
+        found = None if run_id is None else find_run(tuple(ledger.state.runs), run_id)
+        with start(ledger, found) as run:
+            _say_before(run, job, str(ledger.head))
+            result = _fit(model, job, table, run, interrupt)
+        head = str(ledger.head)
+    if job.output:
+        _save(model, job.output, result)
+    accuracy = None if held_out is None else _accuracy(model, held_out)
+    _report(result, job, head, accuracy, as_json)
+    if interrupt.asked:
+        sys.exit(130)
+
+
+def _require_torch() -> None:
+    try:
+        import safetensors
+        import torch
+    except ImportError as error:
+        raise MissingExtra(
+            f"training needs {error.name}, which is not installed", hint="pip install 'dpbudget[train]'"
+        ) from None
+    del safetensors, torch
+
+
+def _check_output(output: str | None) -> None:
+    """Refuse, before any step is charged, a file that could not be written after the last one."""
+    if output is None:
+        return
+    place = Path(output)
+    if os.path.lexists(place):
+        raise InvalidParameter(f"{output} exists", code="DP074", hint="choose another --output; nothing was charged")
+    if not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
+        raise Unreadable(f"the folder {place.parent} cannot be written", hint="make the folder first")
+
+
+def _read(job: _Job, path: str) -> Table:
+    from dpbudget_cli._data import read_table
+
+    return read_table(path, job.target, job.classes, job.feature_scale)
+
+
+def _make_model(job: _Job, table: Table) -> torch.nn.Module:
+    """The model with its initial weights, on the CPU and in train mode."""
+    import torch
+
+    torch.manual_seed(job.seed)  # initial weights only; sampling and noise have keys of their own
+    features = int(table.features[0].size)
+    if job.model == "linear":
+        layers: list[torch.nn.Module] = [torch.nn.Linear(features, job.classes)]
+        model: torch.nn.Module = torch.nn.Sequential(torch.nn.Flatten(), *layers)
+    elif job.model == "mlp":
+        layers = [torch.nn.Linear(features, job.hidden), torch.nn.Tanh(), torch.nn.Linear(job.hidden, job.classes)]
+        model = torch.nn.Sequential(torch.nn.Flatten(), *layers)
+    else:
+        model = _from_factory(job, features)
+    if job.init:
+        _load(model, job.init)
+    return model.train()
+
+
+def _from_factory(job: _Job, features: int) -> torch.nn.Module:
+    """What ``module:factory(features, classes)`` returns; its failures are reported as the user's (DP093)."""
+    import torch
+
+    module, colon, name = job.model.partition(":")
+    if not colon or not module or not name:
+        from dpbudget._checks import did_you_mean
+
+        close = did_you_mean(job.model, ("linear", "mlp"))
+        raise InvalidParameter(
+            f"unknown model {job.model!r}",
+            code="DP060",
+            hint=f"choose linear, mlp or module:factory. {close.capitalize()}".strip(),
+        )
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        model = getattr(importlib.import_module(module), name)(features, job.classes)
+    except DPBudgetError:
+        raise
+    except Exception as error:  # noqa: BLE001 - code of the user: whatever it raises is reported, not shown as a trace
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise InvalidParameter(
+            f"the model factory {job.model} failed with {what}",
+            code="DP093",
+            hint="it is called as factory(features, classes) and returns a torch.nn.Module",
+        ) from None
+    finally:
+        sys.path.pop(0)
+    if not isinstance(model, torch.nn.Module):
+        raise InvalidParameter(
+            f"the model factory {job.model} returned {type(model).__name__}",
+            code="DP093",
+            hint="return a torch.nn.Module",
+        )
+    return model
+
+
+@dataclass
+class _Interrupt:
+    asked: bool = False
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[_Interrupt]:
+    """The first interrupt ends training after the running step, so that the weights are kept; the second ends all."""
+    interrupt = _Interrupt()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if interrupt.asked:
+            raise KeyboardInterrupt
+        interrupt.asked = True
+        out.talk("stopping after this step; interrupt again to stop at once")
+
+    try:
+        before = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not the main thread, which alone receives signals
+        yield interrupt
+        return
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _say_before(run: Run, job: _Job, head: str) -> None:
+    claim = run.plan.claim
+    out.talk(f"run {run.run_id}: {run.charged} of {run.planned} steps charged; head {head}")
+    out.talk(f"the plan claims epsilon {out.round_up(claim.epsilon)} at delta {claim.delta:g}")
+    if run.charged and job.init is None and run.remaining:
+        out.talk("the ledger has steps of this run already, and no --init was given: the weights begin anew")
+
+
+def _fit(model: torch.nn.Module, job: _Job, table: Table, run: Run, interrupt: _Interrupt) -> TrainingResult:
+    import torch
+
+    from dptrainer.trainer import PrivateTrainer
+
+    dataset = torch.utils.data.TensorDataset(torch.from_numpy(table.features), torch.from_numpy(table.labels))
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad] or list(model.parameters()),
+        lr=job.lr,
+        momentum=job.momentum,
+    )
+    with _progress(run) as show:
+
+        def each(steps: int, epsilon: Bounds | None) -> bool:
+            show(epsilon)
+            return not interrupt.asked
+
+        try:
+            trainer = PrivateTrainer(
+                model,
+                optimizer,
+                torch.nn.CrossEntropyLoss(),
+                dataset,
+                run,
+                physical_batch_size=job.physical_batch_size,
+                callbacks=[each],
+                note=out.talk,
+            )
+            return trainer.fit()
+        except DPBudgetError:
+            raise
+        except Exception as error:
+            if os.environ.get("DPBUDGET_TRACEBACK") or ":" not in job.model:
+                raise
+            # The message could show a batch size or a value, so only its type is told.
+            raise InvalidParameter(
+                f"the model {job.model} failed with {type(error).__name__} during training",
+                code="DP093",
+                hint="set DPBUDGET_TRACEBACK=1 on data that are not private to see where",
+            ) from None
+
+
+@contextmanager
+def _progress(run: Run) -> Iterator[Callable[[Bounds | None], None]]:
+    """A bar with live epsilon on a terminal; silence elsewhere. It shows the run's clock, which is public."""
+    if not sys.stderr.isatty():
+        yield lambda epsilon: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    target = out.round_up(run.plan.claim.epsilon, 3)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"epsilon 0 of {target}", total=run.planned, completed=run.planned - run.remaining)
+
+        def show(epsilon: Bounds | None) -> None:
+            text = "" if epsilon is None else f"epsilon {out.round_up(epsilon.upper, 3)} of {target}"
+            bar.update(task, advance=1, description=text)
+
+        yield show
+
+
+def _load(model: torch.nn.Module, path: str) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError, ValueError):
+        raise Unreadable(
+            f"{path} does not hold weights of this model", code="DP091", hint="pass the --output of the same --model"
+        ) from None
+
+
+def _save(model: torch.nn.Module, output: str, result: TrainingResult) -> None:
+    """Write the weights so that the file appears whole or not at all, and never over another."""
+    from safetensors.torch import save
+
+    tensors = {name: value.detach().contiguous().clone() for name, value in model.state_dict().items()}
+    facts = {"run": result.run_id, "epsilon": repr(result.claim), "delta": repr(result.delta)}
+    place = Path(output)
+    partial = place.with_name(f".{place.name}.{secrets.token_hex(8)}")
+    try:
+        with partial.open("xb") as file:
+            file.write(save(tensors, metadata=facts))
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(partial, place)
+    except FileExistsError:
+        raise InvalidParameter(f"{output} exists", code="DP074", hint="another process wrote it meanwhile") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _accuracy(model: torch.nn.Module, table: Table) -> float:
+    """Share of right answers on data that were declared public."""
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        guesses = model(torch.from_numpy(table.features)).argmax(dim=1)
+    return float((guesses == torch.from_numpy(table.labels)).float().mean())
+
+
+def _report(result: TrainingResult, job: _Job, head: str, accuracy: float | None, as_json: bool) -> None:
+    if as_json:
+        live = None if result.epsilon is None else out.bounds_json(result.epsilon)
+        out.emit_json(
+            {
+                "run": result.run_id,
+                "steps": result.steps,
+                "charged": result.charged,
+                "planned": result.planned,
+                "claim": {"epsilon": result.claim, "delta": result.delta},
+                "epsilon_so_far": live,
+                "head": head,
+                "output": job.output,
+                "public_accuracy": accuracy,
+            }
+        )
+        return
+    rows: list[tuple[str, object]] = [
+        ("run", result.run_id),
+        ("claim", f"epsilon {out.round_up(result.claim)} at delta {result.delta:g}"),
+        ("steps", f"{result.charged} of {result.planned} charged"),
+        ("head", head),
+    ]
+    if job.output:
+        rows.append(("weights", job.output))
+    if accuracy is not None:
+        rows.append(("public accuracy", f"{accuracy:.4f}"))
+    out.emit_table(rows)
