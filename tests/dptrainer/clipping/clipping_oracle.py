@@ -1,8 +1,11 @@
 """The independent oracle: one example at a time, plain autograd, clipped by hand. Shares no code with the engine."""
 
+import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from dpbudget.errors import PrivacyViolation
 from dptrainer.clipping import BookKeeping
 
 
@@ -75,5 +78,19 @@ def assert_equal_to_the_oracle(model, inputs, *, double=1e-10, single=1e-6, **op
         assert difference <= tolerance * scale, f"{dtype}: relative error {difference / scale:.2e}"
 
 
-def cross_entropy_step(model, x, y):
-    return F.cross_entropy(model(x), y)
+def small():
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def step(engine, model, x, y, reduction="mean"):
+    engine.begin(len(x))
+    F.cross_entropy(model(x), y, reduction=reduction).backward()
+    return engine.finish(reduction)
+
+
+def refused(code, action):
+    with pytest.raises(PrivacyViolation) as caught:
+        action()
+    assert caught.value.code == code
+    assert caught.value.hint
+    return str(caught.value)
