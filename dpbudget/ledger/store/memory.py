@@ -1,4 +1,4 @@
-"""A store that forgets: for tests and throwaway runs. It is **not durable** and its name says so to every reader."""
+"""A store that forgets: for tests and throwaway runs. It is not durable and its name says so to every reader."""
 
 from __future__ import annotations
 

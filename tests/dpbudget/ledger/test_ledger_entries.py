@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ledgerkit import lived_in_ledger, snapshot_of
 
@@ -170,12 +170,14 @@ def test_what_is_not_a_canonical_record_is_refused(line: bytes) -> None:
     assert caught.value.code == "DP082"
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(line: bytes) -> None:
     with pytest.raises(Tampered):
         read(line)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(GOOD)), st.data())
 def test_a_record_with_a_changed_byte_reads_differently_or_not_at_all(kind: str, data: st.DataObject) -> None:
     line = encode(good(kind))

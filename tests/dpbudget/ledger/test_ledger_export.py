@@ -231,6 +231,7 @@ def test_kept_heads_are_checked_against_their_prefixes() -> None:
 # --- hostile input ---------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=400))
 def test_any_bytes_are_refused_in_words(data: bytes) -> None:
     with pytest.raises(Tampered):
@@ -255,6 +256,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["v", "type", "seq", "prev", "note", "run", "payload"]), JSON))
 def test_any_json_is_refused_in_words(value: dict[str, Any]) -> None:
     with pytest.raises(Tampered):

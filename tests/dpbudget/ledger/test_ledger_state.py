@@ -457,7 +457,7 @@ def test_admitting_changes_no_earlier_state() -> None:
     assert before.size == after.size - 1
 
 
-@settings(max_examples=150)
+@settings(deadline=None, max_examples=150)
 @given(
     st.lists(st.tuples(st.sampled_from(["lease", "reserve", "settle", "close"]), st.integers(0, 8), st.integers(0, 4)))
 )

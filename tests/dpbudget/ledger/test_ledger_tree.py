@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpbudget.ledger.tree import EMPTY_ROOT, Frontier, leaf_hash
@@ -65,6 +65,7 @@ def test_the_empty_tree_has_the_hash_of_nothing() -> None:
     assert Frontier().root == EMPTY_ROOT == hashlib.sha256(b"").digest()
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=8), max_size=70))
 def test_the_frontier_equals_the_recursive_definition(lines: list[bytes]) -> None:
     tree = frontier_of(lines)
@@ -73,6 +74,7 @@ def test_the_frontier_equals_the_recursive_definition(lines: list[bytes]) -> Non
     assert len(tree.peaks) == len(lines).bit_count()
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=4), min_size=1, max_size=40), st.data())
 def test_changing_one_leaf_changes_the_root(lines: list[bytes], data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(lines) - 1))
