@@ -116,6 +116,9 @@ def delta_of(
 # Plans
 # ---------------------------------------------------------------------------------------------------------------------
 
+#: A composition of fewer steps than this has a rugged law, which costs seconds to invert; a meter leaves them out.
+_FEW_STEPS = 10
+
 
 @dataclass(frozen=True)
 class _Draft:
@@ -386,7 +389,8 @@ def _monotone(rows: list[tuple[Bounds, Bounds]]) -> tuple[Bounds, ...]:
 
 def _step_points(total: int, points: int) -> list[int]:
     """Evenly spaced numbers of steps below ``total``, the largest first."""
-    return sorted({total * index // points for index in range(1, points)} - {0, total}, reverse=True)
+    even = {total * index // points for index in range(1, points)} - {total}
+    return sorted((steps for steps in even if steps >= _FEW_STEPS), reverse=True)
 
 
 def _first_charges(plan: Plan, steps: int) -> list[Charge]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from dpbudget.curve import Bounds
     from dpbudget.ledger.run import Run
+    from dpbudget.ledger.state import LedgerState
     from dpbudget_cli._data import Table
     from dptrainer.trainer import TrainingResult
 
@@ -86,15 +87,13 @@ def command(
     _require_torch()
     _check_output(job.output)
     from dpbudget._surface import open_ledger, start
-    from dpbudget_cli.plan_show import find_run
 
     table = _read(job, job.data)
     held_out = _read(job, job.public_eval) if job.public_eval else None
     model = _make_model(job, table)
     writer = load_signer(key_path(writer_key, path, "writer"), passphrase_fd)
     with open_ledger(path, writer=writer) as ledger, _stop_on_interrupt() as interrupt:
-        found = None if run_id is None else find_run(tuple(ledger.state.runs), run_id)
-        with start(ledger, found) as run:
+        with start(ledger, _choose_run(ledger.state, run_id)) as run:
             _say_before(run, job, str(ledger.head))
             result = _fit(model, job, table, run, interrupt)
         head = str(ledger.head)
@@ -104,6 +103,16 @@ def command(
     _report(result, job, head, accuracy, as_json)
     if interrupt.asked:
         sys.exit(130)
+
+
+def _choose_run(state: LedgerState, text: str | None) -> str | None:
+    """The named run; without a name the newest where none has steps left, which is then refused as used up (DP050)."""
+    from dpbudget_cli.plan_show import find_run
+
+    if text is not None:
+        return find_run(tuple(state.runs), text)
+    used_up = all(run.charged >= run.plan.steps for run in state.runs.values())
+    return list(state.runs)[-1] if state.runs and used_up else None
 
 
 def _require_torch() -> None:
