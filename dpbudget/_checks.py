@@ -136,13 +136,13 @@ def as_accountant(value: object) -> AccountantName:
 
 
 def did_you_mean(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """``did you mean X?`` for the closest known word, else the empty string."""
+    """``Did you mean X?`` for the closest known word, else the empty string."""
     close = get_close_matches(word.lower(), [item.lower() for item in known], n=1, cutoff=0.5)
-    return next((f"did you mean {item}?" for item in known if close and item.lower() == close[0]), "")
+    return next((f"Did you mean {item}?" for item in known if close and item.lower() == close[0]), "")
 
 
 def _choose(value: object, known: list[str] | tuple[str, ...]) -> str:
-    return f"choose {', '.join(known)}. {did_you_mean(str(value), known).capitalize()}".strip()
+    return f"choose {', '.join(known)}. {did_you_mean(str(value), known)}".strip()
 
 
 def _real(value: object) -> float | None:

@@ -115,7 +115,7 @@ def _checked(table: Any, path: Path) -> Settings:
     for key, value in table.items():
         name = key.replace("-", "_")
         if name not in _CHECKS:
-            hint = f"{did_you_mean(name, tuple(_CHECKS)).capitalize()} The keys are {', '.join(_CHECKS)}".strip()
+            hint = f"{did_you_mean(name, tuple(_CHECKS))} The keys are {', '.join(_CHECKS)}".strip()
             raise Unreadable(f"{path} sets an unknown key {key!r}", code="DP092", hint=hint)
         try:
             values[name] = _CHECKS[name](value)

@@ -34,7 +34,7 @@ def command(code: str | None, as_json: bool) -> None:
         raise InvalidParameter(
             f"there is no code {code[:20]!r}",
             code="DP060",
-            hint=f"{did_you_mean(name, tuple(CODES)).capitalize()} dpbudget explain lists all of them".strip(),
+            hint=f"{did_you_mean(name, tuple(CODES))} dpbudget explain lists all of them".strip(),
         )
     if as_json:
         out.emit_json({"code": name, "meaning": CODES[name]})

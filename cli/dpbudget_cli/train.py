@@ -174,7 +174,7 @@ def _from_factory(job: _Job, features: int) -> torch.nn.Module:
         raise InvalidParameter(
             f"unknown model {job.model!r}",
             code="DP060",
-            hint=f"choose linear, mlp or module:factory. {close.capitalize()}".strip(),
+            hint=f"choose linear, mlp or module:factory. {close}".strip(),
         )
     sys.path.insert(0, str(Path.cwd()))
     try:
