@@ -125,10 +125,11 @@ def _read_private(place: Path) -> bytes:
         if place.is_symlink():
             raise UnsafeKeyFile(f"the key {place} is a symbolic link", hint="name the file itself") from None
         raise Unreadable(f"{place}: {error.strerror}", hint="check the path") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise UnsafeKeyFile(f"the key {place} is not a regular file", hint="name the file of the key")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise UnsafeKeyFile(f"the key {place} is not a regular file")
         if status.st_uid != os.getuid():
             raise UnsafeKeyFile(f"the key {place} belongs to user {status.st_uid}", hint="use a key of your own")
         if status.st_mode & 0o077:

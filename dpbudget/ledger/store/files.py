@@ -85,10 +85,11 @@ def read_regular(path: Path, limit: int) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise Unreadable(f"{path}: {error.strerror}", hint="check the path") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise Unreadable(f"{path} is not a regular file", code="DP083", hint="name the file itself")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise Unreadable(f"{path} is not a regular file", code="DP083")
         if status.st_size > limit:
             raise Unreadable(f"{path} has {status.st_size} bytes; the limit is {limit}")
         data = file.read(limit + 1)

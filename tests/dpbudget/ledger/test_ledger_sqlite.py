@@ -26,11 +26,19 @@ from dpbudget.ledger.store.reader import read_ledger
 from dpbudget.ledger.store.sqlite import SCHEMA, SqliteStore
 
 
+@pytest.fixture(scope="module")
+def lived_in(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    place = tmp_path_factory.mktemp("made") / "ledger"
+    lived_in_ledger(place).close()
+    return place.read_bytes()
+
+
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(tmp_path: Path, lived_in: bytes) -> Path:
     """A lived-in ledger, closed."""
     place = tmp_path / "ledger"
-    lived_in_ledger(place).close()
+    files.create_private(place)
+    place.write_bytes(lived_in)
     return place
 
 
@@ -48,7 +56,9 @@ def charged(path: Path) -> int:
 
 
 def test_a_ledger_survives_closing_and_is_private(path: Path) -> None:
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    made = path.with_name("made")
+    lived_in_ledger(made).close()
+    assert stat.S_IMODE(made.stat().st_mode) == 0o600
     with reopen(path) as ledger, Ledger.open(path, trust=OWNER.public) as read:
         assert ledger.durable
         assert not read.durable
