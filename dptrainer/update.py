@@ -19,8 +19,14 @@ def check_run(model: nn.Module, run: Run) -> None:
     """Refuse a model that the run's plan does not cover; nothing is charged or changed.
 
     Raises:
-        PrivacyViolation: more trainable parameters than the plan allows, or none (DP018).
+        PrivacyViolation: more trainable parameters than the plan allows, or none (DP018); the model is compiled (DP019).
     """
+    if hasattr(model, "_orig_mod"):
+        raise PrivacyViolation(
+            "the model is the result of torch.compile, whose layers cannot be hooked",
+            code="DP019",
+            hint="pass the module that was compiled",
+        )
     count = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     if not 0 < count <= run.plan.max_parameters:
         raise PrivacyViolation(

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -29,9 +30,8 @@ from dptrainer.noise.chacha import BLOCK_BYTES, fill
 
 #: Elements of one keystream block.
 BLOCK_ELEMENTS = 10
-# Blocks at a time: 128 KiB of keystream and about 1 MiB of float64 work space, however large the tensor.
+# Blocks at a time: 128 KiB of keystream and about half a MiB of float64 work space, however large the tensor.
 _CHUNK_BLOCKS = 1 << 11
-_TWO_64 = 2.0**64
 _ANGLE_UNIT = math.pi / 2.0**31
 # Above this U, -ln U is computed from the exact distance to 1.
 _HEAD = 1.0 - 2.0**-20
@@ -58,7 +58,7 @@ def add_gaussian_(tensor: torch.Tensor, key: bytes, param_id: int, std: float, *
         raise ValueError(f"noise is added in float32 or float64, not in {tensor.dtype}")
     if not 0.0 <= std < math.inf or offset < 0:
         raise ValueError(f"standard deviation {std!r} or offset {offset} is out of range")
-    with torch.no_grad():
+    with torch.no_grad(), _one_thread():
         flat = tensor.detach().reshape(-1)  # a view where the memory allows, else a copy that is written back
         for start, noise in _chunks(key, param_id, offset, flat.numel()):
             flat[start : start + noise.numel()].add_(noise.to(flat.device), alpha=std)
@@ -95,35 +95,47 @@ class _Workbench:
         self.blocks = blocks
         self.words = bytearray(BLOCK_BYTES * blocks)
         self._k = np.frombuffer(self.words, dtype="<u8").reshape(blocks, 8)[:, :5]
-        halves = np.frombuffer(self.words, dtype="<u4").reshape(blocks, 16)
-        self._low, self._high, self._a = halves[:, 0:10:2], halves[:, 1:10:2], halves[:, 10:15]
-        self._radius, self._angle, self._cosine = np.empty((3, blocks, 5))
+        # The same bits with a sign: k - 2^64 for k >= 2^63, and an angle of less than a half turn either way.
+        self._signed_k = torch.from_numpy(np.frombuffer(self.words, dtype="<i8").reshape(blocks, 8)[:, :5])
+        self._signed_a = torch.from_numpy(np.frombuffer(self.words, dtype="<i4").reshape(blocks, 16)[:, 10:15])
+        self._radius, self._angle, self._spare = torch.empty((3, blocks, 5), dtype=torch.float64)
         self._pairs = torch.empty(blocks, 5, 2, dtype=torch.float64)
 
     def box_muller(self) -> torch.Tensor:
         """float64 [10 * blocks] from the words."""
-        np.add(self._a, 0.5, out=self._angle)
-        angle, cosine = torch.from_numpy(self._angle).mul_(_ANGLE_UNIT), torch.from_numpy(self._cosine)
-        torch.cos(angle, out=cosine)
         radius = self._radii()
-        torch.mul(radius, cosine, out=self._pairs[:, :, 0])
+        angle = self._angle.copy_(self._signed_a).add_(0.5).mul_(_ANGLE_UNIT)
+        torch.mul(radius, torch.cos(angle, out=self._spare), out=self._pairs[:, :, 0])
         torch.mul(radius, angle.sin_(), out=self._pairs[:, :, 1])
         return self._pairs.view(-1)
 
     def _radii(self) -> torch.Tensor:
         """sqrt(-2 ln U), U = (k + 1) / 2^64."""
-        # Small k stay exact below 2^53, so that the tail keeps all its bits.
-        np.multiply(self._high, 2.0**32, out=self._radius)
-        np.add(self._radius, self._low, out=self._radius)
-        uniform = torch.from_numpy(self._radius).add_(1.0).mul_(1.0 / _TWO_64)
-        near_one = np.nonzero(self._radius > _HEAD) if float(uniform.max()) > _HEAD else None
+        uniform = self._radius.copy_(self._signed_k).mul_(2.0**-64)
+        # Subtracting the floor adds 1 to the negative ones. Small k stay exact, so that the tail keeps all its bits.
+        uniform.sub_(torch.floor(uniform, out=self._spare)).add_(2.0**-64)
+        where = np.nonzero(uniform.numpy() > _HEAD) if float(uniform.max()) > _HEAD else None
         log = uniform.log_()
-        if near_one is not None:
-            distance = (np.uint64(2**64 - 1) - self._k[near_one]).astype(np.float64)  # (1 - U) 2^64, exact here
-            self._radius[near_one] = np.log1p(-distance / _TWO_64)
+        if where is not None:
+            distance = (np.uint64(2**64 - 1) - self._k[where]).astype(np.float64)  # (1 - U) 2^64, exact here
+            log.numpy()[where] = np.log1p(distance * -(2.0**-64))
         return log.mul_(-2.0).sqrt_()
 
     def erase(self) -> None:
         """Overwrite what the noise could be read from (best effort)."""
         self.words[:] = bytes(len(self.words))
         self._pairs.zero_()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for torch: pieces this small gain nothing from more, and on a busy machine lose a hundredfold."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

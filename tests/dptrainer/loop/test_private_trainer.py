@@ -381,3 +381,11 @@ def test_the_batch_comes_from_the_receipt_alone(monkeypatch: pytest.MonkeyPatch)
 def test_an_empty_dataset_is_refused() -> None:
     with pytest.raises(InvalidParameter, match="no record"):
         trainer(data=TensorDataset(torch.randn(0, 5), torch.zeros(0, dtype=torch.long)))
+
+
+def test_a_compiled_model_is_refused_with_the_way_out() -> None:
+    model = linear_model()
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(PrivacyViolation, match="torch.compile") as caught:
+        trainer(compiled, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    assert caught.value.code == "DP019"

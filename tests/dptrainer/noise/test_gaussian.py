@@ -165,7 +165,7 @@ def test_every_element_stands_where_the_layout_says() -> None:
     torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("count", [0, 1, 9, 10, 11, 4_000, 25_000])
+@pytest.mark.parametrize("count", [0, 1, 9, 10, 11, 4_000, 50_000])
 @pytest.mark.parametrize("offset", [0, 1, 5, 10, 20_479, 20_480, 20_481])
 def test_a_shard_gets_the_values_of_the_whole(count: int, offset: int) -> None:
     whole = standard_gaussian(KEY, 2, offset + count)
@@ -230,5 +230,6 @@ def test_a_hundred_million_values_pass_down_to_the_tail() -> None:
     assert worst * pieces * 7 > 1e-3  # Bonferroni over all tests
     for bound in range(1, 7):
         expected = 2 * special.ndtr(-bound) * pieces * 1_000_000
-        low, high = special.pdtrc(counts[bound] - 1, expected), special.pdtr(counts[bound], expected)
+        low = 1.0 if counts[bound] == 0 else special.pdtrc(counts[bound] - 1, expected)
+        high = special.pdtr(counts[bound], expected)
         assert min(low, high) > 1e-6, f"{counts[bound]} values beyond {bound}, expected {expected:.1f}"
