@@ -36,6 +36,9 @@ from dpbudget.mechanisms import Adjacency
 from dpbudget.plan import Plan
 
 
+_DAMAGED = "stop spending from it, and compare it with an export, a backup or a signed head that was kept"
+
+
 class SpendingFilter(Protocol):
     """The privacy arithmetic that a ledger is given."""
 
@@ -181,7 +184,9 @@ class LedgerState:
         try:
             return self._admit(entry)
         except Tampered as error:
-            raise Tampered(f"record {self.size}: {error.message}", code=error.code, hint=error.hint) from None
+            raise Tampered(
+                f"record {self.size}: {error.message}", code=error.code, hint=error.hint or _DAMAGED
+            ) from None
 
     def _admit(self, entry: Entry) -> LedgerState:
         record = read(entry.line)

@@ -138,7 +138,7 @@ def test_a_new_ledger_does_not_follow_a_dangling_link(tmp_path: Path) -> None:
     ("folder", "kind"),
     [
         ("/", "ext4"),
-        ("/home/a", "ext4"),
+        ("/srv/a", "ext4"),
         ("/mnt/share", "nfs4"),
         ("/mnt/share/deep/er", "nfs4"),
         ("/mnt/shared", "ext4"),
