@@ -8,14 +8,14 @@ import click
 
 from dpbudget_cli import _output as out
 from dpbudget_cli._options import CLIP, DELTA, EPSILON, JSON, NOISE, accounting_options, schedule_options
-from dpbudget_cli.main import EXIT_CODES
+from dpbudget_cli.main import Leaf
 
 if TYPE_CHECKING:
     from dpbudget.plan import Plan
     from dpbudget_cli._question import Question
 
 
-@click.command("calibrate", epilog=EXIT_CODES)
+@click.command("calibrate", cls=Leaf)
 @click.option("--epsilon", type=EPSILON, metavar="E", required=True, help="What the run may claim.")
 @click.option("--delta", type=DELTA, metavar="D", help="Delta; 1 / dataset-size^1.1 if not given.")
 @schedule_options
@@ -24,13 +24,12 @@ if TYPE_CHECKING:
 @accounting_options
 @JSON
 def command(as_json: bool, **values: Any) -> None:
-    r"""The smallest noise multiplier whose certified claim is at most epsilon.
+    """The smallest noise multiplier whose certified claim is at most epsilon.
 
     With --noise-multiplier it solves for the largest number of steps instead. The claim covers the bounded tail of the
     secure noise. What is not given comes from [tool.dpbudget] in pyproject.toml or dpbudget.toml, else from documented
     defaults, and is reported as assumed. The dataset size is a public, nominal one.
 
-    \b
     Examples:
       dpbudget calibrate --epsilon 3
       dpbudget calibrate --epsilon 3 --dataset-size 60000 --batch-size 256 --epochs 10

@@ -8,20 +8,19 @@ import click
 
 from dpbudget_cli import _output as out
 from dpbudget_cli._options import EPSILON, JSON, accounting_options, mechanism_options
-from dpbudget_cli.main import EXIT_CODES
+from dpbudget_cli.main import Leaf
 
 
-@click.command("delta", epilog=EXIT_CODES)
+@click.command("delta", cls=Leaf)
 @mechanism_options
 @click.option("--epsilon", type=EPSILON, metavar="E", required=True, help="Epsilon, such as 3.")
 @accounting_options
 @JSON
 def command(as_json: bool, **values: Any) -> None:
-    r"""Certified bounds of delta for a schedule of Poisson-sampled Gaussian steps.
+    """Certified bounds of delta for a schedule of Poisson-sampled Gaussian steps.
 
     The upper bound is the guarantee. Numbers may be written 1e-5 or 256/60000.
 
-    \b
     Examples:
       dpbudget delta --sample-rate 256/60000 --noise-multiplier 1.1 --steps 14062 --epsilon 3
       dpbudget delta --phase 0.01,1.0,500 --phase 0.02,1.5,500 --epsilon 2 --accountant rdp

@@ -7,16 +7,15 @@ import click
 from dpbudget.errors import CODES, InvalidParameter
 from dpbudget_cli import _output as out
 from dpbudget_cli._options import JSON
-from dpbudget_cli.main import EXIT_CODES
+from dpbudget_cli.main import Leaf
 
 
-@click.command("explain", epilog=EXIT_CODES)
+@click.command("explain", cls=Leaf)
 @click.argument("code", required=False)
 @JSON
 def command(code: str | None, as_json: bool) -> None:
-    r"""What a code in an error or a warning means; without a code, all of them.
+    """What a code in an error or a warning means; without a code, all of them.
 
-    \b
     Examples:
       dpbudget explain DP050
       dpbudget explain --json DP008

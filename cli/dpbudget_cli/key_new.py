@@ -7,20 +7,19 @@ import click
 from dpbudget_cli import _output as out
 from dpbudget_cli._keys import PASSPHRASE_FD, ask_passphrase, read_passphrase
 from dpbudget_cli._options import JSON
-from dpbudget_cli.main import EXIT_CODES
+from dpbudget_cli.main import Leaf
 
 
-@click.command("new", epilog=EXIT_CODES)
+@click.command("new", cls=Leaf)
 @click.argument("path")
 @click.option("--passphrase", is_flag=True, help="Encrypt the key; asks for a passphrase at the terminal.")
 @PASSPHRASE_FD
 @JSON
 def command(path: str, passphrase: bool, passphrase_fd: int | None, as_json: bool) -> None:
-    r"""Make an Ed25519 key: the private half in PATH (mode 0600), the public half in PATH.pub.
+    """Make an Ed25519 key: the private half in PATH (mode 0600), the public half in PATH.pub.
 
     Nothing is overwritten. A passphrase is never taken from the command line, where others could read it.
 
-    \b
     Examples:
       dpbudget key new owner.key
       dpbudget key new writer.key --json

@@ -8,17 +8,16 @@ from dpbudget.errors import Unreadable
 from dpbudget_cli import _output as out
 from dpbudget_cli._keys import PASSPHRASE_FD, load_signer
 from dpbudget_cli._options import JSON
-from dpbudget_cli.main import EXIT_CODES
+from dpbudget_cli.main import Leaf
 
 
-@click.command("show", epilog=EXIT_CODES)
+@click.command("show", cls=Leaf)
 @click.argument("path")
 @PASSPHRASE_FD
 @JSON
 def command(path: str, passphrase_fd: int | None, as_json: bool) -> None:
-    r"""Show the public half of the key in PATH: a private key file, a .pub file or 64 hexadecimal digits.
+    """Show the public half of the key in PATH: a private key file, a .pub file or 64 hexadecimal digits.
 
-    \b
     Examples:
       dpbudget key show owner.key
       dpbudget key show owner.key.pub --json

@@ -6,17 +6,16 @@ import click
 
 from dpbudget_cli import _output as out
 from dpbudget_cli._options import JSON
-from dpbudget_cli.main import EXIT_CODES
+from dpbudget_cli.main import Leaf
 
 
-@click.command("export", epilog=EXIT_CODES)
+@click.command("export", cls=Leaf)
 @click.argument("path")
 @click.argument("target", metavar="OUT")
 @JSON
 def command(path: str, target: str, as_json: bool) -> None:
-    r"""Write the ledger PATH to the new file OUT as JSON lines, after checking every record.
+    """Write the ledger PATH to the new file OUT as JSON lines, after checking every record.
 
-    \b
     Examples:
       dpbudget ledger export budget.ledger budget.jsonl
       dpbudget ledger export budget.ledger again.jsonl --json

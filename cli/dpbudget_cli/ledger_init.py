@@ -11,7 +11,7 @@ from dpbudget.errors import InvalidParameter, Unreadable
 from dpbudget_cli import _output as out
 from dpbudget_cli._keys import PASSPHRASE_FD, load_signer
 from dpbudget_cli._options import ADJACENCY, DELTA, EPSILON, JSON
-from dpbudget_cli.main import EXIT_CODES
+from dpbudget_cli.main import Leaf
 
 if TYPE_CHECKING:
     from dpbudget.ledger.ledger import Ledger
@@ -22,7 +22,7 @@ TWO_LEDGERS = "Two ledgers for one dataset cannot be detected: keep one ledger p
 ONE_PERSON = "Owner and writer keys were made together, so both roles are one person until you hand a key over."
 
 
-@click.command("init", epilog=EXIT_CODES)
+@click.command("init", cls=Leaf)
 @click.argument("path")
 @click.option("--epsilon", type=EPSILON, metavar="E", required=True, help="Total epsilon of all runs.")
 @click.option("--delta", type=DELTA, metavar="D", required=True, help="Total delta of all runs.")
@@ -45,9 +45,8 @@ def command(
     passphrase_fd: int | None,
     as_json: bool,
 ) -> None:
-    r"""Make the ledger PATH with a budget for one dataset, signed by its owner.
+    """Make the ledger PATH with a budget for one dataset, signed by its owner.
 
-    \b
     Examples:
       dpbudget ledger init budget.ledger --epsilon 3 --delta 1e-5 --whole-budget
       dpbudget ledger init other.ledger --epsilon 8 --delta 1/100000 --json

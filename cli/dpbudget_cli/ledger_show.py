@@ -8,22 +8,21 @@ import click
 
 from dpbudget_cli import _output as out
 from dpbudget_cli._options import JSON
-from dpbudget_cli.main import EXIT_CODES
+from dpbudget_cli.main import Leaf
 
 if TYPE_CHECKING:
     from dpbudget.ledger.ledger import Ledger
     from dpbudget.ledger.state import LedgerState
 
 
-@click.command("show", epilog=EXIT_CODES)
+@click.command("show", cls=Leaf)
 @click.argument("path")
 @JSON
 def command(path: str, as_json: bool) -> None:
-    r"""Show the budget, the portfolios and the runs of the ledger PATH, after checking every record.
+    """Show the budget, the portfolios and the runs of the ledger PATH, after checking every record.
 
     The numbers are those that the ledger states; ledger verify computes them again.
 
-    \b
     Examples:
       dpbudget ledger show budget.ledger
       dpbudget ledger show budget.ledger --json

@@ -6,22 +6,21 @@ import click
 
 from dpbudget_cli import _output as out
 from dpbudget_cli._options import JSON
-from dpbudget_cli.main import EXIT_CODES
+from dpbudget_cli.main import Leaf
 
 
-@click.command("verify", epilog=EXIT_CODES)
+@click.command("verify", cls=Leaf)
 @click.argument("path")
 @click.option("--trust", metavar="KEY", help="The owner's public key: a .pub file or 64 hexadecimal digits.")
 @click.option("--expect-head", metavar="SIZE:ROOT", help="A head seen before, which must be part of this history.")
 @JSON
 @click.pass_context
 def command(ctx: click.Context, path: str, trust: str | None, expect_head: str | None, as_json: bool) -> None:
-    r"""Replay every record of a ledger or an export and recompute its epsilon with two accountants.
+    """Replay every record of a ledger or an export and recompute its epsilon with two accountants.
 
     Reads only. Exits with 0 if everything holds, 1 if something does not, 5 if it is valid but --expect-head is not
     part of it. Without --trust the owner's key is taken from the file, which proves nothing.
 
-    \b
     Examples:
       dpbudget ledger verify budget.ledger
       dpbudget ledger verify budget.ledger --trust budget.ledger.owner.key.pub

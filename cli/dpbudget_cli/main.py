@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,20 @@ EXIT_CODES = (
     "5 valid but unanchored, 6 not computable, 130 interrupted."
 )
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class Leaf(click.Command):
+    """A command whose help keeps the lines of its examples and ends with the exit codes."""
+
+    def __init__(self, name: str | None, help: str | None = None, **kwargs: Any) -> None:
+        # \b is click's mark for a paragraph that must not be wrapped.
+        text = inspect.cleandoc(help or "").replace("Examples:\n", "\b\nExamples:\n")
+        kwargs.setdefault("epilog", EXIT_CODES)
+        super().__init__(name, help=text, **kwargs)
+
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        """-h and --help, whoever made the context."""
+        return ["-h", "--help"]
 
 
 class LazyGroup(click.Group):

@@ -10,15 +10,18 @@ from dpbudget.errors import BudgetExceeded
 from dpbudget_cli import _output as out
 from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer
 from dpbudget_cli._options import ACCOUNTANT, CLIP, COUNT, EPSILON, JSON, NOISE, schedule_options
-from dpbudget_cli.main import EXIT_CODES
+from dpbudget_cli.main import Leaf
 
 if TYPE_CHECKING:
     from dpbudget.ledger.ledger import Ledger
     from dpbudget.plan import Plan
     from dpbudget_cli._question import Question
 
+#: A portfolio whose plans claim this share of its epsilon is full.
+_FULL = 0.999
 
-@click.command("new", epilog=EXIT_CODES)
+
+@click.command("new", cls=Leaf)
 @click.option("--ledger", "path", required=True, metavar="PATH", help="The ledger that pays for the plan.")
 @click.option("--owner-key", metavar="FILE", help="The owner's key; PATH.owner.key if not given.")
 @click.option("--writer-key", metavar="FILE", help="The writer's key, which signs the head; PATH.writer.key.")
@@ -33,12 +36,11 @@ if TYPE_CHECKING:
 def command(
     path: str, owner_key: str | None, writer_key: str | None, passphrase_fd: int | None, as_json: bool, **values: Any
 ) -> None:
-    r"""Calibrate a plan and sign it into a ledger. It is charged when it begins to run, and then as a whole.
+    """Calibrate a plan and sign it into a ledger. It is charged when it begins to run, and then as a whole.
 
     Delta is that of the ledger's open portfolio. Plans signed before any of them runs share a portfolio and are
     composed jointly. The dataset size is a public, nominal one.
 
-    \b
     Examples:
       dpbudget plan new --ledger budget.ledger --epsilon 1 --dataset-size 60000 --batch-size 256 --epochs 10
       dpbudget plan new --ledger budget.ledger --epochs 5
@@ -80,8 +82,22 @@ def _plan(question: Question, ledger: Ledger) -> Plan:
         return plan_for(noise_multiplier=values["noise_multiplier"], **facts)
     if question.has("epsilon"):
         return calibrate(epsilon=values["epsilon"], **facts)
+    beside = () if newest.frozen else state.plans_of(newest)
+    _refuse_crumbs(beside, room, ledger.plan_delta)
     question.note("epsilon", room, "all that is left of the budget; pass --epsilon to leave some")
-    return calibrate(epsilon=room, beside=() if newest.frozen else state.plans_of(newest), **facts)
+    return calibrate(epsilon=room, beside=beside, **facts)
+
+
+def _refuse_crumbs(beside: tuple[Plan, ...], room: float, delta: float) -> None:
+    """Refuse to fill what rounding left of a portfolio with a plan that would be noise alone (DP052)."""
+    from dpbudget.filters import PortfolioFilter
+
+    taken = PortfolioFilter().joint_claim(beside, delta)
+    if taken > _FULL * room:
+        raise BudgetExceeded(
+            f"the {len(beside)} plans signed before claim epsilon {taken:.9g} of {room:.9g} together",
+            hint="a plan is not taken back; pass --epsilon or --noise-multiplier to sign what little still fits",
+        )
 
 
 def _report(plan: Plan, question: Question, run_id: str, head: str, as_json: bool) -> None:

@@ -9,17 +9,16 @@ import click
 from dpbudget.errors import InvalidParameter
 from dpbudget_cli import _output as out
 from dpbudget_cli._options import JSON
-from dpbudget_cli.main import EXIT_CODES
+from dpbudget_cli.main import Leaf
 
 
-@click.command("show", epilog=EXIT_CODES)
+@click.command("show", cls=Leaf)
 @click.option("--ledger", "path", required=True, metavar="PATH", help="The ledger.")
 @click.argument("run", required=False)
 @JSON
 def command(path: str, run: str | None, as_json: bool) -> None:
-    r"""Show the plan of RUN, or all plans of a ledger. The start of a run id is enough.
+    """Show the plan of RUN, or all plans of a ledger. The start of a run id is enough.
 
-    \b
     Examples:
       dpbudget plan show --ledger budget.ledger
       dpbudget plan show --ledger budget.ledger --json

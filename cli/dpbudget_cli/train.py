@@ -20,7 +20,7 @@ from dpbudget.errors import DPBudgetError, InvalidParameter, MissingExtra, Unrea
 from dpbudget_cli import _output as out
 from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer
 from dpbudget_cli._options import COUNT, JSON, POSITIVE, SEED, SHARE
-from dpbudget_cli.main import EXIT_CODES
+from dpbudget_cli.main import Leaf
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ class _Job:
     physical_batch_size: int | None
 
 
-@click.command("train", epilog=EXIT_CODES)
+@click.command("train", cls=Leaf)
 @click.option("--ledger", "path", required=True, metavar="PATH", help="The ledger that holds the plan.")
 @click.option("--plan", "run_id", metavar="RUN", help="The run that plan new printed; only one needs no name.")
 @click.option("--writer-key", metavar="FILE", help="The writer's key; PATH.writer.key if not given.")
@@ -73,12 +73,11 @@ class _Job:
 def command(
     path: str, run_id: str | None, writer_key: str | None, passphrase_fd: int | None, as_json: bool, **values: Any
 ) -> None:
-    r"""Train on a file under a signed plan; noise, clipping, sampling and steps come from the plan alone.
+    """Train on a file under a signed plan; noise, clipping, sampling and steps come from the plan alone.
 
     No loss, size or accuracy of the private data is computed for display, and features are not standardised by it.
     Started again, it takes the steps that the ledger has left. Column names and their number are treated as public.
 
-    \b
     Examples:
       dpbudget train --ledger budget.ledger --data train.csv --target label --classes 2
       dpbudget train --ledger budget.ledger --data train.npz --classes 10 --model mlp --output mlp.safetensors
