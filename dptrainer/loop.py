@@ -34,20 +34,30 @@ _global_hook: list[RemovableHandle] = []
 
 
 @dataclass(eq=False)
-class Ticket:
-    """One physical batch that the loader gave out.
+class Step:
+    """One receipt's step, as far as it has got.
 
     Attributes:
-        receipt: pays for the step that the batch belongs to.
-        empty: whether a synthetic example stands in for a draw without records.
-        last: whether the step ends with it.
-        stepped: whether ``optimizer.step()`` took it.
+        receipt: pays for it.
+        total: clipped sum of the physical batches that ``optimizer.step()`` took.
+        taken: how many it took.
+        settings: the optimizer's settings at the first of them.
+        open: whether a physical batch was given out and not taken yet.
+        empty: whether a synthetic example stands in for that batch.
+        last: whether the step ends with that batch.
     """
 
     receipt: Receipt
-    empty: bool
-    last: bool
-    stepped: bool = False
+    total: ClippedSum | None = None
+    taken: int = 0
+    settings: object = None
+    open: bool = False
+    empty: bool = False
+    last: bool = False
+
+    def took(self, number: int) -> bool:
+        """Whether physical batch ``number`` was taken; where one was not, the whole step is dropped."""
+        return self.taken == number + 1
 
 
 class PrivateLoop:
@@ -73,7 +83,7 @@ class PrivateLoop:
     ) -> None:
         check(model, optimizer)
         check_run(model, run)
-        _detach_earlier(model, optimizer)
+        detach_earlier(model, optimizer)
         if isinstance(synthetic, tuple | list) and len(synthetic) >= 2:
             probe(model, synthetic[:-1], replay)
         self.run, self.step_complete = run, True
@@ -81,9 +91,7 @@ class PrivateLoop:
         self._engine = make_engine(model, run.plan.clip_norm, replay=replay, note=note)
         self._reduction: Reduction = reduction
         self._record_outputs, self._noise = record_outputs, SecureNoise() if noise is None else noise
-        self._ticket: Ticket | None = None
-        self._total: ClippedSum | None = None
-        self._settings: object = None
+        self._step: Step | None = None
         self._watched: dict[int, RemovableHandle] = {}
         self._handle: RemovableHandle | None = optimizer.register_step_pre_hook(self._before_step)
         self._watch_parameters()
@@ -93,25 +101,41 @@ class PrivateLoop:
 
     # ------------------------------------------------------------------ batches
 
-    def open(self, receipt: Receipt, batch: Any, size: int, *, last: bool) -> Ticket:
-        """Open one physical batch of ``size`` records (0: a synthetic example stands in)."""
+    def begin(self, receipt: Receipt) -> Step:
+        """Begin the step of a receipt; an unfinished one is dropped, its partial sum never released."""
+        self.drop()
+        self._step = Step(receipt)
+        return self._step
+
+    def open(self, step: Step, batch: Any, size: int, *, last: bool) -> None:
+        """Open the next physical batch of ``step``, of ``size`` records (0: a synthetic example stands in).
+
+        Raises:
+            PrivacyViolation: another step was begun meanwhile, or the batch has not one row a record (DP023).
+        """
+        if step is not self._step:
+            raise PrivacyViolation(
+                "another iteration of the private loader began before this step was complete",
+                code="DP023",
+                hint="use one iteration of the loader at a time",
+            )
         rows = max(size, 1)
         check_rows(batch, rows)
         self._watch_parameters()
         for parameter in self._model.parameters():
             parameter.grad = None
         self._engine.begin(rows)
-        self._ticket = Ticket(receipt, size == 0, last)
-        return self._ticket
+        step.open, step.empty, step.last = True, size == 0, last
 
-    def was_stepped(self, ticket: Ticket) -> bool:
-        """Whether the step took this batch; a batch that was skipped drops the step that it belongs to."""
-        return ticket.stepped
+    def end(self, step: Step) -> None:
+        """Drop ``step`` if it is not complete; its receipt stays charged."""
+        if step is self._step:
+            self.drop()
 
     def drop(self) -> None:
-        """Forget an unfinished step: its partial sum is never released, its receipt stays charged."""
+        """Forget the step that is not complete, whichever it is."""
         self._engine.abort()
-        self._ticket = self._total = self._settings = None
+        self._step = None
 
     def require_attached(self) -> None:
         """Refuse to go on after :meth:`detach` (DP021)."""
@@ -155,8 +179,8 @@ class PrivateLoop:
                 the optimizer changed within the step (DP034), or what engine and noise refuse. The parameters stay as
                 they were.
         """
-        ticket = self._ticket
-        if ticket is None:
+        step = self._step
+        if step is None or not step.open:
             raise PrivacyViolation(
                 "optimizer.step() without an open batch of the private loader",
                 code="DP021",
@@ -170,36 +194,35 @@ class PrivateLoop:
                     code="DP017",
                     hint="call backward() yourself, then optimizer.step() without arguments",
                 )
-            self._finish(ticket)
+            self._finish(step)
         except BaseException:
             self.drop()
             raise
 
-    def _finish(self, ticket: Ticket) -> None:
-        if ticket.empty:
+    def _finish(self, step: Step) -> None:
+        if step.empty:
             self._engine.begin(0)  # drops what the synthetic example left
             part = self._engine.finish()
         else:
             part = self._engine.finish(self._reduction)
-        self._ticket = None
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
-        if self._total is not None and not _same(settings, self._settings):
+        if step.total is not None and not _same(settings, step.settings):
             raise PrivacyViolation(
                 "the optimizer's settings changed between two physical batches of one step",
                 code="DP034",
                 hint="advance the learning rate schedule only where loader.step_complete is true",
             )
-        self._settings = settings
-        self._total = part if self._total is None else add_clipped(self._total, part)
-        ticket.stepped, self.step_complete = True, ticket.last
-        if ticket.last:
-            noisy = release(self._model, self._total, ticket.receipt, self._noise)
-            if self._record_outputs:
-                self.run.settle(ticket.receipt, output_digest(noisy))
-            self._total = None
-        else:
+        step.total = part if step.total is None else add_clipped(step.total, part)
+        step.settings, step.open, step.taken = settings, False, step.taken + 1
+        self.step_complete = step.last
+        if not step.last:
             for parameter in self._model.parameters():
                 parameter.grad = None  # an optimizer passes over parameters without a gradient
+            return
+        noisy = release(self._model, step.total, step.receipt, self._noise)
+        step.total = None
+        if self._record_outputs:
+            self.run.settle(step.receipt, output_digest(noisy))
 
     # ------------------------------------------------------------------ guards
 
@@ -217,7 +240,7 @@ class PrivateLoop:
             PrivacyViolation: always: DP021 without an open batch, DP014 in eval mode, DP031 otherwise.
         """
         parameter.grad = None
-        if self._ticket is None:
+        if self._step is None or not self._step.open:
             raise PrivacyViolation(
                 f'a gradient reached parameter "{name}" from a batch that is not one of the private loader',
                 code="DP021",
@@ -258,11 +281,12 @@ def _refuse_other_optimizers(optimizer: torch.optim.Optimizer, args: object, kwa
             f"this {type(optimizer).__name__} holds parameters of a private model, but is not the optimizer that "
             "make_private was given; nothing was updated",
             code="DP032",
-            hint="step the optimizer that make_private returned",
+            hint="step the optimizer that make_private returned; after the run, loader.detach() frees the model",
         )
 
 
-def _detach_earlier(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def detach_earlier(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Detach the loops that guard this model or this optimizer: the newest set-up holds."""
     for loop in list(_attached):
         if loop.holds(model, optimizer):
             loop.detach()

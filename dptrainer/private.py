@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from dpbudget.curve import Bounds
-from dpbudget.errors import InvalidParameter, PlanExhausted, PrivacyViolation
+from dpbudget.errors import InvalidParameter, PlanExhausted
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dptrainer.clipping import Reduction
@@ -87,17 +87,17 @@ class PrivateLoader:
             return None
 
     def _step(self, receipt: Receipt) -> Iterator[Any]:
+        step = self._loop.begin(receipt)
         pieces = list(physical_batches(self._sampler.draw(receipt, self._records.population), self._physical))
         try:
             for number, piece in enumerate(pieces):
-                empty = len(piece) == 0
-                batch = self._records.synthetic() if empty else self._records.batch(piece)
-                ticket = self._loop.open(receipt, batch, len(piece), last=number + 1 == len(pieces))
+                batch = self._records.batch(piece) if len(piece) else self._records.synthetic()
+                self._loop.open(step, batch, len(piece), last=number + 1 == len(pieces))
                 yield batch
-                if not self._loop.was_stepped(ticket):
+                if not step.took(number):
                     return
         finally:
-            self._loop.drop()
+            self._loop.end(step)
 
 
 def make_private(
@@ -158,12 +158,6 @@ def make_private(
             f"steps_per_epoch must be a positive integer, got {steps_per_epoch!r}",
             code="DP009",
             hint="leave it out to run to the end of the plan",
-        )
-    if not isinstance(run, Run):
-        raise PrivacyViolation(
-            f"run is {type(run).__name__}, not a run of a ledger",
-            code="DP081",
-            hint="run = dpbudget.start(ledger, run_id)",
         )
     size = checked_size(physical_batch_size)
     records = Records(dataset, collate_fn)

@@ -15,6 +15,7 @@ from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dpbudget.ledger.run import Run
 from dptrainer.clipping import BookKeeping, add_clipped, make_engine
 from dptrainer.data import Collate, Records, check_rows, split_batch, to_device
+from dptrainer.loop import detach_earlier
 from dptrainer.losses import Loss, PerExampleLoss
 from dptrainer.noise.source import NoiseSource, SecureNoise
 from dptrainer.probe import probe
@@ -97,6 +98,7 @@ class PrivateTrainer:
     ) -> None:
         check(model, optimizer)
         check_run(model, run)
+        detach_earlier(model, optimizer)
         self._records = Records(dataset, collate_fn)
         inputs, named, _ = split_batch(self._records.synthetic())
         if not named:

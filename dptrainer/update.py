@@ -19,8 +19,15 @@ def check_run(model: nn.Module, run: Run) -> None:
     """Refuse a model that the run's plan does not cover; nothing is charged or changed.
 
     Raises:
-        PrivacyViolation: more trainable parameters than the plan allows, or none (DP018); the model is compiled (DP019).
+        PrivacyViolation: more trainable parameters than the plan allows, or none (DP018); the model is compiled
+            (DP019); ``run`` is not a run (DP081).
     """
+    if not isinstance(run, Run):
+        raise PrivacyViolation(
+            f"run is {type(run).__name__}, not a run of a ledger",
+            code="DP081",
+            hint="run = dpbudget.start(ledger, run_id)",
+        )
     if hasattr(model, "_orig_mod"):
         raise PrivacyViolation(
             "the model is the result of torch.compile, whose layers cannot be hooked",

@@ -119,7 +119,8 @@ class _Workbench:
         if where is not None:
             distance = (np.uint64(2**64 - 1) - self._k[where]).astype(np.float64)  # (1 - U) 2^64, exact here
             log.numpy()[where] = np.log1p(distance * -(2.0**-64))
-        return log.mul_(-2.0).sqrt_()
+        radius: torch.Tensor = log.mul_(-2.0).sqrt_()
+        return radius
 
     def erase(self) -> None:
         """Overwrite what the noise could be read from (best effort)."""

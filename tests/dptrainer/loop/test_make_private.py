@@ -20,6 +20,7 @@ from dpbudget.errors import DPBudgetError, InvalidParameter, PlanExhausted, Priv
 from dpbudget.meter import Meter
 from dptrainer import loop as loop_module
 from dptrainer.private import make_private
+from dptrainer.trainer import PrivateTrainer
 
 
 def private(model: Any = None, optimizer: Any = None, data: Any = None, run: Any = None, **kw: Any) -> Any:
@@ -507,18 +508,59 @@ def test_backward_in_eval_mode_is_refused() -> None:
             step(model, optimizer, batch)
 
 
-def test_two_iterations_at_once_do_not_mix_their_batches() -> None:
+def test_a_second_iteration_drops_the_open_batch_of_the_first() -> None:
     noise, run = NoNoise(), make_run(4, rate=1.0)
     model, optimizer, loader = private(run=run, noise=noise)
     outer = iter(loader)
-    x, y = next(outer)
+    kept = next(outer)
     for inner in loader:
         step(model, optimizer, inner)
         break
-    F.cross_entropy(linear_model()(x), y).backward()
-    with refused("DP021"):
-        optimizer.step()
+    with refused("DP0"):
+        step(model, optimizer, kept)
+    assert [receipt.step for receipt in noise.receipts] == [1]
+
+
+def test_two_iterations_at_once_never_add_their_partial_sums() -> None:
+    # One example in both would count twice under one receipt.
+    noise, run = NoNoise(), make_run(4, rate=1.0)
+    model, optimizer, loader = private(run=run, noise=noise, physical_batch_size=20)
+    outer = iter(loader)
+    step(model, optimizer, next(outer))
+    inner = iter(loader)
+    step(model, optimizer, next(inner))
+    with refused("DP023"):
+        next(outer)
+    step(model, optimizer, next(inner))
+    assert [receipt.step for receipt in noise.receipts] == [1]
+    alone = NoNoise()
+    fresh, other, plain = private(run=make_run(1, rate=1.0), noise=alone)
+    for batch in plain:
+        step(fresh, other, batch)
+    torch.testing.assert_close(noise.sums[0]["weight"], alone.sums[0]["weight"], rtol=1e-5, atol=1e-6)
+
+
+def test_an_abandoned_iteration_does_not_disturb_the_next() -> None:
+    noise = NoNoise()
+    model, optimizer, loader = private(run=make_run(4, rate=1.0), noise=noise)
+    abandoned = iter(loader)
+    next(abandoned)
+    second = iter(loader)
+    batch = next(second)
+    abandoned.close()
+    step(model, optimizer, batch)
     assert len(noise.sums) == 1
+
+
+def test_a_trainer_takes_a_model_over_from_a_loop() -> None:
+    model, optimizer, loader = private()
+    for batch in loader:
+        step(model, optimizer, batch)
+        break
+    result = PrivateTrainer(model, optimizer, F.cross_entropy, linear_data(), make_run(2)).fit()
+    assert result.steps == 2
+    with refused("DP021"):
+        next(iter(loader))
 
 
 def test_a_detached_model_is_an_ordinary_one() -> None:

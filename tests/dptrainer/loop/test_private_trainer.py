@@ -386,6 +386,6 @@ def test_an_empty_dataset_is_refused() -> None:
 def test_a_compiled_model_is_refused_with_the_way_out() -> None:
     model = linear_model()
     compiled = torch.compile(model, backend="eager")
-    with pytest.raises(PrivacyViolation, match="torch.compile") as caught:
+    with pytest.raises(PrivacyViolation, match=r"torch\.compile") as caught:
         trainer(compiled, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     assert caught.value.code == "DP019"
