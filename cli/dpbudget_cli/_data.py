@@ -7,7 +7,7 @@ import io
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpbudget.errors import Unreadable
 
@@ -50,15 +50,17 @@ def read_table(path: str, target: str, classes: int, scale: float) -> Table:
     features, labels = (_read_csv if kind == ".csv" else _read_npz)(path, data, target)
     if features.ndim < 2 or labels.shape != features.shape[:1] or not len(labels):
         raise _bad(f"{path}: features and target {target!r} do not have one row for each record", "check the file")
-    if not np.issubdtype(labels.dtype, np.number) or not np.issubdtype(features.dtype, np.number):
-        raise _bad(f"{path} holds something that is not a number", "encode categories as numbers first")
-    whole = np.asarray(labels, dtype=np.int64)
-    if (whole != labels).any() or whole.min() < 0 or whole.max() >= classes:
+    if labels.dtype.kind not in "iuf" or features.dtype.kind not in "iuf":
+        raise _bad(f"{path} holds something that is not a real number", "encode categories as numbers first")
+    within = (labels >= 0) & (labels < classes) & (labels == np.floor(labels))  # NaN is in no range
+    if not within.all():
         raise _bad(f"{path}: target {target!r} has a label outside 0 to {classes - 1}", "declare --classes, or re-code")
-    return Table(np.asarray(features, dtype=np.float32) * np.float32(scale), whole)
+    with np.errstate(over="ignore", invalid="ignore"):  # what leaves the range of float32 is clipped with its gradient
+        scaled = features.astype(np.float32) * np.float32(scale)
+    return Table(scaled, labels.astype(np.int64))
 
 
-def _read_npz(path: str, data: bytes, target: str) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+def _read_npz(path: str, data: bytes, target: str) -> tuple[NDArray[Any], NDArray[Any]]:
     import numpy as np
 
     try:
@@ -75,7 +77,7 @@ def _read_npz(path: str, data: bytes, target: str) -> tuple[NDArray[np.generic],
     return arrays[others[0]], arrays[target]
 
 
-def _read_csv(path: str, data: bytes, target: str) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+def _read_csv(path: str, data: bytes, target: str) -> tuple[NDArray[Any], NDArray[Any]]:
     import numpy as np
 
     try:

@@ -1,0 +1,228 @@
+"""train: steps from the ledger alone, weights whole or not at all, and nothing told about private data."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from dpbudget._verify import verify
+from dpbudget.errors import Unreadable
+from dpbudget_cli._data import read_table
+
+Cli = Callable[..., Any]
+Seen = Callable[[Path], dict[str, tuple[int, str]]]
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ("train", "--ledger", "budget.ledger", "--data", "train.npz", "--classes", "2")
+
+MODELS = """
+import torch
+def small(features, classes):
+    return torch.nn.Sequential(torch.nn.Linear(features, 3), torch.nn.ReLU(), torch.nn.Linear(3, classes))
+def broken(features, classes):
+    raise ValueError("no such thing")
+def mixing(features, classes):
+    return torch.nn.Sequential(torch.nn.Linear(features, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, classes))
+def number(features, classes):
+    return 3
+class Late(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(4, 2)
+    def forward(self, x):
+        raise RuntimeError(f"batch of {tuple(x.shape)}")
+def late(features, classes):
+    return Late()
+"""
+
+
+@pytest.fixture
+def job(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The prepared folder with a module of models of its own name."""
+    (folder / "my_models.py").write_text(MODELS, encoding="utf-8")
+    monkeypatch.delitem(sys.modules, "my_models", raising=False)
+    return folder
+
+
+class TestTraining:
+    def test_it_takes_every_planned_step_and_writes_the_weights(self, run_cli: Cli, job: Path) -> None:
+        answer = run_cli(*TRAIN, "--output", "w.safetensors", "--json")
+        assert answer.code == 0
+        assert (answer.json["steps"], answer.json["charged"], answer.json["planned"]) == (20, 20, 20)
+        report = verify("budget.ledger")
+        assert (report.ok, report.steps, report.head) == (True, 20, answer.json["head"])
+        assert report.epsilon is not None
+        assert answer.json["claim"]["epsilon"] == report.epsilon.upper <= 1.0
+        assert answer.json["epsilon_so_far"]["upper"] <= answer.json["claim"]["epsilon"]
+        assert {name: tuple(value.shape) for name, value in load_file("w.safetensors").items()} == {
+            "1.weight": (2, 4),
+            "1.bias": (2,),
+        }
+        with safe_open("w.safetensors", framework="pt") as file:
+            assert file.metadata()["run"] == answer.json["run"]
+        assert not list(job.glob(".w.safetensors*"))
+
+    def test_a_used_up_plan_is_refused_and_writes_nothing(self, run_cli: Cli, job: Path, seen: Seen) -> None:
+        run_cli(*TRAIN)
+        before = seen(job)
+        answer = run_cli(*TRAIN, "--output", "w.safetensors")
+        assert (answer.code, "DP050" in answer.err) == (3, True)
+        assert seen(job) == before
+
+    def test_csv_and_a_declared_public_file_give_an_accuracy(self, run_cli: Cli, job: Path) -> None:
+        data = ("--data", "train.csv", "--target", "label", "--public-eval", "train.csv")
+        answer = run_cli(*TRAIN, *data, "--lr", "2", "--json")
+        assert 0.6 < answer.json["public_accuracy"] <= 1.0
+
+    def test_without_public_data_nothing_is_told_about_the_data(self, run_cli: Cli, job: Path) -> None:
+        answer = run_cli(*TRAIN)
+        assert answer.code == 0
+        said = (answer.out + answer.err).lower()
+        for word in ("loss", "accuracy", "batch size", "records", "100"):
+            assert word not in said, word
+
+    @pytest.mark.parametrize("model", ["linear", "mlp", "my_models:small"])
+    def test_every_kind_of_model_trains(self, run_cli: Cli, job: Path, model: str) -> None:
+        assert run_cli(*TRAIN, "--model", model, "--physical-batch-size", "7", "--momentum", "0.5").code == 0
+
+    def test_two_runs_differ_by_their_noise_though_the_seed_is_one(
+        self, run_cli: Cli, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import shutil
+
+        shutil.copytree(job, tmp_path / "twin")
+        run_cli(*TRAIN, "--output", "w.safetensors", "--seed", "5")
+        monkeypatch.chdir(tmp_path / "twin")
+        run_cli(*TRAIN, "--output", "w.safetensors", "--seed", "5")
+        one, other = (load_file(place / "w.safetensors")["1.weight"] for place in (job, tmp_path / "twin"))
+        assert not torch.equal(one, other)
+
+    def test_values_beyond_float32_do_not_stop_the_training(self, run_cli: Cli, job: Path) -> None:
+        features = np.zeros((100, 4))
+        features[3] = [1e300, np.nan, np.inf, -np.inf]
+        np.savez("odd.npz", x=features, y=np.zeros(100, dtype=int))
+        answer = run_cli(*TRAIN, "--data", "odd.npz", "--output", "w.safetensors")
+        assert answer.code == 0, answer.err
+        assert all(torch.isfinite(value).all() for value in load_file("w.safetensors").values())
+
+
+class TestUserModels:
+    @pytest.mark.parametrize(
+        ("model", "code", "words"),
+        [
+            ("my_models:broken", "DP093", "ValueError: no such thing"),
+            ("my_models:number", "DP093", "returned int"),
+            ("my_models:absent", "DP093", "AttributeError"),
+            ("my_models:mixing", "DP010", "BatchNorm1d"),
+        ],
+    )
+    def test_a_model_that_cannot_be_trained_is_refused_before_any_charge(
+        self, run_cli: Cli, job: Path, seen: Seen, model: str, code: str, words: str
+    ) -> None:
+        before = {name: mark for name, mark in seen(job).items() if not name.startswith("__pycache__")}
+        answer = run_cli(*TRAIN, "--model", model, "--output", "w.safetensors")
+        after = {name: mark for name, mark in seen(job).items() if not name.startswith("__pycache__")}
+        assert answer.code == 2
+        assert code in answer.err
+        assert words in answer.err
+        assert after == before
+        assert "Traceback" not in answer.err
+
+    def test_a_model_that_fails_on_data_is_named_without_its_message(self, run_cli: Cli, job: Path) -> None:
+        answer = run_cli(*TRAIN, "--model", "my_models:late")
+        assert answer.code == 2
+        assert "batch of" not in answer.err
+        assert "Traceback" not in answer.err
+        assert verify("budget.ledger").steps <= 1
+
+
+class TestInterrupts:
+    def test_the_first_interrupt_keeps_the_weights_and_the_second_call_goes_on(self, job: Path) -> None:
+        code = f"""
+import os, signal
+import dptrainer.trainer as trainer
+from dpbudget_cli.main import main
+tell = trainer.PrivateTrainer._tell
+def interrupt(self, steps):
+    if steps == 3:
+        os.kill(os.getpid(), signal.{signal.SIGINT.name})
+    tell(self, steps)
+trainer.PrivateTrainer._tell = interrupt
+main({[*TRAIN, "--output", "w.safetensors", "--json"]!r})
+"""
+        env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}"}
+        first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
+        assert first.returncode == 130, first.stderr
+        assert "stopping after this step" in first.stderr
+        assert json.loads(first.stdout)["steps"] == 3
+        assert (job / "w.safetensors").exists()
+        more = [*TRAIN, "--init", "w.safetensors", "--output", "end.safetensors", "--json"]
+        second = subprocess.run(
+            [sys.executable, "-c", "from dpbudget_cli.main import main; main()", *more],
+            capture_output=True,
+            text=True,
+            env=env,
+            timeout=120,
+        )
+        assert second.returncode == 0, second.stderr
+        answer = json.loads(second.stdout)
+        assert answer["charged"] == answer["planned"] == 20
+        assert answer["steps"] <= 17
+
+
+class TestTables:
+    def write(self, folder: Path, name: str, text: str | bytes) -> str:
+        path = folder / name
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return str(path)
+
+    def test_a_csv_and_an_npz_of_one_table_are_equal(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path, "t.csv", "a,y,b\n1,0,2\n3,1,4\n")
+        np.savez(tmp_path / "t.npz", x=np.array([[1.0, 2.0], [3.0, 4.0]]), y=np.array([0, 1]))
+        one, other = read_table(path, "y", 2, 0.5), read_table(str(tmp_path / "t.npz"), "y", 2, 0.5)
+        assert np.array_equal(one.features, [[0.5, 1.0], [1.5, 2.0]])
+        assert np.array_equal(one.features, other.features)
+        assert np.array_equal(one.labels, other.labels)
+        assert one.features.dtype == np.float32
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "", "a,b\n1,2\n", "a,y\n", "y\n1\n", "a,y\nSECRET,1\n", "a,y\n1,7\n", "a,y\n1,-1\n", "a,y\n1,0.5\n",
+            "a,y\n1,nan\n", "a,y\n1,inf\n", "a,y\n1,2,3\n", "y,y\n1,1\n", 'a,y\n"1,1\n', b"\xff\xfe", "a,y\n,1\n",
+        ],
+    )  # fmt: skip
+    def test_a_bad_csv_is_refused_without_telling_a_value(self, tmp_path: Path, text: str | bytes) -> None:
+        path = self.write(tmp_path, "t.csv", text)
+        with pytest.raises(Unreadable) as info:
+            read_table(path, "y", 2, 1.0)
+        assert info.value.code == "DP091"
+        assert "SECRET" not in str(info.value)
+
+    def test_a_pickled_array_is_refused_and_not_run(self, tmp_path: Path) -> None:
+        class Evil:
+            def __reduce__(self) -> Any:
+                return (Path.touch, (tmp_path / "pwned",))
+
+        np.savez(tmp_path / "t.npz", x=np.array([[Evil()]], dtype=object), y=np.array([0]))
+        with pytest.raises(Unreadable, match="plain arrays"):
+            read_table(str(tmp_path / "t.npz"), "y", 2, 1.0)
+        assert not (tmp_path / "pwned").exists()
+
+    def test_arrays_that_do_not_fit_are_refused_without_their_sizes(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "t.npz", x=np.zeros((31, 2)), y=np.zeros(37, dtype=int))
+        with pytest.raises(Unreadable) as info:
+            read_table(str(tmp_path / "t.npz"), "y", 2, 1.0)
+        assert "31" not in info.value.message
+        assert "37" not in info.value.message
