@@ -8,6 +8,7 @@ from fractions import Fraction
 from functools import partial
 
 from dpbudget.errors import BudgetExceeded, InvalidParameter
+from dpbudget.ledger.claims import covers, portfolio_claim
 from dpbudget.ledger.journal import Draft, Journal
 from dpbudget.ledger.signing import RECORD_TYPE, STATEMENT_TYPE, Signer, sign_envelope
 from dpbudget.ledger.state import LedgerState, Portfolio, SpendingFilter
@@ -94,9 +95,7 @@ def _target(state: LedgerState, plan: Plan) -> _Target:
 def _check_claim(state: LedgerState, target: _Target, spending: SpendingFilter, plan: Plan) -> None:
     portfolio = target.portfolio
     alone = spending.joint_claim((plan,), portfolio.delta)
-    # A claim exceeds its upper bound by 1 to 2 units of 1e-9 max(1, bound), so one unit less still covers it here: that
-    # is the drift of elementary functions between the planner's machine and this one.
-    if plan.claim.epsilon < alone - 0.99e-9 * max(1.0, alone):
+    if not covers(plan.claim.epsilon, alone):
         raise InvalidParameter(
             f"the plan claims epsilon {plan.claim.epsilon!r}, the ledger's filter certifies {alone!r} at delta "
             f"{portfolio.delta:g}",
@@ -104,7 +103,7 @@ def _check_claim(state: LedgerState, target: _Target, spending: SpendingFilter, 
             hint="make the plan with the accountant that the ledger is given",
         )
     others = state.plans_of(portfolio)
-    joint = spending.joint_claim((*others, plan), portfolio.delta) if others else alone
+    joint = portfolio_claim(spending, (*others, plan), portfolio.delta) if others else min(alone, plan.claim.epsilon)
     room = state.room_for(portfolio)
     if Fraction(joint) > room:
         together = f" together with {len(others)} signed before" if others else ""

@@ -69,7 +69,11 @@ def check_head(state: LedgerState, note: bytes) -> Head:
     """The head in ``note``, when it is the writer's and covers exactly ``state``."""
     head = read_head(note, state.genesis.ledger_id, state.genesis.writer)
     if head.size != state.size or head.root != state.tree.root.hex():
-        raise Tampered(f"the signed head covers {head.size} records with another root; the store holds {state.size}")
+        raise Tampered(
+            f"the signed head covers {head.size} records with root {head.root}; the store holds {state.size} records "
+            f"with root {state.tree.root.hex()}",
+            hint="records were added, cut or changed without the writer's key; look for a backup or an export",
+        )
     return head
 
 

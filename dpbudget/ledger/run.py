@@ -15,6 +15,7 @@ from typing import Self
 
 from dpbudget.curve import Bounds
 from dpbudget.errors import BudgetExceeded, InvalidParameter, PlanExhausted, PrivacyViolation, StorageFailed
+from dpbudget.ledger.claims import portfolio_claim
 from dpbudget.ledger.journal import Draft, Journal
 from dpbudget.ledger.receipt import LeaseKey, Receipt
 from dpbudget.ledger.state import LedgerState, Portfolio, RunState, SpendingFilter
@@ -267,7 +268,7 @@ class Run:
                 code="DP061",
                 hint="pass filter=PortfolioFilter(accountant) to Ledger.open",
             )
-        return self._filter.joint_claim(state.plans_of(portfolio), portfolio.delta)
+        return portfolio_claim(self._filter, state.plans_of(portfolio), portfolio.delta)
 
     def _write_lease(
         self, seen: Portfolio, claim: float | None, nonce: bytes, key: LeaseKey, draft: Draft

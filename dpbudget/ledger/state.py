@@ -35,7 +35,6 @@ from dpbudget.ledger.tree import NO_LEAF, Frontier, leaf_hash
 from dpbudget.mechanisms import Adjacency
 from dpbudget.plan import Plan
 
-
 _DAMAGED = "stop spending from it, and compare it with an export, a backup or a signed head that was kept"
 
 

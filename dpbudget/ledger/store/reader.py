@@ -63,7 +63,10 @@ def _live(place: Path) -> SqliteStore | None:
 
 def _first_bytes(place: Path) -> bytes:
     # O_NONBLOCK: a FIFO that took the file's place must not make this wait.
-    descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise Unreadable(f"{place}: {error.strerror}", hint="check the path and its permissions") from None
     with os.fdopen(descriptor, "rb") as file:
         return file.read(len(MAGIC))
 
@@ -100,8 +103,12 @@ def _copy_consistently(place: Path, copy: Path) -> None:
             quiet_since, mark = time.monotonic(), present
         if present is None or time.monotonic() - quiet_since > _STALE_SECONDS:
             data = files.read_regular(place, MAX_EXPORT_BYTES)
-            torn = files.read_regular(journal, MAX_EXPORT_BYTES) if present is not None else None
-            if _journal_mark(journal) == present and counter == _counter(place) == data[24:28]:
+            torn = _journal_bytes(journal) if present is not None else None
+            if (
+                (torn is None) == (present is None)
+                and _journal_mark(journal) == present
+                and counter == _counter(place) == data[24:28]
+            ):
                 copy.write_bytes(data)
                 if torn is not None:
                     refuse_super_journal(journal)
@@ -109,6 +116,17 @@ def _copy_consistently(place: Path, copy: Path) -> None:
                 return
         time.sleep(0.005)
     raise StorageFailed(f"{place} was written to all the time; nothing could be read", hint="read it again later")
+
+
+def _journal_bytes(journal: Path) -> bytes | None:
+    if journal.is_symlink():
+        raise Unreadable(f"{journal} is not a regular file", code="DP083", hint="a journal is never a link")
+    try:
+        return files.read_regular(journal, MAX_EXPORT_BYTES)
+    except Unreadable:
+        if os.path.lexists(journal):
+            raise
+        return None  # its writer finished meanwhile
 
 
 def _counter(place: Path) -> bytes:

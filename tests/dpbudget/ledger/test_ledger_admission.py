@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ledgerkit import (
     BUDGET,
     HALF_DELTA,
@@ -24,11 +26,12 @@ from ledgerkit import (
 )
 
 from dpbudget.errors import BudgetExceeded, DPBudgetError, InvalidParameter, Tampered
+from dpbudget.ledger.claims import covers
 from dpbudget.ledger.head import read_head
 from dpbudget.ledger.ledger import Ledger
 from dpbudget.ledger.signing import STATEMENT_TYPE, open_envelope
 from dpbudget.mechanisms import Adjacency
-from dpbudget.plan import Budget, Claim, Plan
+from dpbudget.plan import Budget, Claim, Plan, claimed_epsilon
 
 
 def spend_one(ledger: Ledger, run_id: str) -> None:
@@ -216,6 +219,36 @@ def test_a_plan_must_claim_what_the_filter_certifies_for_it(stated: float, certi
     else:
         with pytest.raises(InvalidParameter, match="the ledger's filter certifies"):
             ledger.sign_plan(make_plan(epsilon=stated), owner=OWNER)
+
+
+def test_a_plan_that_fills_the_budget_exactly_fits_it_on_every_machine(tmp_path: Path) -> None:
+    """The claim of one plan is the owner's, though this machine would round it one unit higher."""
+    ledger = make_ledger(tmp_path / "ledger", whole_budget=True, filter=Fixed(3.0))
+    run_id = ledger.sign_plan(make_plan(epsilon=3.0, delta=1e-6), owner=OWNER)
+    ledger.close()
+    with reopen(tmp_path / "ledger", filter=Fixed(3.0 + 2.9e-9)) as elsewhere:
+        spend_one(elsewhere, run_id)
+        assert elsewhere.state.portfolios[0].claim == 3.0
+
+
+def test_a_claim_a_whole_unit_below_is_not_taken_over(tmp_path: Path) -> None:
+    ledger = make_ledger(tmp_path / "ledger", filter=Fixed(1.0))
+    run_id = ledger.sign_plan(make_plan(epsilon=1.0), owner=OWNER)
+    ledger.close()
+    with reopen(tmp_path / "ledger", filter=Fixed(1.1)) as elsewhere:
+        spend_one(elsewhere, run_id)
+        assert elsewhere.state.portfolios[0].claim == 1.1
+
+
+@settings(deadline=None)
+@given(st.floats(1e-6, 1e6), st.floats(-1, 1))
+def test_whatever_covers_exceeds_the_bound_of_this_machine(upper: float, drift: float) -> None:
+    unit = 1e-9 * max(1.0, upper)
+    stated, certified = claimed_epsilon(upper + 0.9 * drift * unit), claimed_epsilon(upper)
+    if covers(stated, certified):
+        assert stated > upper
+    if covers(certified - 2 * unit, certified):
+        raise AssertionError("two units below must not cover")
 
 
 def test_a_claim_that_the_filter_cannot_make_is_passed_on() -> None:
