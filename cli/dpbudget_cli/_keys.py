@@ -17,26 +17,33 @@ if TYPE_CHECKING:
 _MAX_PASSPHRASE = 4096
 
 PASSPHRASE_FD = click.option(
-    "--passphrase-fd", type=int, metavar="FD", help="Read the key's passphrase from this file descriptor."
+    "--passphrase-fd", type=int, metavar="FD", help="Read passphrases of encrypted keys here, one a line."
 )
 
 
-def read_passphrase(fd: int | None) -> bytes | None:
-    """The first line of a file descriptor, without its line feed; None where none is named."""
+def read_passphrases(fd: int | None) -> tuple[bytes, ...]:
+    """The lines of a file descriptor, without their line feeds; none where none is named.
+
+    Raises:
+        InvalidParameter: it cannot be read (DP070), or it is empty or too long (DP073).
+    """
     if fd is None:
-        return None
+        return ()
     try:
         with os.fdopen(os.dup(fd), "rb") as stream:
-            line = stream.readline(_MAX_PASSPHRASE + 1).rstrip(b"\r\n")
+            data = stream.read(_MAX_PASSPHRASE + 1)
     except (OSError, OverflowError):
         raise InvalidParameter(
             f"file descriptor {fd} cannot be read", code="DP070", hint="open it, as in --passphrase-fd 3 3< FILE"
         ) from None
-    if not 0 < len(line) <= _MAX_PASSPHRASE:
+    lines = tuple(line for line in data.splitlines() if line)
+    if not lines or len(data) > _MAX_PASSPHRASE:
         raise InvalidParameter(
-            f"file descriptor {fd} gives no passphrase of 1 to {_MAX_PASSPHRASE} bytes", code="DP073"
+            f"file descriptor {fd} gives no passphrase of 1 to {_MAX_PASSPHRASE} bytes",
+            code="DP073",
+            hint="write one passphrase a line",
         )
-    return line
+    return lines
 
 
 def ask_passphrase(*, twice: bool = False) -> bytes:
@@ -70,18 +77,25 @@ def key_path(given: str | None, ledger: str, role: str) -> str:
     )
 
 
-def load_signer(path: str, passphrase_fd: int | None) -> Ed25519Signer:
-    """The private key of a file; an encrypted one without --passphrase-fd is asked for at a terminal.
+def load_signer(path: str, passphrases: tuple[bytes, ...] = ()) -> Ed25519Signer:
+    """The private key of a file; an encrypted one is tried with each passphrase, else asked for at a terminal.
 
     Raises:
-        Unreadable: missing, unsafe or not a key (DP070, DP073).
+        Unreadable: missing, unsafe, not a key, or no passphrase opens it (DP070, DP073).
     """
     from dpbudget.ledger.keys import load_key
 
-    passphrase = read_passphrase(passphrase_fd)
     try:
-        return load_key(path, passphrase)
+        return load_key(path)
     except Unreadable as error:
-        if passphrase is not None or "passphrase" not in error.message or not sys.stdin.isatty():
+        if "needs a passphrase" not in error.message:
             raise
-        return load_key(path, ask_passphrase())
+        refusal = error
+    for passphrase in passphrases:
+        try:
+            return load_key(path, passphrase)
+        except Unreadable as error:
+            refusal = error
+    if passphrases or not sys.stdin.isatty():
+        raise refusal
+    return load_key(path, ask_passphrase())

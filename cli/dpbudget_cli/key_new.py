@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from dpbudget_cli import _output as out
-from dpbudget_cli._keys import PASSPHRASE_FD, ask_passphrase, read_passphrase
+from dpbudget_cli._keys import PASSPHRASE_FD, ask_passphrase, read_passphrases
 from dpbudget_cli._options import JSON
 from dpbudget_cli.main import Leaf
 
@@ -26,7 +26,7 @@ def command(path: str, passphrase: bool, passphrase_fd: int | None, as_json: boo
     """
     from dpbudget.ledger.keys import new_key
 
-    secret = read_passphrase(passphrase_fd)
+    secret = next(iter(read_passphrases(passphrase_fd)), None)
     if passphrase and secret is None:
         secret = ask_passphrase(twice=True)
     signer = new_key(path, secret)

@@ -6,7 +6,7 @@ import click
 
 from dpbudget.errors import Unreadable
 from dpbudget_cli import _output as out
-from dpbudget_cli._keys import PASSPHRASE_FD, load_signer
+from dpbudget_cli._keys import PASSPHRASE_FD, load_signer, read_passphrases
 from dpbudget_cli._options import JSON
 from dpbudget_cli.main import Leaf
 
@@ -29,7 +29,7 @@ def command(path: str, passphrase_fd: int | None, as_json: bool) -> None:
     except Unreadable as error:
         if "private key" not in error.hint:
             raise
-        public = load_signer(path, passphrase_fd).public
+        public = load_signer(path, read_passphrases(passphrase_fd)).public
     if as_json:
         out.emit_json({"public": public.hex, "key_id": public.key_id})
     else:

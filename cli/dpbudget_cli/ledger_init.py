@@ -9,7 +9,7 @@ import click
 
 from dpbudget.errors import InvalidParameter, Unreadable
 from dpbudget_cli import _output as out
-from dpbudget_cli._keys import PASSPHRASE_FD, load_signer
+from dpbudget_cli._keys import PASSPHRASE_FD, load_signer, read_passphrases
 from dpbudget_cli._options import ADJACENCY, DELTA, EPSILON, JSON
 from dpbudget_cli.main import Leaf
 
@@ -56,7 +56,7 @@ def command(
     from dpbudget.plan import Budget
 
     budget = Budget(epsilon=epsilon, delta=delta)
-    made: list[str] = []
+    passphrases, made = read_passphrases(passphrase_fd), list[str]()
 
     def build(owner: Signer, writer: Signer) -> Ledger:
         return create_ledger(
@@ -71,8 +71,8 @@ def command(
 
     try:
         ledger = build(
-            _signer(path, owner_key, "owner", passphrase_fd, made),
-            _signer(path, writer_key, "writer", passphrase_fd, made),
+            _signer(path, owner_key, "owner", passphrases, made),
+            _signer(path, writer_key, "writer", passphrases, made),
         )
     except BaseException:
         for name in made:  # a refused ledger leaves nothing behind
@@ -82,10 +82,10 @@ def command(
         _report(path, ledger, budget, made, as_json)
 
 
-def _signer(ledger: str, given: str | None, role: str, passphrase_fd: int | None, made: list[str]) -> Signer:
+def _signer(ledger: str, given: str | None, role: str, passphrases: tuple[bytes, ...], made: list[str]) -> Signer:
     """The named key, or a new one beside the ledger, noted in ``made`` so that a failure can take it back."""
     if given is not None:
-        return load_signer(given, passphrase_fd)
+        return load_signer(given, passphrases)
     from dpbudget.ledger.keys import new_key
 
     place = Path(ledger)

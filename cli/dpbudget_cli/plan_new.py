@@ -8,7 +8,7 @@ import click
 
 from dpbudget.errors import BudgetExceeded
 from dpbudget_cli import _output as out
-from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer
+from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, read_passphrases
 from dpbudget_cli._options import ACCOUNTANT, CLIP, COUNT, EPSILON, JSON, NOISE, schedule_options
 from dpbudget_cli.main import Leaf
 
@@ -48,8 +48,9 @@ def command(
     from dpbudget._surface import open_ledger
     from dpbudget_cli._question import Question
 
-    owner = load_signer(key_path(owner_key, path, "owner"), passphrase_fd)
-    writer = load_signer(key_path(writer_key, path, "writer"), passphrase_fd)
+    passphrases = read_passphrases(passphrase_fd)
+    owner = load_signer(key_path(owner_key, path, "owner"), passphrases)
+    writer = load_signer(key_path(writer_key, path, "writer"), passphrases)
     with open_ledger(path, writer=writer, trust=owner.public) as ledger:
         question = Question(values)
         plan = _plan(question, ledger)

@@ -18,7 +18,7 @@ import click
 
 from dpbudget.errors import DPBudgetError, InvalidParameter, MissingExtra, Unreadable
 from dpbudget_cli import _output as out
-from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer
+from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, read_passphrases
 from dpbudget_cli._options import COUNT, JSON, POSITIVE, SEED, SHARE
 from dpbudget_cli.main import Leaf
 
@@ -90,7 +90,7 @@ def command(
     table = _read(job, job.data)
     held_out = _read(job, job.public_eval) if job.public_eval else None
     model = _make_model(job, table)
-    writer = load_signer(key_path(writer_key, path, "writer"), passphrase_fd)
+    writer = load_signer(key_path(writer_key, path, "writer"), read_passphrases(passphrase_fd))
     with open_ledger(path, writer=writer) as ledger, _stop_on_interrupt() as interrupt:
         with start(ledger, _choose_run(ledger.state, run_id)) as run:
             _say_before(run, job, str(ledger.head))

@@ -38,6 +38,17 @@ class TestKeys:
         right = run_cli("key", "show", "a.key", "--passphrase-fd", str(_pipe(b"open sesame")), "--json")
         assert right.json["public"] == answer.json["public"]
 
+    def test_one_descriptor_opens_the_keys_of_both_roles(self, run_cli: Cli, empty: Path) -> None:
+        run_cli("key", "new", "owner.key", "--passphrase-fd", str(_pipe(b"one")))
+        run_cli("key", "new", "writer.key", "--passphrase-fd", str(_pipe(b"two")))
+        keys = ("--owner-key", "owner.key", "--writer-key", "writer.key")
+        facts = ("--epsilon", "3", "--delta", "1e-5", *keys)
+        assert run_cli("ledger", "init", "b.ledger", *facts).code == 4
+        assert run_cli("ledger", "init", "b.ledger", *facts, "--passphrase-fd", str(_pipe(b"one\ntwo\n"))).code == 0
+        plan = ("plan", "new", "--ledger", "b.ledger", *SMALL)
+        assert run_cli(*plan, "--passphrase-fd", str(_pipe(b"two"))).code == 4
+        assert run_cli(*plan, "--passphrase-fd", str(_pipe(b"two\none"))).code == 0
+
     def test_nothing_is_overwritten(self, run_cli: Cli, folder: Path, seen: Seen) -> None:
         before = seen(folder)
         for name in ("owner.key", "train.csv"):
