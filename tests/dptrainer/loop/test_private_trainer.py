@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -389,3 +390,53 @@ def test_a_compiled_model_is_refused_with_the_way_out() -> None:
     with pytest.raises(PrivacyViolation, match=r"torch\.compile") as caught:
         trainer(compiled, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     assert caught.value.code == "DP019"
+
+
+def test_the_parameters_of_a_constant_loss_move_by_the_planned_noise_alone() -> None:
+    # Chi-squared of the update itself: catches noise after averaging, a second helping of it, or a wrong divisor.
+    model = linear_model(200, 100)
+    before = torch.cat([p.detach().flatten().double() for p in model.parameters()])
+    run = make_run(steps=1, rate=0.5, sigma=1.7, clip_norm=0.4)
+    data = TensorDataset(torch.randn(30, 200), torch.zeros(30, dtype=torch.long))
+    trainer(
+        model,
+        run,
+        data,
+        loss=lambda out, y: 0.0 * out.sum(1),
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+    ).fit()
+    after = torch.cat([p.detach().flatten().double() for p in model.parameters()])
+    scaled = (after - before) * 20.0 / (1.7 * 0.4)
+    assert abs(float(scaled.square().sum()) - len(scaled)) < 5 * math.sqrt(2 * len(scaled))
+    assert abs(float(scaled.sum())) < 5 * math.sqrt(len(scaled))
+
+
+def test_a_copied_ledger_trains_with_other_batches_and_other_noise(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.ledger", tmp_path / "b.ledger"
+    with make_ledger(first) as ledger:
+        run_id = ledger.sign_plan(make_plan(steps=2), owner=OWNER)
+    second.write_bytes(first.read_bytes())
+    sums, released = [], []
+    for path in (first, second):
+        with reopen(path) as ledger:
+            noise, model = NoNoise(), linear_model()
+            trainer(model, ledger.start(run_id, lease_steps=1), noise=noise, callbacks=[lambda s, e: False]).fit()
+            sums.append(noise.sums[0]["weight"])
+            trainer(model, ledger.start(run_id, lease_steps=1), data=linear_data(2)).fit()
+            released.append(model.weight.detach().clone())
+    assert not torch.equal(*sums)
+    assert not torch.equal(*released)
+
+
+def test_a_forked_child_cannot_continue_the_run() -> None:
+    run = make_run(steps=3)
+    run.next_receipt()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run.next_receipt()
+        except DPBudgetError as error:
+            os._exit(0 if error.code == "DP076" else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert run.next_receipt().step == 1
