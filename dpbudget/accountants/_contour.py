@@ -20,8 +20,9 @@ import numpy as np
 
 from dpbudget._numerics import ELEMENTARY, UNIT, exp_up, log_expm1, log_kappa
 from dpbudget.accountants._moment_bound import MomentBound
-from dpbudget.accountants._quadrature import Array
-from dpbudget.accountants._tilted_step import Complex, TiltedStep
+from dpbudget.accountants._quadrature import Array, Direction
+from dpbudget.accountants._tilted_step import Complex, Moments, TiltedStep
+from dpbudget.mechanisms import SubsampledGaussianPair
 
 _CHUNK = 1 << 18
 _FIRST_BLOCK = 64
@@ -74,7 +75,7 @@ class Contour:
         error = 1.01 * error + exp_up(min(self._log_cut, 700.0))
         alias = exp_up(min(self.log_alias(epsilon) - log_scale, 700.0))
         upper, lower = value + error, (value - error - alias) * (1.0 - 1e-15)
-        high = 1.0 if upper <= 0.0 else exp_up(min(log_scale + math.log(upper), 0.0))
+        high = 1.0 if upper <= 0.0 else min(exp_up(min(log_scale + math.log(upper), 0.0)), 1.0)
         low = 0.0 if lower <= 0.0 else math.exp(min(log_scale + math.log(lower), 0.0)) * (1.0 - 4.0 * ELEMENTARY)
         return max(low - 5e-324, 0.0), high
 
@@ -98,20 +99,13 @@ class Contour:
         log_value = np.zeros(len(u), dtype=np.complex128)
         growth, size = np.zeros(len(u)), np.zeros(len(u))
         for phase in phases:
-            nats = 40.0 + math.log(phase.count)
-            for start, stop in _blocks(len(u)):
-                pair = phase.pair
-                step = TiltedStep(pair.rate, pair.sigma, self.tilt, self._moments.direction, float(u[stop - 1]), nats)
-                if not step.usable:
-                    return False
-                piece = max(_CHUNK // len(step.grid.nodes), 1)
-                for first in range(start, stop, piece):
-                    part = slice(first, min(first + piece, stop))
-                    answer = step.moments(u[part])
-                    term = phase.count * answer.log_moment
-                    log_value[part] += term
-                    growth[part] += phase.count * np.log1p(answer.error)
-                    size[part] += np.abs(term.real) + np.abs(term.imag)
+            answer = phase_moments(phase.pair, phase.count, self.tilt, self._moments.direction, u)
+            if answer is None:
+                return False
+            term = phase.count * answer.log_moment
+            log_value += term
+            growth += phase.count * np.log1p(answer.error)
+            size += np.abs(term.real) + np.abs(term.imag)
         self._weigh(log_value, growth, size * (len(phases) + 4.0) * UNIT)
         return bool(np.isfinite(self._error) and np.isfinite(self._error_per_epsilon))
 
@@ -131,6 +125,32 @@ class Contour:
         error = np.where(swell < 1.0, np.exp(real) * np.expm1(np.minimum(swell, 1.0)), wide)
         self._error = float(error @ size) * 1.001
         self._error_per_epsilon = float((wide * size) @ u) * 4.0 * UNIT
+
+
+def phase_moments(
+    pair: SubsampledGaussianPair, count: int, tilt: float, direction: Direction, u: Array
+) -> Moments | None:
+    """Moments M(tilt + iu) of one step, accurate enough for their ``count``-th power; None where none can be had."""
+    if pair.rate >= 1.0:
+        t = tilt + 1j * u
+        exact = np.asarray(0.5 * t * (t + 1.0) / (pair.sigma * pair.sigma), dtype=np.complex128)
+        return Moments(exact, 16.0 * UNIT * np.abs(t) * np.abs(t + 1.0) / (pair.sigma * pair.sigma))
+    log_moment, error = np.zeros(len(u), dtype=np.complex128), np.zeros(len(u))
+    for start, stop in _blocks(len(u)):
+        step = TiltedStep(pair.rate, pair.sigma, tilt, direction, float(u[stop - 1]), step_accuracy(count))
+        if not step.usable:
+            return None
+        piece = max(_CHUNK // len(step.grid.nodes), 1)
+        for first in range(start, stop, piece):
+            part = slice(first, min(first + piece, stop))
+            answer = step.moments(u[part])
+            log_moment[part], error[part] = answer.log_moment, answer.error
+    return Moments(log_moment, error)
+
+
+def step_accuracy(count: int) -> float:
+    """Nats of quadrature accuracy at which ``count`` steps lose nothing that double precision could hold."""
+    return 40.0 + math.log(count)
 
 
 def _blocks(count: int) -> list[tuple[int, int]]:

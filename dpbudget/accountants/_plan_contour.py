@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpbudget._numerics import log1p_exp, log_kappa, minimize_on_integers, truncate_mantissa
-from dpbudget.accountants._contour import Contour, Line
+from dpbudget.accountants._contour import Contour, Line, step_accuracy
 from dpbudget.accountants._decay import Decay
 from dpbudget.accountants._moment_bound import COARSE, GRID_RANGE, GRID_RATIO, MomentBound, grid_tilt, log_moment_bounds
 from dpbudget.accountants._phases import Phase
@@ -85,7 +85,7 @@ def _saddle_estimate(moments: MomentBound, index: int) -> tuple[float, float]:
 
 
 def _saddle(moments: MomentBound, epsilon: float, start: int) -> tuple[int, tuple[int, ...]]:
-    """Index of the grid tilt at which the integrand on the real axis is least, and offsets of tilts to look at there."""
+    """Index of the grid tilt at which the integrand is least on the real axis, and offsets of tilts to try there."""
 
     def height(index: int) -> float:
         c = grid_tilt(index)
@@ -131,6 +131,9 @@ def _cut(
     total = np.zeros(len(candidates))
     for phase in phases:
         pair = phase.pair
+        if pair.rate >= 1.0:
+            total -= phase.count * 0.5 * np.square(candidates * step / pair.sigma) * (1.0 - 1e-14)
+            continue
         top = log_moment_bounds(pair, tilt, direction)[1]
         decay = Decay(pair.rate, pair.sigma, tilt, direction, top)
         total += phase.count * decay.log_rho(candidates * step)
@@ -144,8 +147,10 @@ def _cut(
 def _work(phases: Sequence[Phase], direction: Direction, tilt: float, step: float, count: int) -> float:
     total = 0.0
     for phase in phases:
-        pair, nats = phase.pair, 40.0 + math.log(phase.count)
-        probe = TiltedStep(pair.rate, pair.sigma, tilt, direction, step * count, nats)
+        pair = phase.pair
+        if pair.rate >= 1.0:
+            continue
+        probe = TiltedStep(pair.rate, pair.sigma, tilt, direction, step * count, step_accuracy(phase.count))
         if not probe.usable:
             return math.inf
         total += 0.7 * count * len(probe.grid.nodes)
