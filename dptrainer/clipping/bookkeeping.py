@@ -237,7 +237,8 @@ class BookKeeping:
             watch.check()
 
     def _always_restore(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._restore()
+        if not self._busy:  # a replay of the whole model passes here too
+            self._restore()
 
     def _restore(self) -> None:
         """Gives the parameters back as they were and stops watching; safe to call at any time."""

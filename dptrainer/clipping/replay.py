@@ -1,4 +1,4 @@
-"""Per-example gradients of a module without a rule: it is run again, one example at a time.
+"""Per-example gradients of a module without a rule: it is run again, under vmap or one example at a time.
 
 The module is a unit: everything inside it is differentiated together, so bare parameters, parametrisations, attention
 and recurrent layers are right without a rule. The replay must repeat what the forward pass computed; where it does not
@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dpbudget.errors import PrivacyViolation
+from dptrainer.clipping.vector_replay import replay_vectorised
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ def replay(unit: nn.Module, call: UnitCall, parameters: Mapping[str, nn.Paramete
         PrivacyViolation: (DP019) the replay computes something else than the forward pass did; (DP030) an output does
             not have one slice per example.
     """
+    at_once = replay_vectorised(unit, call.args, call.kwargs, call.outputs, call.grads, call.batch_size, parameters)
+    if at_once is not None:
+        return at_once
     fixed = {name: p.detach() for name, p in unit.named_parameters() if name not in parameters}
     fixed |= {name: buffer.detach().clone() for name, buffer in unit.named_buffers()}
     live = {name: p.detach().requires_grad_() for name, p in parameters.items()}

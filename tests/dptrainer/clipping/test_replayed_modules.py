@@ -1,4 +1,4 @@
-"""Modules without a rule are replayed one example at a time, never skipped; rules can be added."""
+"""Modules without a rule are replayed, under vmap or one example at a time, never skipped; rules can be added."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,9 @@ from torch.nn.utils import parametrizations
 
 from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dptrainer.clipping import BookKeeping, VmapEngine, make_engine, rule, self_test
+from dptrainer.clipping import replay as replay_module
 from dptrainer.clipping.rules import _RULES
+from dptrainer.clipping.vector_replay import replay_vectorised
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +104,34 @@ class Residual(nn.Module):
 )
 def test_modules_without_a_rule(model, data):
     assert_equal_to_the_oracle(model(), [data()], single=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "vectorised"),
+    [
+        (lambda: nn.Sequential(nn.Linear(4, 4), Scale(4)), lambda: torch.randn(5, 4), True),
+        (Token, lambda: torch.randn(5, 3, 4), True),
+        (Attention, lambda: torch.randn(3, 5, 6), True),
+        (lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 3), nn.Tanh()), lambda: torch.randn(3, 2, 4, 4), True),
+        (lambda: Recurrent(nn.LSTM), lambda: torch.randint(0, 7, (3, 4)), False),
+    ],
+    ids=str.split("bare token attention transposed lstm"),
+)
+def test_a_replay_is_vectorised_where_that_is_sure_and_equal_to_the_loop(model, data, vectorised, monkeypatch):
+    made, example = model(), data()
+    answers = []
+
+    def spy(*args):
+        answers.append(replay_vectorised(*args))
+        return answers[-1]
+
+    monkeypatch.setattr(replay_module, "replay_vectorised", spy)
+    at_once = clipped(made, [example], 1.0)
+    assert [answer is not None for answer in answers] == [vectorised]
+    monkeypatch.setattr(replay_module, "replay_vectorised", lambda *args: None)
+    looped = clipped(made, [example], 1.0)
+    for name, value in looped.items():
+        torch.testing.assert_close(at_once[name], value)
 
 
 def test_the_replayed_modules_are_named():
