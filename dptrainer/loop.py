@@ -25,7 +25,7 @@ from dptrainer.clipping.engine import trainable_parameters
 from dptrainer.data import check_rows
 from dptrainer.noise.source import NoiseSource, SecureNoise
 from dptrainer.probe import probe
-from dptrainer.update import check_run, output_digest, release
+from dptrainer.update import check_run, release
 from dptrainer.validate import check
 from dptrainer.values import ClippedSum
 
@@ -219,10 +219,10 @@ class PrivateLoop:
             for parameter in self._model.parameters():
                 parameter.grad = None  # an optimizer passes over parameters without a gradient
             return
-        noisy = release(self._model, step.total, step.receipt, self._noise)
+        digest = release(self._model, step.total, step.receipt, self._noise, with_digest=self._record_outputs)
         step.total = None
-        if self._record_outputs:
-            self.run.settle(step.receipt, output_digest(noisy))
+        if digest is not None:
+            self.run.settle(step.receipt, digest)
 
     # ------------------------------------------------------------------ guards
 

@@ -20,7 +20,7 @@ from dptrainer.losses import Loss, PerExampleLoss
 from dptrainer.noise.source import NoiseSource, SecureNoise
 from dptrainer.probe import probe
 from dptrainer.sampling import Indices, PoissonSampler, physical_batches
-from dptrainer.update import check_run, output_digest, release
+from dptrainer.update import check_run, release
 from dptrainer.validate import check
 from dptrainer.values import ClippedSum
 
@@ -129,10 +129,10 @@ class PrivateTrainer:
         try:
             for receipt in run:
                 clipped = self._clip(self._sampler.draw(receipt, self._records.population))
-                noisy = release(self._model, clipped, receipt, self._noise)
+                digest = release(self._model, clipped, receipt, self._noise, with_digest=self._record_outputs)
                 self._optimizer.step()
-                if self._record_outputs:
-                    run.settle(receipt, output_digest(noisy))
+                if digest is not None:
+                    run.settle(receipt, digest)
                 steps += 1
                 self._tell(steps)
                 if self._stopped:

@@ -43,31 +43,36 @@ def check_run(model: nn.Module, run: Run) -> None:
         )
 
 
-def release(model: nn.Module, clipped: ClippedSum, receipt: Receipt, noise: NoiseSource) -> NoisySum:
+def release(
+    model: nn.Module, clipped: ClippedSum, receipt: Receipt, noise: NoiseSource, *, with_digest: bool = False
+) -> str | None:
     """Add the receipt's noise and write ``sum / expected batch size`` to ``.grad`` of every trainable parameter.
 
     The divisor is the plan's, never the size of the batch that was drawn. What is in ``.grad`` afterwards may be
-    published, and everything computed from it.
+    published, and everything computed from it. The tensors of ``clipped`` are used up: they become the gradients.
+
+    Returns:
+        :func:`output_digest` of the noisy sum if ``with_digest``, else None.
 
     Raises:
-        PrivacyViolation: the sum does not belong to this model (DP031), or :class:`SecureNoise` refuses it.
+        PrivacyViolation: the sum does not belong to this model (DP031), or the noise source refuses it.
         ReceiptSpent: the receipt was used before (DP077).
     """
     parameters = dict(model.named_parameters())
-    trainable = trainable_parameters(model)
-    if list(clipped.grads) != list(trainable):
+    if list(clipped.grads) != list(trainable_parameters(model)):
         raise PrivacyViolation(
             "parameters were frozen, added or renamed between the forward pass and the step",
             code="DP031",
             hint="change requires_grad between steps",
         )
     noisy = noise.privatise(clipped, receipt)
+    digest = output_digest(noisy) if with_digest else None
     for parameter in parameters.values():
         parameter.grad = None
     for name, total in noisy.grads.items():
         parameter = parameters[name]
-        parameter.grad = (total / receipt.expected_batch_size).to(parameter.dtype)
-    return noisy
+        parameter.grad = total.div_(receipt.expected_batch_size).to(parameter.dtype)
+    return digest
 
 
 def output_digest(noisy: NoisySum) -> str:
