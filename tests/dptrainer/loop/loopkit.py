@@ -7,16 +7,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from dpbudget.errors import DPBudgetError
 from dpbudget.ledger.ledger import Ledger
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dpbudget.ledger.signing import Ed25519Signer
 from dpbudget.plan import Budget, Claim, Phase, Plan, rate_from_float
 from dptrainer.noise.source import SecureNoise
+from dptrainer.private import make_private
 from dptrainer.values import ClippedSum, NoisySum
 
 OWNER = Ed25519Signer.from_seed(b"\x01" * 32)
@@ -113,3 +117,21 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     before = snapshot(model)
     yield
     assert same(model, before), "the model changed"
+
+
+def private(model: Any = None, optimizer: Any = None, data: Any = None, run: Any = None, **kw: Any) -> Any:
+    """make_private with defaults: a linear model, SGD, forty records, a run that takes all of them."""
+    model = linear_model() if model is None else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if optimizer is None else optimizer
+    data = linear_data() if data is None else data
+    return make_private(model, optimizer, data, run=make_run(rate=1.0) if run is None else run, **kw)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> None:
+    x, y = batch
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+def refused(code: str) -> Any:
+    return pytest.raises(DPBudgetError, match=code)
