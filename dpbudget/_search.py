@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dpbudget.mechanisms.gaussian import MAX_NOISE_MULTIPLIER, MIN_NOISE_MULTIPLIER
 from dpbudget.plan import MAX_STEPS
 
-#: Relative width at which the search for a noise multiplier stops at the latest.
-_TOLERANCE = 5e-10
+#: Relative width at which the search for a noise multiplier stops, and the one after so many questions. Only a claim
+#: with a jump takes more: where the bounded tail becomes affordable, or a hard composition falls back to wide bounds.
+_TOLERANCE, _PATIENCE, _COARSE = 5e-10, 16, 1e-6
 
 _BOTTOM, _TOP = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER)
 
@@ -20,8 +21,8 @@ def smallest_noise(claim: Callable[[float], float], target: float, guess: float)
     """The smallest sigma with claim(sigma) <= target, on the safe side; None where none was found up to the largest.
 
     The search ends where the claim is within three units of its rounding, 1e-9 max(1, target), below the target, or
-    where sigma is known to :data:`_TOLERANCE` relative. Whatever the shape of ``claim``, the returned sigma itself was
-    seen to fit.
+    where sigma is known to :data:`_TOLERANCE` relative, :data:`_COARSE` where the claim jumps. Whatever the shape of
+    ``claim``, the returned sigma itself was seen to fit.
     """
     unit = 1e-9 * max(1.0, target) / target
 
@@ -65,13 +66,13 @@ def _bracket(f: Callable[[float], float], x: float) -> tuple[_Point | None, _Poi
 def _narrow(f: Callable[[float], float], low: _Point, high: _Point, unit: float) -> float:
     """The upper end of a bracket after secant steps towards f = -unit, kept honest by bisection."""
     before, last = low, high
-    slow = 0
-    while high[0] - low[0] > _TOLERANCE and high[1] < -3.0 * unit:
+    slow = asked = 0
+    while high[0] - low[0] > (_TOLERANCE if asked < _PATIENCE else _COARSE) and high[1] < -3.0 * unit:
         width = high[0] - low[0]
         x = _secant(before, last, -unit)
         if slow >= 2 or x is None or not low[0] < x < high[0]:
             x, slow = low[0] + 0.5 * width, 0
-        before, last = last, (x, f(x))
+        before, last, asked = last, (x, f(x)), asked + 1
         low, high = (last, high) if last[1] > 0.0 else (low, last)
         slow = slow + 1 if high[0] - low[0] > 0.5 * width else 0
     return high[0]

@@ -117,6 +117,20 @@ class TestTraining:
         assert all(torch.isfinite(value).all() for value in load_file("w.safetensors").values())
 
 
+class TestMissingExtras:
+    @pytest.mark.parametrize("missing", ["torch", "safetensors"])
+    def test_a_missing_extra_is_named_with_its_command(
+        self, run_cli: Cli, job: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch, missing: str
+    ) -> None:
+        before = seen(job)
+        monkeypatch.setitem(sys.modules, missing, None)
+        answer = run_cli(*TRAIN)
+        assert (answer.code, "DP090" in answer.err) == (2, True)
+        assert missing in answer.err
+        assert "pip install 'dpbudget[train]'" in answer.err
+        assert seen(job) == before
+
+
 class TestUserModels:
     @pytest.mark.parametrize(
         ("model", "code", "words"),
