@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dpbudget.errors import DPBudgetError
+from dpbudget.errors import DPBudgetError, NotComputable
 
 if TYPE_CHECKING:
     from dpbudget._config import Assumed
@@ -60,7 +60,9 @@ def talk_assumed(assumed: Iterable[Assumed]) -> None:
 
 
 def bounds_json(bounds: Bounds) -> dict[str, Any]:
-    """The JSON form of a two-sided answer; ``upper`` is the guarantee."""
+    """The JSON form of a two-sided answer; ``upper`` is the guarantee, and there is none without an end."""
+    if not math.isfinite(bounds.upper):
+        raise NotComputable("no finite upper bound is known", hint="try the accountant rdp, or a larger delta")
     return {"lower": bounds.lower, "upper": bounds.upper, "kind": bounds.kind, "approximate": None}
 
 

@@ -31,8 +31,9 @@ def command(as_json: bool, **values: Any) -> None:
     question = ask_mechanism(values)
     bounds = delta_of(values["phases"], **question.pick("epsilon", "adjacency", "accountant"))
     shared = question.pick("epsilon", "accountant", "adjacency")
+    answer = out.bounds_json(bounds)
     if as_json:
-        out.emit_json({"delta": out.bounds_json(bounds), **shared, "assumed": out.assumed_json(question.assumed)})
+        out.emit_json({"delta": answer, **shared, "assumed": out.assumed_json(question.assumed)})
         return
     out.talk_assumed(question.assumed)
     out.emit_table(

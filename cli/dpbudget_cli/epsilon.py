@@ -31,8 +31,9 @@ def command(as_json: bool, **values: Any) -> None:
     question = ask_mechanism(values)
     bounds = epsilon_of(values["phases"], **question.pick("delta", "adjacency", "accountant"))
     shared = question.pick("delta", "accountant", "adjacency")
+    answer = out.bounds_json(bounds)
     if as_json:
-        out.emit_json({"epsilon": out.bounds_json(bounds), **shared, "assumed": out.assumed_json(question.assumed)})
+        out.emit_json({"epsilon": answer, **shared, "assumed": out.assumed_json(question.assumed)})
         return
     out.talk_assumed(question.assumed)
     out.emit_table(

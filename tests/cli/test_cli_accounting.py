@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpbudget._calibrate import calibrate, delta_of, epsilon_of
+from dpbudget.curve import Bounds
 from dpbudget.errors import CODES
 from dpbudget_cli._options import parse_number, to_count, to_float
 from dpbudget_cli._output import round_down, round_up
@@ -59,6 +61,15 @@ class TestEpsilonAndDelta:
         assert float(shown[1]) >= epsilon_of([(256 / 60000, 1.1, 1000)], delta=1e-5, accountant="rdp").upper
         assert "assumed adjacency = add-remove (documented default)" in answer.err
         assert "assumed" not in answer.out
+
+    @pytest.mark.parametrize("form", [[], ["--json"]], ids=["table", "json"])
+    def test_no_upper_bound_is_no_answer(
+        self, run_cli: Cli, empty: Path, monkeypatch: pytest.MonkeyPatch, form: list[str]
+    ) -> None:
+        monkeypatch.setattr("dpbudget._calibrate.epsilon_of", lambda *a, **k: Bounds(0.0, math.inf))
+        answer = run_cli("epsilon", *self.ARGUMENTS, "--delta", "1e-5", *form)
+        assert answer.code == 6
+        assert "DP063" in answer.out + answer.err
 
 
 class TestCalibrate:
