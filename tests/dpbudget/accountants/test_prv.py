@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import random
-
 import mpmath
 import pytest
 from accounting_cases import WORKLOADS, sampled
@@ -59,18 +56,24 @@ def test_epsilon_is_three_at_the_calibrated_noise(name):
     assert curve((rate, sigma * (1 - 1e-10), count)).epsilon(workload.delta).lower > 3.0
 
 
-def small_cases():
-    rng = random.Random(4711)
-    cases = []
-    while len(cases) < 10:
-        rate, sigma = 10 ** rng.uniform(-2.5, -0.1), 10 ** rng.uniform(-0.2, 0.7)
-        count = int(10 ** rng.uniform(1.5, 3.5))
-        if rate * math.sqrt(count) / sigma > 0.15:
-            cases.append((rate, sigma, count, 10 ** rng.uniform(-14, -3)))
-    return cases
+#: Drawn at random (log-uniform); the oracle is quick on the first and takes up to 15 s on the others.
+QUICK_CASES = [
+    (0.733117653087338, 3.444268046493342, 557, 7.465962993272253e-08),
+    (0.026308917005661, 4.580268293114536, 2173, 1.056284548678208e-08),
+    (0.004266666666667, 1.1, 14062, 1e-5),
+]
+SLOW_CASES = [
+    (0.208902924093938, 1.983848857249467, 133, 7.72118995640e-07),
+    (0.086152771662475, 2.101915563072281, 208, 7.13792371774e-08),
+    (0.018280733046038, 1.328199178314875, 2806, 3.90293875722e-11),
+    (0.016607792052955, 1.536017117123692, 751, 4.55928233662e-11),
+    (0.013579096114544, 1.345578647925293, 359, 6.12684055608e-08),
+    (0.174841764600310, 0.777454143615913, 1415, 2.10279356532e-12),
+]
+ALL_CASES = QUICK_CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES]
 
 
-@pytest.mark.parametrize(("rate", "sigma", "count", "delta"), small_cases())
+@pytest.mark.parametrize(("rate", "sigma", "count", "delta"), ALL_CASES)
 def test_random_brackets_contain_the_mpmath_truth(rate, sigma, count, delta):
     bounds = curve((rate, sigma, count)).epsilon(delta)
     if bounds.lower > 0.0:
@@ -78,7 +81,7 @@ def test_random_brackets_contain_the_mpmath_truth(rate, sigma, count, delta):
     assert max(truth([(rate, sigma, count)], bounds.upper)) <= delta * (1 + mpmath.mpf(10) ** -13)
 
 
-@pytest.mark.parametrize(("rate", "sigma", "count", "delta"), small_cases()[:4])
+@pytest.mark.parametrize(("rate", "sigma", "count", "delta"), QUICK_CASES[:2])
 def test_random_delta_brackets_contain_the_mpmath_truth(rate, sigma, count, delta):
     answer = curve((rate, sigma, count))
     epsilon = answer.epsilon(delta).upper * 0.8
@@ -89,22 +92,24 @@ def test_random_delta_brackets_contain_the_mpmath_truth(rate, sigma, count, delt
 
 
 def test_heterogeneous_phases_agree_with_the_mpmath_truth():
-    steps = [(0.05, 1.0, 30), (0.02, 0.7, 50), (0.3, 4.0, 40)]
-    bounds = curve(*steps).delta(1.5)
-    true = max(truth(steps, 1.5))
+    steps = [(0.3, 1.5, 60), (0.1, 1.0, 50), (0.5, 4.0, 40)]
+    bounds = curve(*steps).delta(6.0)
+    true = max(truth(steps, 6.0))
     assert bounds.lower <= true <= bounds.upper
     assert bounds.width < 1e-8 * true
 
 
 def test_a_phase_without_sampling_composes_with_sampled_ones():
-    steps = [(0.05, 1.0, 50), (1.0, 8.0, 20)]
+    steps = [(0.2, 1.5, 50), (1.0, 8.0, 20)]
     bounds = curve(*steps).epsilon(1e-6)
     assert max(truth(steps, bounds.lower)) >= 1e-6 * (1 - 1e-12)
     assert max(truth(steps, bounds.upper)) <= 1e-6 * (1 + 1e-12)
     assert bounds.width < 1e-8
 
 
-@pytest.mark.parametrize(("rate", "sigma", "epsilon"), [(0.3, 0.8, 0.7), (0.6, 1.5, 0.4)])
+@pytest.mark.parametrize(
+    ("rate", "sigma", "epsilon"), [pytest.param(0.3, 0.8, 0.7, marks=pytest.mark.slow), (0.6, 1.5, 0.4)]
+)
 def test_two_steps_contain_the_truth_of_a_method_without_any_contour(rate, sigma, epsilon):
     bounds = curve((rate, sigma, 2)).delta(epsilon)
     true = max(exact.delta_two_steps(rate, sigma, epsilon, direction, 10) for direction in DIRECTIONS)
@@ -139,7 +144,7 @@ def test_any_valid_input_has_a_certified_answer_not_above_the_renyi_bound(log_ra
     assert 0.0 <= bounds.lower <= bounds.upper <= renyi.upper * (1 + 1e-6)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.floats(1e-3, 0.5), st.floats(0.6, 8), st.integers(100, 10**5), st.floats(1e-10, 1e-4))
 def test_more_steps_less_noise_or_less_delta_never_cost_less(rate, sigma, count, delta):
     base = curve((rate, sigma, count)).epsilon(delta)
