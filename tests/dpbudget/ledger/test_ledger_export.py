@@ -110,10 +110,10 @@ def _accepts(data: bytes) -> bool:
 
 
 @pytest.mark.slow
-def test_every_substitution_of_every_byte_is_noticed() -> None:
+def test_every_flipped_bit_and_a_few_characters_are_noticed() -> None:
     short = export_bytes(make_ledger())
     for at in range(len(short)):
-        for byte in range(256):
+        for byte in {short[at] ^ 1 << bit for bit in range(8)} | set(b'\0\n\r "0aA=,\xff'):
             if byte != short[at]:
                 assert not _accepts(short[:at] + bytes([byte]) + short[at + 1 :]), (at, byte)
 

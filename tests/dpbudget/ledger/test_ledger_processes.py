@@ -137,9 +137,12 @@ def test_killed_at_any_moment_the_ledger_never_counts_less_than_was_released(tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("lease_steps", [1, 7])
 def test_killed_three_hundred_times_the_ledger_never_counts_less(tmp_path: Path, lease_steps: int) -> None:
-    count, total = kill_loop(tmp_path, 300, lease_steps, seed=1000 + lease_steps)
-    assert count >= 300
-    assert total - count <= 300 * lease_steps
+    for part in range(15):  # a new ledger each time, since every round verifies it from the start
+        place = tmp_path / str(part)
+        place.mkdir()
+        count, total = kill_loop(place, 20, lease_steps, seed=1000 * lease_steps + part)
+        assert count >= 20
+        assert total - count <= 20 * lease_steps
 
 
 def test_a_reader_beside_a_busy_writer_sees_whole_histories(tmp_path: Path) -> None:
