@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpbudget.errors import InvalidParameter
+from dpbudget.errors import InvalidParameter, PlanExhausted
 from dpbudget.filters import PortfolioFilter
 from dpbudget.ledger.ledger import Ledger
 from dpbudget.mechanisms import Adjacency
@@ -80,13 +80,19 @@ def start(ledger: Ledger, run_id: str | None = None) -> Run:
         run_id: the run that ``sign_plan`` returned; None takes the only one that has steps left.
 
     Raises:
-        InvalidParameter: no run, or more than one, has steps left (DP081).
+        PlanExhausted: every run has used up its plan (DP050).
+        InvalidParameter: there is no run, or more than one has steps left (DP081).
     """
     from dpbudget._calibrate import build_meter
 
     state = ledger.state
     if run_id is None:
         unfinished = [run.run_id for run in state.runs.values() if run.charged < run.plan.steps]
+        if not unfinished and state.runs:
+            raise PlanExhausted(
+                f"all {len(state.runs)} runs of this ledger have used up their plans",
+                hint="plan and sign another run within what is left of the budget",
+            )
         if len(unfinished) != 1:
             raise InvalidParameter(
                 f"{len(unfinished)} runs of this ledger have steps left",

@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -69,22 +68,6 @@ def bounds_json(bounds: Bounds) -> dict[str, Any]:
 def assumed_json(assumed: Iterable[Assumed]) -> list[dict[str, Any]]:
     """The JSON form of assumed values."""
     return [{"name": item.name, "value": item.value, "why": item.why} for item in assumed]
-
-
-def round_up(value: float, digits: int = 6) -> str:
-    """An upper bound in short decimals, never rounded below it."""
-    return _directed(value, digits, ROUND_CEILING)
-
-
-def round_down(value: float, digits: int = 6) -> str:
-    """A lower bound in short decimals, never rounded above it."""
-    return _directed(value, digits, ROUND_FLOOR)
-
-
-def _directed(value: float, digits: int, rounding: str) -> str:
-    if not math.isfinite(value):
-        return str(value)
-    return f"{Context(prec=digits, rounding=rounding).create_decimal(Decimal(value)):g}"
 
 
 def floor_float(value: Fraction) -> float:

@@ -53,7 +53,7 @@ def command(as_json: bool, **values: Any) -> None:
     out.emit_table(
         [
             ("noise multiplier", f"{phase.noise_multiplier:.10g}"),
-            ("epsilon", f"{out.round_up(plan.claim.epsilon)}  (certified claim)"),
+            ("epsilon", f"{round_up(plan.claim.epsilon)}  (certified claim)"),
             ("delta", f"{plan.claim.delta:.6g}"),
             ("sampling rate", f"{phase.rate:.10g}"),
             ("steps", plan.steps),
@@ -66,7 +66,8 @@ def command(as_json: bool, **values: Any) -> None:
 
 def _solve(question: Question) -> Plan:
     from dpbudget._calibrate import calibrate, max_steps, plan_for
-    from dpbudget.errors import NotComputable
+    from dpbudget.curve import round_up
+from dpbudget.errors import NotComputable
 
     rate = question.pick("delta", "sample_rate", "dataset_size", "batch_size")
     shared = question.pick("adjacency", "accountant", "max_parameters")

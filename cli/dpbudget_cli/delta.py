@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from dpbudget.curve import round_down, round_up
 from dpbudget_cli import _output as out
 from dpbudget_cli._options import EPSILON, JSON, accounting_options, mechanism_options
 from dpbudget_cli.main import Leaf
@@ -38,8 +39,8 @@ def command(as_json: bool, **values: Any) -> None:
     out.talk_assumed(question.assumed)
     out.emit_table(
         [
-            ("delta", f"{out.round_up(bounds.upper)}  ({bounds.kind} upper bound)"),
-            ("at least", out.round_down(bounds.lower)),
+            ("delta", f"{round_up(bounds.upper)}  ({bounds.kind} upper bound)"),
+            ("at least", round_down(bounds.lower)),
             *shared.items(),
         ]
     )

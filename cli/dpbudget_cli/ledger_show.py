@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dpbudget.curve import round_up
 from dpbudget_cli import _output as out
 from dpbudget_cli._options import JSON
 from dpbudget_cli.main import Leaf
@@ -69,7 +70,7 @@ def show_runs(state: LedgerState) -> None:
             (
                 run.run_id,
                 run.portfolio,
-                out.round_up(claim.epsilon),
+                round_up(claim.epsilon),
                 f"{claim.delta:g}",
                 f"{phase.noise_multiplier:.6g}{more}",
                 f"{phase.rate:.6g}{more}",

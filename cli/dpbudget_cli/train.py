@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dpbudget.curve import round_up
 from dpbudget.errors import DPBudgetError, InvalidParameter, MissingExtra, Unreadable
 from dpbudget_cli import _output as out
 from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, read_passphrases
@@ -228,7 +229,7 @@ def _stop_on_interrupt() -> Iterator[_Interrupt]:
 def _say_before(run: Run, job: _Job, head: str) -> None:
     claim = run.plan.claim
     out.talk(f"run {run.run_id}: {run.charged} of {run.planned} steps charged; head {head}")
-    out.talk(f"the plan claims epsilon {out.round_up(claim.epsilon)} at delta {claim.delta:g}")
+    out.talk(f"the plan claims epsilon {round_up(claim.epsilon)} at delta {claim.delta:g}")
     if run.charged and job.init is None and run.remaining:
         out.talk("the ledger has steps of this run already, and no --init was given: the weights begin anew")
 
@@ -285,12 +286,12 @@ def _progress(run: Run) -> Iterator[Callable[[Bounds | None], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    target = out.round_up(run.plan.claim.epsilon, 3)
+    target = round_up(run.plan.claim.epsilon, 3)
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"epsilon 0 of {target}", total=run.planned, completed=run.planned - run.remaining)
 
         def show(epsilon: Bounds | None) -> None:
-            text = "" if epsilon is None else f"epsilon {out.round_up(epsilon.upper, 3)} of {target}"
+            text = "" if epsilon is None else f"epsilon {round_up(epsilon.upper, 3)} of {target}"
             bar.update(task, advance=1, description=text)
 
         yield show
@@ -357,7 +358,7 @@ def _report(result: TrainingResult, job: _Job, head: str, accuracy: float | None
         return
     rows: list[tuple[str, object]] = [
         ("run", result.run_id),
-        ("claim", f"epsilon {out.round_up(result.claim)} at delta {result.delta:g}"),
+        ("claim", f"epsilon {round_up(result.claim)} at delta {result.delta:g}"),
         ("steps", f"{result.charged} of {result.planned} charged"),
         ("head", head),
     ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 
+from dpbudget.curve import round_up
 from dpbudget.errors import BudgetExceeded, InvalidParameter
 from dpbudget.ledger.claims import covers, portfolio_claim
 from dpbudget.ledger.journal import Draft, Journal
@@ -108,7 +109,7 @@ def _check_claim(state: LedgerState, target: _Target, spending: SpendingFilter, 
     if Fraction(joint) > room:
         together = f" together with {len(others)} signed before" if others else ""
         raise BudgetExceeded(
-            f"the plan{together} would claim epsilon {joint:.9g} at delta {portfolio.delta:g}; {float(room):.9g} of "
+            f"the plan{together} would claim epsilon {round_up(joint, 10)} at delta {portfolio.delta:g}; {float(room):.9g} of "
             f"{state.genesis.epsilon:g} is left",
             hint="more noise, fewer steps or a smaller sampling rate; nothing was written",
         )

@@ -13,7 +13,7 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
-from dpbudget.curve import Bounds
+from dpbudget.curve import Bounds, round_up
 from dpbudget.errors import BudgetExceeded, InvalidParameter, PlanExhausted, PrivacyViolation, StorageFailed
 from dpbudget.ledger.claims import portfolio_claim
 from dpbudget.ledger.journal import Draft, Journal
@@ -318,7 +318,7 @@ class Run:
         claim = self.plan.claim
         return PlanExhausted(
             f"step {self.planned + 1} of {self.planned} is not in the plan; its {self.planned} steps claim "
-            f"epsilon {claim.epsilon:.6g} at delta {claim.delta:g}, and nothing beyond them is covered",
+            f"epsilon {round_up(claim.epsilon)} at delta {claim.delta:g}, and nothing beyond them is covered",
             hint="plan and sign another run; it is composed with this one",
         )
 
@@ -327,7 +327,7 @@ def _check_room(state: LedgerState, portfolio: Portfolio, claim: float) -> None:
     room = state.room_for(portfolio)
     if Fraction(claim) > room:
         raise BudgetExceeded(
-            f"the plans of portfolio {portfolio.index} claim epsilon {claim:.9g} together at delta "
+            f"the plans of portfolio {portfolio.index} claim epsilon {round_up(claim, 10)} together at delta "
             f"{portfolio.delta:g}; {float(room):.9g} is left of the budget",
             hint="nothing was charged; sign a smaller plan",
         )

@@ -17,10 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpbudget._calibrate import calibrate, delta_of, epsilon_of
-from dpbudget.curve import Bounds
+from dpbudget.curve import Bounds, round_down, round_up
 from dpbudget.errors import CODES
 from dpbudget_cli._options import parse_number, to_count, to_float
-from dpbudget_cli._output import round_down, round_up
 
 ROOT = Path(__file__).resolve().parents[2]
 Cli = Callable[..., Any]

@@ -236,3 +236,22 @@ def test_the_report_is_plain_json_and_plain_words(desk, plan):
     assert parsed["epsilon"]["upper"] == report.epsilon.upper
     assert report.summary().startswith("VALID: epsilon <= 2.999999")
     assert "lower bound" in report.summary()
+
+
+def test_starting_a_ledger_without_steps_left_says_which_kind_of_nothing(desk, plan):
+    with pytest.raises(errors.InvalidParameter) as nothing:
+        dpbudget.start(desk.ledger)
+    assert nothing.value.code == "DP081"
+    desk.spend(plan)
+    with pytest.raises(errors.PlanExhausted) as spent:
+        dpbudget.start(desk.ledger)
+    assert (spent.value.code, spent.value.exit_code) == ("DP050", 3)
+    with pytest.raises(errors.InvalidParameter, match="no run 'abc'"):
+        dpbudget.start(desk.ledger, "abc")
+
+
+def test_a_single_unfinished_run_needs_no_name(desk, plan):
+    run_id = desk.spend(plan, steps=3)
+    with dpbudget.start(desk.ledger) as run:
+        assert run.run_id == run_id
+        assert run.meter.target == plan.claim.epsilon
