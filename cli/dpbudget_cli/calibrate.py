@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dpbudget.curve import round_up
 from dpbudget_cli import _output as out
 from dpbudget_cli._options import CLIP, DELTA, EPSILON, JSON, NOISE, accounting_options, schedule_options
 from dpbudget_cli.main import Leaf
@@ -66,8 +67,7 @@ def command(as_json: bool, **values: Any) -> None:
 
 def _solve(question: Question) -> Plan:
     from dpbudget._calibrate import calibrate, max_steps, plan_for
-    from dpbudget.curve import round_up
-from dpbudget.errors import NotComputable
+    from dpbudget.errors import NotComputable
 
     rate = question.pick("delta", "sample_rate", "dataset_size", "batch_size")
     shared = question.pick("adjacency", "accountant", "max_parameters")

@@ -109,8 +109,8 @@ def _check_claim(state: LedgerState, target: _Target, spending: SpendingFilter, 
     if Fraction(joint) > room:
         together = f" together with {len(others)} signed before" if others else ""
         raise BudgetExceeded(
-            f"the plan{together} would claim epsilon {round_up(joint, 10)} at delta {portfolio.delta:g}; {float(room):.9g} of "
-            f"{state.genesis.epsilon:g} is left",
+            f"the plan{together} would claim epsilon {round_up(joint, 10)} at delta {portfolio.delta:g}; "
+            f"{float(room):.9g} of {state.genesis.epsilon:g} is left",
             hint="more noise, fewer steps or a smaller sampling rate; nothing was written",
         )
 
