@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 
 from dpbudget.errors import Tampered
 
@@ -158,10 +158,22 @@ def _rate_in(value: Any) -> Any:
     return hex_to_rate(value) if isinstance(value, str) else value
 
 
+def _exactly_one_float(rate_k: int) -> int:
+    # Otherwise the accountant's float would not be the sampler's probability.
+    if int(float(rate_k)) != rate_k:
+        raise ValueError(f"{rate_k} / 2**64 is not exactly one float64")
+    return rate_k
+
+
 #: A finite float field that reads and writes the hexadecimal spelling.
 HexFloat = Annotated[float, BeforeValidator(_float_in)]
-#: The integer k of a sampling rate k / 2^64, read and written as 17 hexadecimal digits.
-RateK = Annotated[int, BeforeValidator(_rate_in), PlainSerializer(rate_to_hex, return_type=str)]
+#: The integer k of a sampling rate k / 2^64 that is exactly one float64, read and written as 17 hexadecimal digits.
+RateK = Annotated[
+    int,
+    BeforeValidator(_rate_in),
+    AfterValidator(_exactly_one_float),
+    PlainSerializer(rate_to_hex, return_type=str),
+]
 
 
 class Record(BaseModel):

@@ -88,6 +88,8 @@ def test_a_plan_outside_its_ranges_cannot_be_made(changes):
     [
         {"rate_k": 0, "noise_multiplier": 1.0, "steps": 1},
         {"rate_k": 2**64 + 1, "noise_multiplier": 1.0, "steps": 1},
+        {"rate_k": 2**64 - 1, "noise_multiplier": 1.0, "steps": 1},  # rounds up to the whole dataset
+        {"rate_k": 2**63 + 1, "noise_multiplier": 1.0, "steps": 1},  # rounds down: the accountant would under-count
         {"rate_k": 1, "noise_multiplier": 0.0, "steps": 1},
         {"rate_k": 1, "noise_multiplier": math.nan, "steps": 1},
         {"rate_k": 1, "noise_multiplier": -1.0, "steps": 1},

@@ -61,7 +61,7 @@ def test_an_adjacency_without_a_proved_pair_is_refused():
 
 
 def test_mechanisms_survive_their_canonical_bytes():
-    sampled = PoissonSampled(rate_k=(1 << 64) - 1, inner=Gaussian(noise_multiplier=0.7))
+    sampled = PoissonSampled(rate_k=(1 << 64) - (1 << 11), inner=Gaussian(noise_multiplier=0.7))
     assert PoissonSampled.parse(sampled.encode()) == sampled
 
 
