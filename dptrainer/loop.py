@@ -24,9 +24,9 @@ from dptrainer.clipping import Reduction, add_clipped, make_engine
 from dptrainer.clipping.engine import trainable_parameters
 from dptrainer.data import check_rows
 from dptrainer.noise.source import NoiseSource, SecureNoise
-from dptrainer.probe import probe
+from dptrainer.probe import probe_batch
 from dptrainer.update import check_run, release
-from dptrainer.validate import check
+from dptrainer.validate import check, check_step
 from dptrainer.values import ClippedSum
 
 _attached: weakref.WeakSet[PrivateLoop] = weakref.WeakSet()
@@ -84,8 +84,7 @@ class PrivateLoop:
         check(model, optimizer)
         check_run(model, run)
         detach_earlier(model, optimizer)
-        if isinstance(synthetic, tuple | list) and len(synthetic) >= 2:
-            probe(model, synthetic[:-1], replay)
+        probe_batch(model, synthetic, replay, note=note)
         self.run, self.step_complete = run, True
         self._model, self._optimizer = model, optimizer
         self._engine = make_engine(model, run.plan.clip_norm, replay=replay, note=note)
@@ -176,8 +175,8 @@ class PrivateLoop:
 
         Raises:
             PrivacyViolation: there is no open batch (DP021), a closure was given (DP017), no backward pass ran (DP031),
-                the optimizer changed within the step (DP034), or what engine and noise refuse. The parameters stay as
-                they were.
+                the optimizer changed within the step (DP034) or was given other parameters (DP011), or what engine and
+                noise refuse. The parameters stay as they were.
         """
         step = self._step
         if step is None or not step.open:
@@ -194,6 +193,7 @@ class PrivateLoop:
                     code="DP017",
                     hint="call backward() yourself, then optimizer.step() without arguments",
                 )
+            check_step(self._model, self._optimizer)
             self._finish(step)
         except BaseException:
             self.drop()

@@ -1,53 +1,278 @@
-"""Tests of a model on synthetic inputs at set-up, before any record is used."""
+"""Tests of a model and its loss on synthetic inputs at set-up, before any record is used."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dptrainer.clipping.factory import deterministic_copy, self_test, synthetic_like
-from dptrainer.validate import isolation_test
+from dptrainer.validate import isolation_test, seeded
 
 # What a model raises when it is not called in the way that the probe guesses.
 _NOT_MY_CALL = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError)
+#: Synthetic records: a prime, so that it is not easily a divisor of another dimension.
+_ROWS = 7
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def probe(model: nn.Module, inputs: Sequence[object], replay: Sequence[nn.Module] = ()) -> bool:
-    """Test isolation and clipping of ``model(*inputs)`` on synthetic inputs; False where that is not possible.
-
-    A model that cannot be called with these inputs, or that draws random numbers outside of layers whose randomness can
-    be switched off, is not tested. The model and the random streams stay as they were.
+def probe_batch(
+    model: nn.Module, batch: object, replay: Sequence[nn.Module] = (), *, note: Callable[[str], None] | None = None
+) -> bool:
+    """Test ``model`` with a batch as people pass it on: ``model(*batch[:-1])``, ``model(**batch)`` and the like.
 
     Args:
         model: in the state in which training will start.
-        inputs: positional inputs with the right shapes and types; their floating-point values are not used.
+        batch: one collated synthetic record.
         replay: as for :class:`~dptrainer.clipping.BookKeeping`.
+        note: is told if the model could be called in none of these ways, and so was not tested.
+
+    Returns:
+        Whether it was tested.
 
     Raises:
-        PrivacyViolation: one example reaches another's output (DP033), a buffer follows the data (DP013), or clipping
-            differs from the reference (DP019, DP030).
+        PrivacyViolation: as :func:`probe`.
     """
-    tensors = [value for value in inputs if isinstance(value, Tensor)]
-    if not tensors or len(tensors) != len(inputs) or not _runs_repeatably(model, tensors):
+    if any(probe(model, args, replay, named=named) for args, named in _calls(batch)):
+        return True
+    if note is not None:
+        note("the model could not be called with synthetic inputs, so it was not tested for mixing examples.")
+    return False
+
+
+def _calls(batch: object) -> Iterator[Call]:
+    """Ways in which a model may be called with a batch, the usual one first."""
+    if isinstance(batch, Tensor):
+        yield (batch,), {}
+    elif isinstance(batch, Mapping):
+        yield (), {name: value for name, value in batch.items() if name != "labels"}
+        yield (), dict(batch)
+        yield from (((value,), {}) for name, value in batch.items() if isinstance(value, Tensor) and name != "labels")
+    elif isinstance(batch, tuple | list) and batch:
+        if isinstance(batch[0], Mapping):
+            yield from _calls(batch[0])
+        yield tuple(batch[:-1]), {}
+        yield tuple(batch), {}
+        yield (batch[0],), {}
+
+
+def probe(
+    model: nn.Module,
+    inputs: Sequence[object],
+    replay: Sequence[nn.Module] = (),
+    *,
+    named: Mapping[str, object] | None = None,
+) -> bool:
+    """Test isolation and clipping of ``model(*inputs, **named)`` on synthetic inputs; False where that is not possible.
+
+    A model that cannot be called with these inputs, or that draws random numbers from elsewhere than torch, is not
+    tested. Where layers draw from torch, examples are tested for isolation and clipping is not. The model and the
+    random streams stay as they were.
+
+    Args:
+        model: in the state in which training will start.
+        inputs: positional inputs with the right shapes and types; their values are not used.
+        replay: as for :class:`~dptrainer.clipping.BookKeeping`.
+        named: inputs by name, likewise.
+
+    Raises:
+        PrivacyViolation: one example reaches another's output (DP033), a buffer or an attribute follows the data
+            (DP013), or clipping differs from the reference (DP019, DP030).
+    """
+    values = [*inputs, *(named or {}).values()]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not tensors or len(tensors) != len(values) or any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
         return False
     device = next(model.parameters()).device
-    example = [tensor.to(device) for tensor in tensors]
-    isolation_test(model, example)
-    self_test(model, example, replay=replay)
-    return True
+    with _passed_by_name(model, len(inputs), tuple(named or ())):
+        for example in synthetic_examples([tensor.to(device) for tensor in tensors]):
+            if _outputs(model, example) is None:
+                continue
+            if not _runs_repeatably(model, example):
+                return False
+            isolation_test(model, example)
+            if _draws_nothing(model, example):
+                self_test(model, example, replay=replay)
+            return True
+    return False
 
 
-def _runs_repeatably(model: nn.Module, inputs: Sequence[Tensor]) -> bool:
-    device = next(model.parameters()).device
+def synthetic_examples(record: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Batches shaped like a batch of one record, the most telling first; the model may refuse some.
+
+    Integers are ones followed by zeros, as many as differ between examples: any table has these rows, any mask leaves
+    something, and a bag of them differs too. Then ones, then zeros. If integers were left as zeros, all examples would
+    be one and the same, and nothing could be seen to mix.
+    """
+    shapes = [(_ROWS, *tensor.shape[1:]) for tensor in record]
+    bits = [_staircase(shape) for shape in shapes]
+    for integers in (bits, [torch.ones_like(b) for b in bits], [torch.zeros_like(b) for b in bits]):
+        yield [
+            tensor.new_zeros(shape) if tensor.is_floating_point() or tensor.is_complex() else whole.to(tensor)
+            for tensor, shape, whole in zip(record, shapes, integers, strict=True)
+        ]
+        if all(tensor.is_floating_point() for tensor in record):
+            return
+
+
+def _staircase(shape: tuple[int, ...]) -> Tensor:
+    """int64 of ``shape``: row i is 1 in its first few places, all of them in row 0, one in row 1, half in row 2."""
+    places = torch.Size(shape[1:]).numel()
+    if len(shape) == 1 or places < 2:
+        return (torch.arange(shape[0]) % 2).reshape(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
+    ones = torch.tensor([places, 1, (places + 1) // 2]).repeat(_ROWS)[: shape[0]]
+    return (torch.arange(places) < ones.unsqueeze(1)).long().view(shape)
+
+
+@contextmanager
+def _passed_by_name(model: nn.Module, positional: int, names: tuple[str, ...]) -> Iterator[None]:
+    """Within the block, positional inputs of ``model`` beyond the first few arrive under these names."""
+    if not names:
+        yield
+        return
+
+    def rename(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        if len(args) != positional + len(names):
+            return None  # renamed before: a replay passes here again
+        return args[:positional], {**kwargs, **dict(zip(names, args[positional:], strict=True))}
+
+    handle = model.register_forward_pre_hook(rename, with_kwargs=True, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _outputs(model: nn.Module, example: Sequence[Tensor], *earlier: Sequence[Tensor]) -> list[Tensor] | None:
+    """Outputs of a fresh copy for ``example`` after it has seen ``earlier``; None if it cannot be called like this."""
     twin = deterministic_copy(model)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.no_grad():
         try:
-            example = synthetic_like([tensor.to(device) for tensor in inputs])
-            first, second = tree_leaves(twin(*example)), tree_leaves(twin(*example))
+            for before in earlier:
+                with seeded(twin):
+                    twin(*before)
+            with seeded(twin):
+                found = tree_leaves(twin(*example))
+        except _NOT_MY_CALL:
+            return None
+    return [leaf.nan_to_num() for leaf in found if isinstance(leaf, Tensor)]
+
+
+def _runs_repeatably(model: nn.Module, example: Sequence[Tensor]) -> bool:
+    """Whether the same inputs and random numbers give the same outputs, whatever was seen before.
+
+    Raises:
+        PrivacyViolation: what was seen before makes a difference (DP013).
+    """
+    inputs = list(synthetic_like(example))
+    others = [t * -1.5 + 1.0 if t.is_floating_point() else t.flip(0) for t in inputs]
+    after_same, after_same_again = _outputs(model, inputs, inputs), _outputs(model, inputs, inputs)
+    after_others = _outputs(model, inputs, others)
+    if not after_same or not after_same_again or not after_others:
+        return False
+    if not _all_equal(after_same, after_same_again):
+        return False
+    if not _all_equal(after_same, after_others):
+        raise PrivacyViolation(
+            "what the model computes depends on inputs that it saw in an earlier forward pass, so the influence of an "
+            "example does not end with its step.",
+            hint="keep no running statistics, memory bank or hidden state in the model's attributes.",
+            code="DP013",
+        )
+    alone = _outputs(model, inputs)
+    return alone is not None and _all_equal(alone, after_same)
+
+
+def _draws_nothing(model: nn.Module, example: Sequence[Tensor]) -> bool:
+    """Whether the outputs do not depend on the random stream."""
+    twin, inputs = deterministic_copy(model), synthetic_like(example)
+    with torch.no_grad(), seeded(twin):
+        try:
+            first, second = tree_leaves(twin(*inputs)), tree_leaves(twin(*inputs))
         except _NOT_MY_CALL:
             return False
-    pairs = [(a, b) for a, b in zip(first, second, strict=False) if isinstance(a, Tensor) and isinstance(b, Tensor)]
-    return bool(pairs) and all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+    return _all_equal(*([t.nan_to_num() for t in leaves if isinstance(t, Tensor)] for leaves in (first, second)))
+
+
+def _all_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# ---------------------------------------------------------------------- losses
+
+
+class _WithLoss(nn.Module):
+    """Model and per-example loss as one module of (inputs, named inputs, target) -> [B]."""
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[[Any, Any, int], Tensor], positional: int, names: tuple[str, ...]
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._loss, self._positional, self._names = loss, positional, names
+        self.training = model.training
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """[B] losses."""
+        *inputs, target = tensors
+        named = dict(zip(self._names, inputs[self._positional :], strict=True))
+        outputs = self.model(*inputs[: self._positional], **named)
+        return self._loss(outputs, target, target.shape[0])
+
+
+def probe_loss(
+    model: nn.Module,
+    loss: Callable[[Any, Any, int], Tensor],
+    inputs: Sequence[object],
+    named: Mapping[str, object],
+    target: object,
+) -> bool:
+    """Test on synthetic records that the loss of one example follows from that example; False if not possible.
+
+    Args:
+        model: a model that keeps examples apart.
+        loss: (outputs, target, batch size) -> one value per example.
+        inputs: positional inputs of the model for one collated record, of the right shapes and types.
+        named: its inputs by name, likewise.
+        target: what the loss compares with, likewise.
+
+    Raises:
+        PrivacyViolation: one example's loss changes with another example, or with how many there are (DP033).
+    """
+    values = [*inputs, *named.values(), target]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if len(tensors) != len(values) or any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
+        return False
+    device = next(model.parameters()).device
+    whole = _WithLoss(copy.deepcopy(model), loss, len(inputs), tuple(named))
+    for example in synthetic_examples([tensor.to(device) for tensor in tensors]):
+        if _outputs(whole, example) is not None and _draws_nothing(whole, example):
+            _compare_losses(whole, example)
+            return True
+    return False
+
+
+def _compare_losses(whole: nn.Module, example: Sequence[Tensor]) -> None:
+    twin, inputs = deterministic_copy(whole), synthetic_like(example)
+    with torch.no_grad():
+        together = twin(*inputs)
+        for index, loss in enumerate(together):
+            try:
+                alone = twin(*[t[index : index + 1] for t in inputs])
+            except (*_NOT_MY_CALL, PrivacyViolation, InvalidParameter):
+                alone = loss.new_full((1,), float("nan"))  # a loss that needs company
+            if not torch.allclose(alone, loss, rtol=1e-3, atol=1e-5, equal_nan=True):
+                raise PrivacyViolation(
+                    "the loss of one example changes with the other examples of the batch; clipping each gradient does "
+                    "not bound one example's influence.",
+                    hint="compare outputs and targets of equal shape (no [B, 1] with [B]), and remove statistics over "
+                    "the batch, in-batch negatives and division by its size.",
+                    code="DP033",
+                )

@@ -18,10 +18,10 @@ from dptrainer.data import Collate, Records, check_rows, split_batch, to_device
 from dptrainer.loop import detach_earlier
 from dptrainer.losses import Loss, PerExampleLoss
 from dptrainer.noise.source import NoiseSource, SecureNoise
-from dptrainer.probe import probe
+from dptrainer.probe import probe, probe_loss
 from dptrainer.sampling import Indices, PoissonSampler, physical_batches
 from dptrainer.update import check_run, release
-from dptrainer.validate import check
+from dptrainer.validate import check, check_step
 from dptrainer.values import ClippedSum
 
 #: Called after each step with (steps released by this call, live epsilon or None); returning False stops the training.
@@ -100,11 +100,12 @@ class PrivateTrainer:
         check_run(model, run)
         detach_earlier(model, optimizer)
         self._records = Records(dataset, collate_fn)
-        inputs, named, _ = split_batch(self._records.synthetic())
-        if not named:
-            probe(model, inputs, replay)
-        self._model, self._optimizer, self._run = model, optimizer, run
         self._loss = PerExampleLoss(loss_fn)
+        inputs, named, target = split_batch(self._records.synthetic())
+        tested = probe(model, inputs, replay, named=named) and probe_loss(model, self._loss, inputs, named, target)
+        if not tested and note is not None:
+            note("model and loss could not be run on synthetic records, so they were not tested for mixing examples.")
+        self._model, self._optimizer, self._run = model, optimizer, run
         self._engine: BookKeeping = make_engine(model, run.plan.clip_norm, replay=replay, note=note)
         self._sampler, self._noise = PoissonSampler(), SecureNoise() if noise is None else noise
         self._physical, self._record_outputs = checked_size(physical_batch_size), record_outputs
@@ -128,6 +129,7 @@ class PrivateTrainer:
             run.next_receipt()  # raises: a plan that is used up ends with an error, not with an empty loop
         try:
             for receipt in run:
+                check_step(self._model, self._optimizer)  # a callback may have changed it
                 clipped = self._clip(self._sampler.draw(receipt, self._records.population))
                 digest = release(self._model, clipped, receipt, self._noise, with_digest=self._record_outputs)
                 self._optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,13 +130,8 @@ def _parameters(model: nn.Module) -> Iterator[Problem]:
 
 def _optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Problem]:
     """The optimizer must step exactly the trainable parameters, once per receipt."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    own = {id(p) for p in model.parameters()}
-    foreign = len(held - own)
-    if foreign:
-        none = ", none belong to this model (was it built before the model was changed?)" if not held & own else ""
-        reason = f"the optimizer holds {len(held)} tensors, {foreign} of them foreign{none}."
-        yield Problem("", "DP011", reason, "build the optimizer from model.parameters() after the last change.")
+    yield from _foreign(model, optimizer)
+    held, own = _held(optimizer), {id(p) for p in model.parameters()}
     left_out = [name for name, p in trainable_parameters(model).items() if id(p) not in held]
     if left_out and held & own:
         reason = f"the optimizer omits {_few(left_out)}, which still require grad."
@@ -143,6 +139,30 @@ def _optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[P
     if isinstance(optimizer, torch.optim.LBFGS):
         reason = "LBFGS evaluates the loss several times per step, and each evaluation is a release."
         yield Problem("", "DP017", reason, "use SGD or Adam.")
+
+
+def _held(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _foreign(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Problem]:
+    """Parameters that the optimizer would step with gradients that nobody clipped."""
+    held, own = _held(optimizer), {id(p) for p in model.parameters()}
+    foreign = len(held - own)
+    if foreign:
+        none = ", none belong to this model (was it built before the model was changed?)" if not held & own else ""
+        reason = f"the optimizer holds {len(held)} tensors, {foreign} of them foreign{none}."
+        yield Problem("", "DP011", reason, "build the optimizer from model.parameters() after the last change.")
+
+
+def check_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuses an optimizer that was given foreign parameters since it was checked; cheap enough for every step.
+
+    Raises:
+        PrivacyViolation: it holds parameters that are not the model's (DP011).
+    """
+    for problem in _foreign(model, optimizer):
+        raise PrivacyViolation(problem.reason, hint=problem.fix, code=problem.code)
 
 
 def _few(names: Sequence[str]) -> str:
@@ -167,7 +187,7 @@ def isolation_test(model: nn.Module, example: Sequence[Tensor], *, tolerance: fl
     inputs = synthetic_like(example)
     batch = inputs[0].shape[0]
     twin = deterministic_copy(model)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.no_grad():
         with buffer_guard(twin):
             before = _trace(twin, inputs, batch)
         if not any(name == "" for name, _ in before):
@@ -203,6 +223,15 @@ def _perturbed(inputs: Tensor, index: int) -> Tensor:
     return changed
 
 
+@contextmanager
+def seeded(model: nn.Module) -> Iterator[None]:
+    """Within the block torch draws the same random numbers every time; afterwards its streams are as before."""
+    gpus = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices=gpus):
+        torch.manual_seed(0)
+        yield
+
+
 def _trace(model: nn.Module, inputs: Sequence[Tensor], batch: int) -> list[tuple[str, Tensor]]:
     """(module name, output) in the order in which modules finish, for outputs with one row per example."""
     seen: list[tuple[str, Tensor]] = []
@@ -219,7 +248,8 @@ def _trace(model: nn.Module, inputs: Sequence[Tensor], batch: int) -> list[tuple
 
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
     try:
-        model(*inputs)
+        with seeded(model):
+            model(*inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -34,7 +34,7 @@ def contributions(session: Session) -> dict[str, list[PerExample]]:
             if part is None or part.shape != shape or part.batch_size != session.batch_size:
                 raise PrivacyViolation(
                     f'the rule of layer "{call.layer.name}" gave no per-example gradient of shape '
-                    f"{[session.batch_size, *shape]} for its parameter {local!r}.",
+                    f"{['B', *shape]} for its parameter {local!r}.",
                     hint="return a tensor [B, *parameter.shape] for every name in call.wanted.",
                     code="DP019",
                 )
@@ -61,8 +61,9 @@ def _ruled(call: Call, batch_size: int) -> dict[str, PerExample]:
     rows = grad.shape[0] if grad.dim() else 0
     if rows != batch_size:
         raise PrivacyViolation(
-            f'layer "{call.layer.name}" has {rows} rows, but the batch has {batch_size} examples; what would be '
-            "clipped is a row, not an example.",
+            # Neither number is named: the size of a drawn batch is private.
+            f'layer "{call.layer.name}" has another number of rows than the batch has examples; what would be clipped '
+            "is a row, not an example.",
             hint="keep the examples in dimension 0 (no flatten(0, 1), batch_first=True), and declare the true batch "
             "size.",
             code="DP030",

@@ -121,7 +121,8 @@ def check_losses(losses: Tensor, batch_size: int) -> None:
     """
     if tuple(losses.shape) != (batch_size,):
         raise PrivacyViolation(
-            f"the loss has shape {list(losses.shape)}, but one value per example means [{batch_size}].",
+            # Sizes are not named: that of a drawn batch is private.
+            f"the loss has {losses.dim()} dimensions; it must be a vector with one value per example.",
             hint='use reduction="none" and average over everything except the examples.',
             code="DP030",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dptrainer.clipping.bookkeeping import BookKeeping
-from dptrainer.clipping.engine import sum_dtype, trainable_parameters
+from dptrainer.clipping.engine import (
+    LARGEST_CLIP_NORM,
+    SMALLEST_CLIP_NORM,
+    clip_factors,
+    sum_dtype,
+    trainable_parameters,
+)
 from dptrainer.clipping.per_example import row_squares
 
 #: Largest accepted relative difference between the engine and the reference, by type of the parameters.
@@ -79,9 +85,9 @@ def synthetic_like(example: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def self_test(model: nn.Module, example: Sequence[Tensor], *, replay: Sequence[nn.Module] = ()) -> None:
     """Compares the engine with a loop over single examples, on synthetic inputs and a copy of the model.
 
-    It finds a wrong layer rule, a layout with the examples in another dimension, and cross-example dependence that
-    changes gradients. Random layers are switched off in the copy. The model, its gradients and random streams are as
-    before.
+    It finds a wrong layer rule, a layout with the examples in another dimension, gradients that are booked on another
+    example than their own, and cross-example dependence that changes gradients. Random layers are switched off in the
+    copy. The model, its gradients and random streams are as before.
 
     Args:
         model: the model.
@@ -98,16 +104,27 @@ def self_test(model: nn.Module, example: Sequence[Tensor], *, replay: Sequence[n
     twin = deterministic_copy(model)
     twin_replay = [twin.get_submodule(paths[id(module)]) for module in replay]
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        expected = _one_at_a_time(twin, inputs)
-        # A clip norm that no gradient reaches: the sums themselves are compared.
-        engine = BookKeeping(twin, clip_norm=1e12, replay=twin_replay)
-        with engine.record(batch):
-            losses = _losses(twin(*inputs), batch)
-        found = engine.backward(losses).grads
-    scale = sum(float(row_squares(g.unsqueeze(0))) for g in expected.values()) ** 0.5
+        rows = _one_at_a_time(twin, inputs)
+        norms = torch.stack([row_squares(grads) for grads in rows.values()]).sum(0).sqrt()
+        # First a clip norm that no gradient reaches, so that the sums themselves are compared. Then one that half of
+        # them exceed: the sum is then right only if every gradient was booked on its own example.
+        for clip_norm in (LARGEST_CLIP_NORM, float(norms.median().clamp(min=SMALLEST_CLIP_NORM)) / 2):
+            engine = BookKeeping(twin, clip_norm=max(clip_norm, SMALLEST_CLIP_NORM), replay=twin_replay)
+            with engine.record(batch):
+                losses = _losses(twin(*inputs), batch)
+            found = engine.backward(losses).grads
+            engine.detach()
+            _compare(found, rows, clip_factors(norms.square(), engine.clip_norm))
+
+
+def _compare(found: Mapping[str, Tensor], rows: Mapping[str, Tensor], factors: Tensor) -> None:
+    """Refuse a clipped sum that is not the sum of ``factors`` times the gradients of single examples."""
+    expected = {name: torch.einsum("b,b...->...", factors.to(grads.dtype), grads) for name, grads in rows.items()}
+    # The size of what was added, not of the sum, in which terms may cancel.
+    scale = sum(float(factors.to(grads.dtype) @ grads.reshape(len(factors), -1).norm(dim=1)) for grads in rows.values())
     worst = max(found, key=lambda name: float((found[name] - expected[name]).norm()))
     error = float((found[worst] - expected[worst]).norm())
-    if not error <= _TOLERANCE[sum_dtype(found[worst])] * max(scale, 1e-3):
+    if not error <= _TOLERANCE[sum_dtype(found[worst])] * max(scale, 1e-3 * float(factors.min())):
         raise PrivacyViolation(
             f'self-test: the per-example gradient of "{worst}" differs from the reference by {error:.3g} '
             f"(the whole gradient has norm {scale:.3g}).",
@@ -145,13 +162,13 @@ def _losses(output: object, batch: int) -> Tensor:
 
 
 def _one_at_a_time(twin: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The reference: the sum over examples of plain autograd gradients, each from a batch of one."""
+    """The reference: name -> [B, *shape] plain autograd gradients, each from a batch of one."""
     parameters = trainable_parameters(twin)
-    sums = {name: torch.zeros_like(p, dtype=sum_dtype(p)) for name, p in parameters.items()}
+    rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for index in range(inputs[0].shape[0]):
         losses = _losses(twin(*[t[index : index + 1] for t in inputs]), 1)
         found = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
-        for name, gradient in zip(parameters, found, strict=True):
-            if gradient is not None:
-                sums[name] += gradient.to(sums[name].dtype)
-    return sums
+        for (name, parameter), gradient in zip(parameters.items(), found, strict=True):
+            one = torch.zeros_like(parameter) if gradient is None else gradient
+            rows[name].append(one.detach().to(sum_dtype(parameter)))
+    return {name: torch.stack(gradients) for name, gradients in rows.items()}

@@ -115,7 +115,7 @@ class Session:
             raise _eval_mode()
         if self._task is None:
             raise PrivacyViolation(
-                f"no backward pass ran for this batch of {self.batch_size} examples.",
+                "no backward pass ran for this batch.",
                 hint="call loss.backward() on a loss of model(...) in train mode, once per step.",
                 code="DP031",
             )

@@ -124,8 +124,8 @@ def _batch_dim(call: UnitCall, single: Tensor, whole: Tensor) -> int:
                 if rest == list(whole.shape):
                     return dim
     raise PrivacyViolation(
-        f'module "{call.name}" returned shape {list(whole.shape)} for {call.batch_size} examples and '
-        f"{list(single.shape)} for one; no dimension counts the examples.",
+        f'module "{call.name}" returned shape {list(single.shape)} for one example, and for the batch a shape in which '
+        "no dimension counts the examples.",
         hint="keep the examples in dimension 0 of its inputs and outputs.",
         code="DP030",
     )

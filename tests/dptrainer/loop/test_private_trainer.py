@@ -333,6 +333,7 @@ def test_a_refused_step_leaves_the_model_and_no_gradient() -> None:
 
     run = make_run(5, rate=1.0)
     subject = trainer(model, run, loss=loss)
+    calls.clear()  # it was tested on synthetic records
     with pytest.raises(ValueError, match="user code fails"):
         subject.fit()
     assert run.charged == 3  # charged before its noise was drawn: the budget errs upward
