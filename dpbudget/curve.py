@@ -56,4 +56,5 @@ def round_down(value: float, digits: int = 6) -> str:
 def _directed(value: float, digits: int, rounding: str) -> str:
     if not math.isfinite(value):
         return str(value)
-    return f"{Context(prec=digits, rounding=rounding).create_decimal(Decimal(value)):g}"
+    # The shortest decimal that reads back as this float stands for it: 3.1 is shown as 3.1 and not as 3.100001.
+    return f"{Context(prec=digits, rounding=rounding).create_decimal(Decimal(repr(value))):g}"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpbudget import errors
-from dpbudget.curve import Bounds
+from dpbudget.curve import Bounds, round_down, round_up
 from dpbudget.mechanisms import Adjacency, Gaussian, PoissonSampled, SubsampledGaussianPair
 from dpbudget.meter import Meter
 
@@ -22,6 +22,18 @@ def test_crossed_or_unknown_bounds_cannot_be_made(lower, upper):
 
 def test_bounds_may_be_open_above():
     assert Bounds(0.0, math.inf).width == math.inf
+
+
+@given(value=st.floats(1e-300, 1e300), digits=st.integers(1, 17))
+def test_printed_bounds_are_rounded_outward(value, digits):
+    assert float(round_down(value, digits)) <= value <= float(round_up(value, digits))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(3.1, "3.1"), (2.3815969214, "2.3816"), (0.1 + 0.2, "0.300001"), (0.0, "0")]
+)
+def test_an_upper_bound_is_short_and_never_below(value, shown):
+    assert round_up(value) == shown
 
 
 METER = Meter((1, 5, 10), (Bounds(0.1, 0.2), Bounds(0.5, 0.6), Bounds(0.9, 1.0)), delta=1e-5, target=1.0)
