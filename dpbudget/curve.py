@@ -57,4 +57,5 @@ def _directed(value: float, digits: int, rounding: str) -> str:
     if not math.isfinite(value):
         return str(value)
     # The shortest decimal that reads back as this float stands for it: 3.1 is shown as 3.1 and not as 3.100001.
-    return f"{Context(prec=digits, rounding=rounding).create_decimal(Decimal(repr(value))):g}"
+    shown = Context(prec=digits, rounding=rounding).create_decimal(Decimal(repr(value))).normalize()
+    return f"{shown:f}" if shown == 0 or 1e-4 <= abs(shown) < 1e9 else f"{shown:g}"
