@@ -94,6 +94,8 @@ def decode(line: bytes, *, max_bytes: int = MAX_LINE_BYTES, max_depth: int = MAX
 
 
 def _depth_within(line: bytes, max_depth: int) -> bool:
+    if line.count(b"[") + line.count(b"{") <= max_depth:
+        return True  # no more brackets than levels, wherever they stand
     depth, in_string, escaped = 0, False, False
     for byte in line:
         if in_string:

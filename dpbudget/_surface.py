@@ -43,7 +43,8 @@ def create_ledger(
         whole_budget: let the first portfolio of plans use the whole budget; otherwise it gets half of delta.
 
     Raises:
-        Unreadable: the file exists (DP074) or its place is unsafe (DP083).
+        InvalidParameter: the file exists (DP074).
+        Unreadable: its place is unsafe (DP083).
     """
     return Ledger.create(
         path,

@@ -30,7 +30,16 @@ def test_printed_bounds_are_rounded_outward(value, digits):
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"), [(3.1, "3.1"), (2.3815969214, "2.3816"), (0.1 + 0.2, "0.300001"), (0.0, "0")]
+    ("value", "shown"),
+    [
+        (3.1, "3.1"),
+        (2.3815969214, "2.3816"),
+        (0.1 + 0.2, "0.300001"),
+        (0.0, "0"),
+        (100000.0, "100000"),
+        (1.5e-13, "1.5e-13"),
+        (math.inf, "inf"),
+    ],
 )
 def test_an_upper_bound_is_short_and_never_below(value, shown):
     assert round_up(value) == shown
