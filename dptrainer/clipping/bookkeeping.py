@@ -26,6 +26,7 @@ from dptrainer.clipping.engine import (
     checked_batch_size,
     checked_clip_norm,
     clip_factors,
+    full_precision,
     gradient_scale,
     sum_dtype,
     trainable_parameters,
@@ -126,7 +127,7 @@ class BookKeeping:
                 session.require_backward(self._model.training)
                 self._busy = True
                 device = next(iter(session.trainable.values())).device
-                with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                with torch.no_grad(), torch.autocast(device.type, enabled=False), full_precision():
                     found = self._sums(session, scale)
             zeros = zero_sums({name: p for name, p in session.trainable.items() if name not in found})
             grads = {name: found[name] if name in found else zeros[name] for name in session.trainable}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Literal, Protocol, get_args
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +132,33 @@ def check_losses(losses: Tensor, batch_size: int) -> None:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter of everything that requires grad now, tied parameters once, in model order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Within the block, float32 products are float32 products, whatever torch.set_float32_matmul_precision allows.
+
+    With TF32 or bfloat16 products a clipped sum could exceed the sum of its clipped terms by up to 2^-8, relatively,
+    which is far more than :data:`SHRINK` leaves room for.
+    """
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    backends = [place for place in places if hasattr(place, "fp32_precision")]
+    if not backends:  # before torch 2.9 there is one switch for all
+        known = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(known)
+        return
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def sum_dtype(parameter: Tensor) -> torch.dtype:

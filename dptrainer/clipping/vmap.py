@@ -17,6 +17,7 @@ from dptrainer.clipping.engine import (
     checked_batch_size,
     checked_clip_norm,
     clip_factors,
+    full_precision,
     sum_dtype,
     trainable_parameters,
     zero_sums,
@@ -94,6 +95,7 @@ class VmapEngine:
             dense = {name: Dense(g.detach().to(sum_dtype(g))) for name, g in found.items()}
             squared = torch.stack([d.squared_norms() for d in dense.values()]).sum(0)
             factors = clip_factors(squared, self._clip_norm)
-            for name, gradients in dense.items():
-                sums[name] += gradients.weighted_sum(factors)
+            with full_precision():
+                for name, gradients in dense.items():
+                    sums[name] += gradients.weighted_sum(factors)
         return ClippedSum(grads=sums, sensitivity=self._clip_norm)
