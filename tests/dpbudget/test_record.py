@@ -130,7 +130,8 @@ def test_floats_travel_exactly(value):
 @pytest.mark.parametrize(
     "text",
     ["1.0", "0x1p+0", "0x1.8p+1", "0X1.0000000000000p+0", "nan", "inf", "-0x0.0p+0", "0x1.0000000000000p+9999",
-     "0x1.0000000000000p+00", "0x1.000000000000Ap+0", " 0x1.0000000000000p+0", "0x2.0000000000000p+0", "", "0x1.00000000000000p+0"],
+     "0x1.0000000000000p+00", "0x1.000000000000Ap+0", " 0x1.0000000000000p+0", "0x2.0000000000000p+0",
+     "", "0x1.00000000000000p+0"],
 )  # fmt: skip
 def test_other_spellings_of_floats_are_refused(text):
     with pytest.raises(Tampered):
