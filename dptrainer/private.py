@@ -10,12 +10,14 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from dpbudget.curve import Bounds
-from dpbudget.errors import InvalidParameter, PlanExhausted
+from dpbudget.errors import InvalidParameter, PlanExhausted, PrivacyViolation
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dptrainer.clipping import Reduction
 from dptrainer.data import Collate, Records
 from dptrainer.loop import PrivateLoop
+from dptrainer.loss_probe import probe_criterion
+from dptrainer.losses import Loss
 from dptrainer.noise.source import NoiseSource
 from dptrainer.sampling import PoissonSampler, physical_batches
 from dptrainer.trainer import checked_size
@@ -107,6 +109,7 @@ def make_private(
     *,
     run: Run,
     loss_reduction: Reduction = "mean",
+    loss_fn: Loss | None = None,
     physical_batch_size: int | None = None,
     steps_per_epoch: int | None = None,
     collate_fn: Collate | None = None,
@@ -136,7 +139,10 @@ def make_private(
         dataset: map-style; one item is one record.
         run: from ``dpbudget.start``; the caller closes it.
         loss_reduction: what the loop's criterion does over the examples of a batch: ``mean``, ``sum`` or ``none`` (then
-            the loop sums). Its weights must not depend on other examples of the batch.
+            the loop sums). Its weights must not depend on other examples of the batch: class weights and ignored
+            targets in a mean do, and so does a target [B] against an output [B, 1].
+        loss_fn: the criterion of the loop, which goes on calling it. Here it is tested on synthetic records for what is
+            said above; without it, that rests on the declaration alone.
         physical_batch_size: largest number of examples in one item; None gives every drawn batch whole.
         steps_per_epoch: an iteration ends after so many steps; None runs to the end of the plan.
         collate_fn: as for a ``DataLoader``.
@@ -161,6 +167,7 @@ def make_private(
         )
     size = checked_size(physical_batch_size)
     records = Records(dataset, collate_fn)
+    synthetic = records.synthetic()
     loop = PrivateLoop(
         model,
         optimizer,
@@ -170,6 +177,13 @@ def make_private(
         record_outputs=record_outputs,
         noise=noise,
         note=note,
-        synthetic=records.synthetic(),
+        synthetic=synthetic,
     )
+    try:
+        tested = loss_fn is None or probe_criterion(model, loss_fn, loss_reduction, synthetic)
+    except PrivacyViolation:
+        loop.detach()
+        raise
+    if not tested and note is not None:
+        note("loss_fn could not be called with synthetic outputs and targets, so it was not tested.")
     return model, optimizer, PrivateLoader(loop, records, size, steps_per_epoch)

@@ -16,7 +16,7 @@ from dptrainer.clipping.factory import deterministic_copy, self_test, synthetic_
 from dptrainer.validate import isolation_test, seeded
 
 # What a model raises when it is not called in the way that the probe guesses.
-_NOT_MY_CALL = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError)
+NOT_MY_CALL = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError)
 #: Synthetic records: a prime, so that it is not easily a divisor of another dimension.
 _ROWS = 7
 
@@ -160,7 +160,7 @@ def _outputs(model: nn.Module, example: Sequence[Tensor], *earlier: Sequence[Ten
                     twin(*before)
             with seeded(twin):
                 found = tree_leaves(twin(*example))
-        except _NOT_MY_CALL:
+        except NOT_MY_CALL:
             return None
     return [leaf.nan_to_num() for leaf in found if isinstance(leaf, Tensor)]
 
@@ -196,7 +196,7 @@ def _draws_nothing(model: nn.Module, example: Sequence[Tensor]) -> bool:
     with torch.no_grad(), seeded(twin):
         try:
             first, second = tree_leaves(twin(*inputs)), tree_leaves(twin(*inputs))
-        except _NOT_MY_CALL:
+        except NOT_MY_CALL:
             return False
     return _all_equal(*([t.nan_to_num() for t in leaves if isinstance(t, Tensor)] for leaves in (first, second)))
 
@@ -266,7 +266,7 @@ def _compare_losses(whole: nn.Module, example: Sequence[Tensor]) -> None:
         for index, loss in enumerate(together):
             try:
                 alone = twin(*[t[index : index + 1] for t in inputs])
-            except (*_NOT_MY_CALL, PrivacyViolation, InvalidParameter):
+            except (*NOT_MY_CALL, PrivacyViolation, InvalidParameter):
                 alone = loss.new_full((1,), float("nan"))  # a loss that needs company
             if not torch.allclose(alone, loss, rtol=1e-3, atol=1e-5, equal_nan=True):
                 raise PrivacyViolation(
