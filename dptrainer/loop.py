@@ -24,6 +24,7 @@ from dptrainer.clipping import Reduction, add_clipped, make_engine
 from dptrainer.clipping.engine import trainable_parameters
 from dptrainer.data import check_rows
 from dptrainer.noise.source import NoiseSource, SecureNoise
+from dptrainer.outside import OutsideWatch
 from dptrainer.probe import probe_batch
 from dptrainer.update import check_run, release
 from dptrainer.validate import check, check_step
@@ -91,6 +92,7 @@ class PrivateLoop:
         self._reduction: Reduction = reduction
         self._record_outputs, self._noise = record_outputs, SecureNoise() if noise is None else noise
         self._step: Step | None = None
+        self._outside = OutsideWatch()
         self._watched: dict[int, RemovableHandle] = {}
         self._handle: RemovableHandle | None = optimizer.register_step_pre_hook(self._before_step)
         self._watch_parameters()
@@ -124,6 +126,7 @@ class PrivateLoop:
         for parameter in self._model.parameters():
             parameter.grad = None
         self._engine.begin(rows)
+        self._outside.start(self._model)
         step.open, step.empty, step.last = True, size == 0, last
 
     def end(self, step: Step) -> None:
@@ -134,6 +137,7 @@ class PrivateLoop:
     def drop(self) -> None:
         """Forget the step that is not complete, whichever it is."""
         self._engine.abort()
+        self._outside.stop()
         self._step = None
 
     def require_attached(self) -> None:
@@ -194,6 +198,8 @@ class PrivateLoop:
                     hint="call backward() yourself, then optimizer.step() without arguments",
                 )
             check_step(self._model, self._optimizer)
+            self._outside.check(self._engine.task)
+            self._outside.stop()
             self._finish(step)
         except BaseException:
             self.drop()

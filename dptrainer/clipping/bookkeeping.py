@@ -82,6 +82,11 @@ class BookKeeping:
         """Names of the modules without a rule, which are replayed one example at a time; "" is the model itself."""
         return tuple(layer.name for layer in self._layers.values() if layer.rule is None)
 
+    @property
+    def task(self) -> int | None:
+        """Identity of the open batch's backward pass, as autograd numbers them; None before it ran."""
+        return None if self._session is None else self._session.task
+
     # ------------------------------------------------------------------ one physical batch
 
     def begin(self, batch_size: int) -> None:

@@ -36,10 +36,10 @@ class Hook:
 
 def in_backward() -> bool:
     """Whether the autograd engine is running in this thread: the only reason is recomputation for checkpointing."""
-    return _task() != -1
+    return backward_task() != -1
 
 
-def _task() -> int:
+def backward_task() -> int:
     """Identity of the running backward pass, -1 outside of one."""
     return int(torch._C._current_graph_task_id())
 
@@ -95,7 +95,7 @@ class Session:
                 hint="call backward() once, before the step.",
                 code="DP031",
             )
-        task = _task()
+        task = backward_task()
         if self._task is None:
             self._task = task
         elif task != self._task and not recomputed:
@@ -104,6 +104,11 @@ class Session:
                 hint="add the losses and call backward() once, or let microbatches split the batch.",
                 code="DP031",
             )
+
+    @property
+    def task(self) -> int | None:
+        """Identity of the backward pass that gradients came from; None before there was one."""
+        return self._task
 
     def require_backward(self, training: bool) -> None:
         """Refuses a step without a backward pass.

@@ -80,3 +80,44 @@ def test_no_message_names_the_size_of_a_drawn_batch(mistake: Callable[[], None])
         mistake()
     assert str(ROWS) not in str(caught.value)
     assert str(2 * ROWS) not in str(caught.value)
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def test_a_head_with_an_optimizer_of_its_own_is_refused_and_neither_moves() -> None:
+    model, head = linear_model(), Head()
+    _, optimizer, loader = make_private(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), linear_data(), run=make_run(2, rate=1.0), noise=NoNoise()
+    )
+    batches = iter(loader)
+    x, y = next(batches)
+    F.cross_entropy(head(model(x)), y).backward()
+    with unchanged(model), unchanged(head), pytest.raises(PrivacyViolation, match="DP031"):
+        optimizer.step()
+    assert all(p.grad is None for p in head.parameters())
+
+
+def test_a_frozen_head_and_another_model_beside_it_are_left_alone() -> None:
+    model, head, other = linear_model(), Head().requires_grad_(False), Head()
+    _, optimizer, loader = make_private(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), linear_data(), run=make_run(3, rate=1.0), noise=NoNoise()
+    )
+    plain, before = torch.optim.SGD(other.parameters(), lr=1.0), other.inner.weight.detach().clone()
+    steps = 0
+    for x, y in loader:
+        plain.zero_grad()
+        other(torch.ones(2, 3)).sum().backward()
+        F.cross_entropy(head(model(x)), y).backward()
+        plain.step()
+        optimizer.step()
+        steps += 1
+    assert steps == 3
+    assert not torch.equal(other.inner.weight, before)
+    assert not torch.nn.modules.module._global_forward_pre_hooks, "no hook outlives the loop"
