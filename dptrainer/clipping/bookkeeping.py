@@ -130,6 +130,8 @@ class BookKeeping:
             found: dict[str, Tensor] = {}
             if session.batch_size > 0:
                 session.require_backward(self._model.training)
+                if loss_reduction == "mean":
+                    session.refuse_coarse_mean()
                 self._busy = True
                 device = next(iter(session.trainable.values())).device
                 with torch.no_grad(), torch.autocast(device.type, enabled=False), full_precision():

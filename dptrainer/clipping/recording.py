@@ -125,6 +125,24 @@ class Session:
                 code="DP031",
             )
 
+    def refuse_coarse_mean(self) -> None:
+        """Refuses half-precision gradients of a mean over the batch.
+
+        Their rounding depends on the divisor, so one more record changes the contributions of all others by 2^-9 each:
+        1.01 C with 257 records of an ordinary model in bfloat16, and more with more. Those of a sum do not.
+
+        Raises:
+            PrivacyViolation: (DP030) names the layer.
+        """
+        for call in self.calls:
+            if any(grad is not None and grad.is_floating_point() and grad.element_size() < 4 for grad in call.grads):
+                raise PrivacyViolation(
+                    f'layer "{call.layer.name}" has half-precision gradients of a mean over the batch, whose rounding '
+                    "depends on the batch size; each record would move the gradients of all others.",
+                    hint='sum instead: reduction="sum" in the criterion and loss_reduction="sum".',
+                    code="DP030",
+                )
+
     def refuse_bypass(self, training: bool) -> None:
         """Discards and refuses gradients that reached ``.grad`` past the engine: they are not clipped.
 

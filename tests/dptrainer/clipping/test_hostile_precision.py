@@ -9,6 +9,7 @@ import torch
 from clipping_oracle import norm
 from torch import nn
 
+from dpbudget.errors import PrivacyViolation
 from dptrainer.clipping import BookKeeping, VmapEngine
 
 _MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
@@ -51,3 +52,24 @@ def test_the_precision_of_the_program_is_given_back() -> None:
         values = model(torch.ones(3, 4)).sum(1)
     engine.backward(values)
     assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+
+def _bfloat16_step(model: nn.Module, rows: torch.Tensor, reduction: str) -> dict[str, torch.Tensor]:
+    engine = BookKeeping(model, clip_norm=0.1)
+    engine.begin(len(rows))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = nn.functional.cross_entropy(model(rows), torch.arange(len(rows)) % 3, reduction=reduction)
+    loss.backward()
+    grads = dict(engine.finish(reduction).grads)  # type: ignore[arg-type]  # one of the reductions
+    engine.detach()
+    return grads
+
+
+def test_a_mean_in_bfloat16_is_refused_and_a_sum_keeps_the_bound() -> None:
+    """The divisor of a mean changes the rounding of every example: 1.01 C for one record of 257."""
+    torch.manual_seed(0)
+    model, rows = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 3)), torch.randn(129, 20)
+    with pytest.raises(PrivacyViolation, match="DP030"):
+        _bfloat16_step(model, rows, "mean")
+    whole, without = _bfloat16_step(model, rows, "sum"), _bfloat16_step(model, rows[:-1], "sum")
+    assert norm({name: whole[name] - without[name] for name in whole}) <= 0.1 * (1 + 1e-6)
