@@ -28,9 +28,10 @@ def check_run(model: nn.Module, run: Run) -> None:
             code="DP081",
             hint="run = dpbudget.start(ledger, run_id)",
         )
-    if hasattr(model, "_orig_mod"):
+    # The whole model or one of its parts, wrapped by torch.compile or in place by module.compile().
+    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
         raise PrivacyViolation(
-            "the model is the result of torch.compile, whose layers cannot be hooked",
+            "the model or a part of it is the result of torch.compile, whose layers cannot be hooked",
             code="DP019",
             hint="pass the module that was compiled",
         )
