@@ -128,6 +128,10 @@ def make_private(
             optimizer.step()
             optimizer.zero_grad()
 
+    What no test at set-up can see, and the loop must not do: mix records (mixup, in-batch negatives, ``x[perm]``), give
+    the model the batch in another order a second time, or pad records to the longest one of a batch for a model whose
+    output changes with padding. Each lets one record move the sum by several times the clipping norm.
+
     Guarantee: what ``optimizer.step()`` does to the parameters is (epsilon, delta)-DP with the claim of the run's plan,
     for one record of ``dataset``, provided that model and loss do not mix examples (the model is tested on synthetic
     inputs) and that nothing else in the loop depends on the data: a loss or batch size that is printed, or that decides
