@@ -69,7 +69,8 @@ class PrivateTrainer:
         dataset: map-style; an item is ``(input, ..., target)`` or a mapping with ``labels``.
         run: from ``dpbudget.start``; the caller closes it.
         physical_batch_size: largest number of examples in memory at once; None takes every drawn batch whole.
-        collate_fn: as for a ``DataLoader``.
+        collate_fn: as for a ``DataLoader``. A record's row must not depend on the other records of the list: pad to a
+            fixed length, not to the longest, unless the model gives the same output for any padding.
         callbacks: each is called after every step with (steps so far, epsilon); False stops.
         replay: modules to differentiate as a whole, see :class:`~dptrainer.clipping.BookKeeping`.
         record_outputs: settle every step with a hash of its noisy sum (about 2 ns a parameter).
