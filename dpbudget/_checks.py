@@ -6,9 +6,11 @@ import math
 import operator
 from difflib import get_close_matches
 from fractions import Fraction
-from numbers import Real
 from typing import Literal, SupportsIndex, cast
 
+from dpbudget._guarantee import as_delta as as_delta
+from dpbudget._guarantee import as_epsilon as as_epsilon
+from dpbudget._guarantee import as_real
 from dpbudget.errors import InvalidParameter
 from dpbudget.mechanisms import Adjacency
 from dpbudget.mechanisms.gaussian import MAX_NOISE_MULTIPLIER, MIN_NOISE_MULTIPLIER
@@ -17,38 +19,11 @@ from dpbudget.plan import rate_from_float
 AccountantName = Literal["prv", "rdp"]
 #: The accountants whose answers a plan may claim; the first is the default.
 ACCOUNTANTS: tuple[AccountantName, ...] = ("prv", "rdp")
-#: Largest epsilon that a budget may grant; beyond it the guarantee says nothing.
-MAX_EPSILON = 1e6
-
-
-def as_epsilon(value: object) -> float:
-    """A finite epsilon in (0, 1e6]; raises InvalidParameter (DP001)."""
-    number = _real(value)
-    if number is None or not 0.0 < number <= MAX_EPSILON:
-        hint = "pass epsilon as a number; 1 is strong, 3 common, 8 weak"
-        if number == 0.0:
-            hint = "pass epsilon > 0; epsilon 0 means that the model may not depend on the data at all"
-        raise InvalidParameter(
-            f"epsilon must be a finite number in (0, {MAX_EPSILON:g}], got {value!r}", code="DP001", hint=hint
-        )
-    return number
-
-
-def as_delta(value: object) -> float:
-    """A delta in (0, 1); raises InvalidParameter (DP002)."""
-    number = _real(value)
-    if number is None or not 0.0 < number < 1.0:
-        raise InvalidParameter(
-            f"delta must lie strictly between 0 and 1, got {value!r}",
-            code="DP002",
-            hint="pass a delta well below 1 / dataset size, such as 1e-5 for 60000 records",
-        )
-    return number
 
 
 def as_noise_multiplier(value: object) -> float:
     """A noise multiplier in [1e-3, 1e6]; raises InvalidParameter (DP006 for zero, else DP005)."""
-    number = _real(value)
+    number = as_real(value)
     if number == 0.0:
         raise InvalidParameter(
             "noise multiplier 0: epsilon is infinite and nothing is protected",
@@ -66,7 +41,7 @@ def as_noise_multiplier(value: object) -> float:
 
 def as_clip_norm(value: object) -> float:
     """A clipping norm in (0, 1e12]; raises InvalidParameter (DP007)."""
-    number = _real(value)
+    number = as_real(value)
     if number is None or not 0.0 < number <= 1e12:
         raise InvalidParameter(
             f"clipping norm must be a finite number in (0, 1e12], got {value!r}",
@@ -78,7 +53,7 @@ def as_clip_norm(value: object) -> float:
 
 def as_rate(value: object) -> int:
     """The integer k of a sampling rate k / 2^64 in (0, 1]; raises InvalidParameter (DP008)."""
-    number = _real(value)
+    number = as_real(value)
     return rate_from_float(cast(float, value) if number is None else number)
 
 
@@ -106,7 +81,7 @@ def as_epochs(value: object) -> Fraction:
     if isinstance(value, Fraction):
         epochs = Fraction(value)
     else:
-        number = _real(value)
+        number = as_real(value)
         epochs = Fraction(0) if number is None or not math.isfinite(number) else Fraction(repr(number))
     if not 0 < epochs <= 10**9:
         raise InvalidParameter(
@@ -143,17 +118,6 @@ def did_you_mean(word: str, known: list[str] | tuple[str, ...]) -> str:
 
 def _choose(value: object, known: list[str] | tuple[str, ...]) -> str:
     return f"choose {', '.join(known)}. {did_you_mean(str(value), known)}".strip()
-
-
-def _real(value: object) -> float | None:
-    """The float of a real number; None for NaN, booleans, text and everything else."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return None if math.isnan(number) else number
 
 
 def _plain(value: object) -> str:

@@ -91,8 +91,8 @@ def start(ledger: Ledger, run_id: str | None = None) -> Run:
         unfinished = [run.run_id for run in state.runs.values() if run.charged < run.plan.steps]
         if not unfinished and state.runs:
             raise PlanExhausted(
-                f"all {len(state.runs)} runs of this ledger have used up their plans",
-                hint="plan and sign another run within what is left of the budget",
+                f"every run of this ledger ({len(state.runs)}) has used up its plan",
+                hint="plan and sign another run, if dpbudget ledger show says that some of the budget is left",
             )
         if len(unfinished) != 1:
             raise InvalidParameter(

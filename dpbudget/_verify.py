@@ -152,8 +152,14 @@ def verify(path: str | os.PathLike[str], *, trust: PublicKey | None = None, expe
 
     Raises:
         Unreadable: the file is missing or no ledger at all (DP070), or unsafe to read (DP083).
-        InvalidParameter: ``expect_head`` is not of the form ``size:root`` (DP082).
+        InvalidParameter: ``expect_head`` is not of the form ``size:root`` (DP082), or ``trust`` is no key (DP072).
     """
+    if trust is not None and not isinstance(trust, PublicKey):
+        raise InvalidParameter(
+            f"trust is {trust!r:.80}, not a public key",
+            code="DP072",
+            hint="pass trust=dpbudget.load_public_key(FILE) with the owner's .pub file",
+        )
     anchor = _parse_anchor(expect_head)
     snapshot = None
     try:

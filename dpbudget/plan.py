@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from itertools import accumulate
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
+from dpbudget._guarantee import as_delta, as_epsilon
 from dpbudget._record import HexFloat, RateK, Record
 from dpbudget._truncation import MAX_SHARE, truncation_delta, truncation_factor_log
 from dpbudget.errors import InvalidParameter
@@ -38,10 +39,26 @@ def rate_from_float(rate: float) -> int:
 
 
 class Budget(Record):
-    """What the owner grants: (epsilon, delta)-DP for one record of one dataset."""
+    """What the owner grants: (epsilon, delta)-DP for one record of one dataset.
+
+    Raises:
+        InvalidParameter: epsilon or delta is missing (DP064), or out of its range (DP001, DP002).
+    """
 
     epsilon: HexFloat = Field(gt=0, le=1e6)
     delta: HexFloat = Field(gt=0, lt=1)
+
+    def __init__(self, **values: Any) -> None:
+        for name, check in (("epsilon", as_epsilon), ("delta", as_delta)):
+            if name not in values:
+                raise InvalidParameter(
+                    f"a budget needs {name}", code="DP064", hint="write Budget(epsilon=3.0, delta=1e-5)"
+                )
+            values[name] = check(values[name])
+        super().__init__(**values)
+
+    # pydantic's own mark: parsing goes straight to the fields, whose hexadecimal floats this constructor does not read.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # functions have no declared attributes
 
 
 class Phase(Record):

@@ -94,6 +94,12 @@ def check_dataset(dataset: object) -> None:
             code="DP024",
             hint="use a map-style dataset with __len__ and __getitem__",
         )
+    if isinstance(dataset, tuple | Tensor) and all(isinstance(part, Tensor) for part in dataset):
+        raise PrivacyViolation(
+            f"the dataset is a {type(dataset).__name__} of tensors, whose items need not be records",
+            code="DP024",
+            hint="pass torch.utils.data.TensorDataset(inputs, labels)",
+        )
     if len(dataset) == 0:
         raise InvalidParameter("the dataset has no record", code="DP009", hint="check how it was loaded")
 

@@ -111,8 +111,11 @@ def _batch_norm(name: str, kind: str, module: nn.modules.batchnorm._BatchNorm) -
 
 
 def _groups(channels: int) -> int:
-    """The largest divisor of the number of channels up to 32."""
-    return max(groups for groups in range(1, 33) if channels % groups == 0)
+    """The largest divisor of the number of channels up to 32 that leaves at least four channels to a group.
+
+    A group of one channel without further positions is its own mean, so that the layer would be constant.
+    """
+    return max(groups for groups in range(1, 33) if channels % groups == 0 and (groups == 1 or channels >= 4 * groups))
 
 
 def _parameters(model: nn.Module) -> Iterator[Problem]:

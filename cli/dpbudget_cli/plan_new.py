@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dpbudget.curve import round_up
-from dpbudget.errors import BudgetExceeded
+from dpbudget.errors import BudgetExceeded, InvalidParameter
 from dpbudget_cli import _output as out
 from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, read_passphrases
 from dpbudget_cli._options import ACCOUNTANT, CLIP, COUNT, EPSILON, JSON, NOISE, schedule_options
@@ -15,6 +15,7 @@ from dpbudget_cli.main import Leaf
 
 if TYPE_CHECKING:
     from dpbudget.ledger.ledger import Ledger
+    from dpbudget.ledger.signing import Signer
     from dpbudget.plan import Plan
     from dpbudget_cli._question import Question
 
@@ -24,8 +25,8 @@ _FULL = 0.999
 
 @click.command("new", cls=Leaf)
 @click.option("--ledger", "path", required=True, metavar="PATH", help="The ledger that pays for the plan.")
-@click.option("--owner-key", metavar="FILE", help="The owner's key; PATH.owner.key if not given.")
-@click.option("--writer-key", metavar="FILE", help="The writer's key, which signs the head; PATH.writer.key.")
+@click.option("--owner-key", metavar="FILE", help="The owner's key; PATH.owner.key, else owner.key beside PATH.")
+@click.option("--writer-key", metavar="FILE", help="The writer's key; PATH.writer.key, else writer.key beside PATH.")
 @click.option("--epsilon", type=EPSILON, metavar="E", help="What the plan may claim; all that is left if not given.")
 @schedule_options
 @click.option("--noise-multiplier", type=NOISE, metavar="S", help="Use this noise; epsilon follows from it.")
@@ -52,12 +53,24 @@ def command(
     passphrases = read_passphrases(passphrase_fd)
     owner = load_signer(key_path(owner_key, path, "owner"), passphrases)
     writer = load_signer(key_path(writer_key, path, "writer"), passphrases)
-    with open_ledger(path, writer=writer, trust=owner.public) as ledger:
+    with open_ledger(path, writer=writer) as ledger:
+        _require_owner(ledger, owner)
         question = Question(values)
         plan = _plan(question, ledger)
         run_id = ledger.sign_plan(plan, owner=owner)
         head = str(ledger.head)
     _report(plan, question, run_id, head, as_json)
+
+
+def _require_owner(ledger: Ledger, owner: Signer) -> None:
+    """Refuse another key before anything is computed (DP080)."""
+    genesis = ledger.state.genesis
+    if owner.public != genesis.owner:
+        raise InvalidParameter(
+            f"the key {owner.public.hex} is not the ledger's owner",
+            code="DP080",
+            hint=f"pass --owner-key with the key whose public half is {genesis.owner.hex}",
+        )
 
 
 def _plan(question: Question, ledger: Ledger) -> Plan:
@@ -97,8 +110,10 @@ def _refuse_crumbs(beside: tuple[Plan, ...], room: float, delta: float) -> None:
     taken = PortfolioFilter().joint_claim(beside, delta)
     if taken > _FULL * room:
         raise BudgetExceeded(
-            f"the {len(beside)} plans signed before claim epsilon {taken:.9g} of {room:.9g} together",
-            hint="a plan is not taken back; pass --epsilon or --noise-multiplier to sign what little still fits",
+            f"the {'plan' if len(beside) == 1 else f'{len(beside)} plans'} signed before may claim epsilon {taken:.9g} "
+            f"of {room:.9g}, so nothing is left for another",
+            hint="train under a plan that dpbudget plan show lists; a plan is not taken back, so pass --epsilon to "
+            "leave room for the next",
         )
 
 

@@ -48,7 +48,9 @@ def check_plan(state: LedgerState, plan: Plan, owner: Signer) -> None:
     genesis = state.genesis
     if owner.public != genesis.owner:
         raise InvalidParameter(
-            f"the key {owner.public.hex} is not the owner's", code="DP080", hint="only the owner signs plans"
+            f"the key {owner.public.hex} is not the owner's",
+            code="DP080",
+            hint=f"only the owner signs plans, with the key whose public half is {genesis.owner.hex}",
         )
     if plan.nominal_size is None:
         raise InvalidParameter(
@@ -108,11 +110,16 @@ def _check_claim(state: LedgerState, target: _Target, spending: SpendingFilter, 
     room = state.room_for(portfolio)
     if Fraction(joint) > room:
         together = f" together with {len(others)} signed before" if others else ""
+        still = f"; those before stay signed and claim {_before(spending, others, portfolio)}" if others else ""
         raise BudgetExceeded(
             f"the plan{together} would claim epsilon {round_up(joint, 10)} at delta {portfolio.delta:g}; "
-            f"{float(room):.9g} of {state.genesis.epsilon:g} is left",
-            hint="more noise, fewer steps or a smaller sampling rate; nothing was written",
+            f"{float(room):.9g} of {state.genesis.epsilon:g} is left for all of it",
+            hint=f"more noise, fewer steps or a smaller sampling rate{still}; nothing was written",
         )
+
+
+def _before(spending: SpendingFilter, plans: tuple[Plan, ...], portfolio: Portfolio) -> str:
+    return f"epsilon {round_up(portfolio_claim(spending, plans, portfolio.delta), 6)}"
 
 
 def _write(target: _Target, plan: Plan, owner: Signer, run_id: str, draft: Draft) -> bool:

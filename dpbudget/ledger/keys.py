@@ -130,6 +130,13 @@ def _read_private(place: Path) -> bytes:
         os.close(descriptor)
         raise UnsafeKeyFile(f"the key {place} is not a regular file", hint="name the file of the key")
     with os.fdopen(descriptor, "rb") as file:
+        if _PUBLIC_LINE.fullmatch(
+            os.pread(descriptor, MAX_KEY_BYTES, 0).decode("latin-1")
+        ):  # before "chmod 600" misleads
+            raise Unreadable(
+                f"{place} is a public key, and signing needs the private one",
+                hint="name the file of the key, without .pub",
+            )
         if status.st_uid != os.getuid():
             raise UnsafeKeyFile(f"the key {place} belongs to user {status.st_uid}", hint="use a key of your own")
         if status.st_mode & 0o077:

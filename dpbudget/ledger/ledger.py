@@ -154,7 +154,7 @@ class Ledger:
                 raise InvalidParameter(
                     f"the key {writer.public.hex} is not the ledger's writer",
                     code="DP080",
-                    hint="open the ledger with the writer's key that its genesis names",
+                    hint=f"open it with the writer's key, whose public half is {state.genesis.writer.hex}",
                 )
         except BaseException:
             store.close()

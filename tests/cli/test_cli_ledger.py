@@ -151,7 +151,7 @@ class TestPlans:
     def test_only_the_owner_signs(self, run_cli: Cli, folder: Path, seen: Seen) -> None:
         before = seen(folder)
         answer = run_cli("plan", "new", "--ledger", "budget.ledger", *SMALL, "--owner-key", "owner.key")
-        assert (answer.code, "DP072" in answer.err) == (1, True)
+        assert (answer.code, "DP080" in answer.err) == (2, True)
         answer = run_cli("plan", "new", "--ledger", "budget.ledger", *SMALL, "--writer-key", "owner.key")
         assert (answer.code, "DP080" in answer.err) == (2, True)
         assert seen(folder) == before

@@ -122,7 +122,7 @@ REFUSED = [
     ("ledger verify budget.ledger --trust owner.key", "DP070", 4),
     ("ledger verify budget.ledger --expect-head 12", "DP082", 2),
     ("verify --json", "DP064", 2),
-    (f"{PLAN} --owner-key owner.key", "DP072", 1),
+    (f"{PLAN} --owner-key owner.key", "DP080", 2),
     (f"{PLAN} --writer-key owner.key", "DP080", 2),
     (f"{PLAN} --epsilon 50", "DP052", 3),
     (f"{PLAN} --epochs 3", "DP064", 2),

@@ -164,3 +164,26 @@ class TestTheBoundedTailIsCharged:
 
     def test_the_cap_is_that_of_sixty_four_radius_bits(self):
         assert math.exp(-CAP * CAP / 2) == pytest.approx(2.0**-64, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "code", "words"),
+    [
+        ({"epsilon": 3.0}, "DP064", "needs delta"),
+        ({"delta": 1e-5}, "DP064", "needs epsilon"),
+        ({"epsilon": 0, "delta": 1e-5}, "DP001", "got 0"),
+        ({"epsilon": math.nan, "delta": 1e-5}, "DP001", "got nan"),
+        ({"epsilon": "3", "delta": 1e-5}, "DP001", "got '3'"),
+        ({"epsilon": 3.0, "delta": 1}, "DP002", "got 1"),
+    ],
+)
+def test_a_budget_that_is_none_is_refused_with_code_value_and_way_out(values, code, words):
+    with pytest.raises(errors.InvalidParameter, match=words) as caught:
+        Budget(**values)
+    assert caught.value.code == code
+    assert caught.value.hint
+
+
+def test_a_budget_is_read_back_from_its_bytes_and_takes_integers():
+    budget = Budget(epsilon=3, delta=1e-5)
+    assert budget == Budget.parse(budget.encode()) == Budget(epsilon=3.0, delta=1e-5)

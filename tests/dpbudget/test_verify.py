@@ -255,3 +255,9 @@ def test_a_single_unfinished_run_needs_no_name(desk, plan):
     with dpbudget.start(desk.ledger) as run:
         assert run.run_id == run_id
         assert run.meter.target == plan.claim.epsilon
+
+
+def test_the_name_of_a_key_file_in_place_of_a_key_is_refused_with_the_way_out():
+    with pytest.raises(errors.InvalidParameter, match=r"owner\.key\.pub") as caught:
+        dpbudget.verify("any.ledger", trust="owner.key.pub")
+    assert (caught.value.code, "load_public_key" in caught.value.hint) == ("DP072", True)

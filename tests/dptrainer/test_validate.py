@@ -1,5 +1,7 @@
 """Every row of what cannot be trained privately: the code, the name and the way out."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -17,12 +19,12 @@ def tables(**options):
 
 
 ROWS = {
-    "batch norm": (lambda: wrap(nn.BatchNorm1d(4)), "DP010", "1", "GroupNorm(4, 4)"),
+    "batch norm": (lambda: wrap(nn.BatchNorm1d(4)), "DP010", "1", "GroupNorm(1, 4)"),
     "batch norm 2d": (
         lambda: nn.Sequential(nn.Conv2d(1, 96, 3), nn.BatchNorm2d(96)),
         "DP010",
         "1",
-        "GroupNorm(32, 96)",
+        "GroupNorm(24, 96)",
     ),
     "sync batch norm": (lambda: wrap(nn.SyncBatchNorm(4)), "DP010", "1", "GroupNorm"),
     "frozen batch norm in train mode": (lambda: wrap(nn.BatchNorm1d(4).requires_grad_(False)), "DP010", "1", ".eval()"),
@@ -197,3 +199,12 @@ def test_a_model_without_one_row_per_example_is_refused():
     with pytest.raises(PrivacyViolation) as caught:
         isolation_test(nn.Sequential(nn.Linear(4, 2), Call(lambda x: x.sum())), [torch.zeros(2, 4)])
     assert caught.value.code == "DP030"
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 6, 16, 64, 96, 1024])
+def test_the_group_norm_that_is_proposed_for_a_batch_norm_is_not_constant_without_positions(channels):
+    problem = validate(wrap(nn.BatchNorm1d(channels)))[0]
+    groups = int(re.search(r"GroupNorm\((\d+), ", problem.fix)[1])
+    assert channels % groups == 0
+    if channels > 1:
+        assert nn.GroupNorm(groups, channels)(torch.randn(5, channels)).abs().max() > 0.1

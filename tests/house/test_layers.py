@@ -16,6 +16,7 @@ LAYERS = {
     "dpbudget.errors": 0,
     "dpbudget._record": 0,
     "dpbudget._numerics": 1,
+    "dpbudget._guarantee": 1,
     "dpbudget._truncation": 1,
     "dpbudget.curve": 1,
     "dpbudget.mechanisms": 1,

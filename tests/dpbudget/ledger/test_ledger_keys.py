@@ -184,3 +184,10 @@ def test_a_private_key_in_place_of_a_public_one_is_named(path: Path) -> None:
 def test_an_unsafe_public_key_is_refused() -> None:
     with pytest.raises(Tampered, match="small order"):
         load_public_key("01" + "00" * 31)
+
+
+def test_a_public_key_in_place_of_a_private_one_is_named_and_nobody_is_told_to_chmod_it(tmp_path: Path) -> None:
+    new_key(tmp_path / "owner.key")
+    with pytest.raises(Unreadable, match="is a public key") as caught:
+        load_key(tmp_path / "owner.key.pub")
+    assert "without .pub" in caught.value.hint
