@@ -26,8 +26,11 @@ class LeaseKey:
     ``repr`` and pickling refuse it. Overwriting on :meth:`wipe` is best effort, since Python may have copied it.
     """
 
+    # What an interrupt in the middle of __init__ leaves for __del__.
+    _key: bytearray | None = None
+
     def __init__(self) -> None:
-        self._key: bytearray | None = bytearray(os.urandom(32))
+        self._key = bytearray(os.urandom(32))
         self._pid = os.getpid()
         _live_keys.add(self)
 
@@ -107,7 +110,7 @@ class Receipt:
     lease_nonce: bytes
     fresh: bytes
     key: LeaseKey = field(repr=False)
-    _used: set[str] = field(default_factory=set, repr=False)
+    _used: dict[str, object] = field(default_factory=dict, repr=False)
 
     @property
     def rate(self) -> float:
@@ -126,12 +129,13 @@ class Receipt:
             ReceiptSpent: the receipt was used for this purpose before (DP077) or in a forked process (DP076).
         """
         key = self.key.reveal()
-        if purpose in self._used:
+        # One atomic operation: of two threads that ask at once, one is refused.
+        mine = object()
+        if self._used.setdefault(purpose, mine) is not mine:
             raise ReceiptSpent(
                 f"receipt of step {self.step} of run {self.run_id} was already used for {purpose}",
                 hint="take a new receipt for every release; the same noise on two gradients cancels",
             )
-        self._used.add(purpose)
         return key
 
     def was_used(self, purpose: str) -> bool:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -21,8 +20,6 @@ from dpbudget.ledger.receipt import LeaseKey, Receipt
 from dpbudget.ledger.state import LedgerState, Portfolio, RunState, SpendingFilter
 from dpbudget.meter import Meter
 
-#: Issued receipts are on disk at the latest with the first one that is asked for this many seconds later.
-FLUSH_SECONDS = 1.0
 MAX_LEASE_STEPS = 64
 
 
@@ -30,7 +27,8 @@ def default_lease_steps(steps: int) -> int:
     """Steps a lease: a fiftieth of the plan, at least 1, at most 64.
 
     A function of the public plan alone: step times depend on private batch sizes, so a lease that adapted to them would
-    leak. A crash loses at most the rest of one lease, 2 % of the plan or one step.
+    leak. For the same reason reserves and settles are written with the next lease or at the close, and never by the
+    clock. A crash loses at most the rest of one lease, 2 % of the plan or one step.
     """
     return min(max(1, steps // 50), MAX_LEASE_STEPS)
 
@@ -74,12 +72,11 @@ class Run:
         filter: SpendingFilter | None,
         meter: Meter | None,
         lease_steps: int | None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         state = journal.state.runs[run_id]
         self.run_id, self.plan, self.meter = run_id, state.plan, meter
         self._digest = state.statement
-        self._journal, self._filter, self._clock = journal, filter, clock
+        self._journal, self._filter = journal, filter
         self._lease_steps = default_lease_steps(self.planned) if lease_steps is None else lease_steps
         if not 1 <= self._lease_steps <= self.planned:
             raise InvalidParameter(
@@ -87,7 +84,6 @@ class Run:
             )
         self._held: _Held | None = None
         self._issued: list[_Issued] = []
-        self._since = 0.0
         # Weak: the key of a used-up lease dies with the last receipt that still needs it.
         self._keys: weakref.WeakSet[LeaseKey] = weakref.WeakSet()
         # Two threads must never be handed the same step.
@@ -142,23 +138,20 @@ class Run:
         """
         self._guard()
         with self._lock:
+            # Again, or a thread that waited for another's close() would begin a new lease of a closed run.
+            self._guard()
             return self._next_receipt()
 
     def _next_receipt(self) -> Receipt:
         held = self._held
         if held is None or held.next == held.end:
             held = self._take_lease()
-        elif self._issued and self._clock() - self._since > FLUSH_SECONDS:
-            self._journal.transact(partial(self._write_issued, held))
-            self._issued = []
+        # Passed before its receipt exists: an interrupt from here on loses the step and never gives it out twice.
+        step, held.next = held.next, held.next + 1
         # After the commit: a copied file or a restored backup draws other bytes, hence other noise.
         fresh = os.urandom(16)
-        receipt = self._receipt(held, fresh)
-        if not self._issued:
-            self._since = self._clock()
-        self._issued.append(_Issued(held.next, fresh))
-        held.next += 1
-        return receipt
+        self._issued.append(_Issued(step, fresh))
+        return self._receipt(held, step, fresh)
 
     def settle(self, receipt: Receipt, output_digest: str | None = None) -> None:
         """Record a hash of the noised output of a step; optional, and only before the next receipt is asked for.
@@ -226,12 +219,12 @@ class Run:
                 f"run {self.run_id} is closed", code="DP078", hint="start it again for the steps that are left"
             )
 
-    def _receipt(self, held: _Held, fresh: bytes) -> Receipt:
-        phase = self.plan.phase_at(held.next)
+    def _receipt(self, held: _Held, step: int, fresh: bytes) -> Receipt:
+        phase = self.plan.phase_at(step)
         assert self.plan.nominal_size is not None  # noqa: S101 - the ledger admits no plan without it
         return Receipt(
             run_id=self.run_id,
-            step=held.next,
+            step=step,
             steps=self.planned,
             rate_k=phase.rate_k,
             noise_multiplier=phase.noise_multiplier,
@@ -302,11 +295,11 @@ class Run:
         """
         lease = next((lease for lease in draft.state.runs[self.run_id].leases if lease.first == held.first), None)
         written = held.end if lease is None else lease.first + lease.reserved
-        pending = [issued for issued in self._issued if issued.step >= written]
-        if not pending:
+        if held.next <= written:
             return
+        # A step whose receipt was lost in an interrupt is reserved like the others and never settled.
         draft.add("reserve", run=self.run_id, step=written, count=held.next - written)
-        for issued in pending:
+        for issued in (issued for issued in self._issued if issued.step >= written):
             draft.add("settle", run=self.run_id, step=issued.step, fresh=issued.fresh.hex(), output=issued.output)
 
     def _write_close(self, held: _Held, draft: Draft) -> None:

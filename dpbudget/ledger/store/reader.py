@@ -22,9 +22,12 @@ from dpbudget.ledger.store.sqlite import (
     SqliteStore,
     check_schema,
     journal_of,
+    limit_values,
     live_store,
     read_snapshot,
     refuse_super_journal,
+    refuse_wal,
+    refuse_wal_header,
 )
 
 #: How long a journal must stay unchanged to count as left behind by a crash.
@@ -78,6 +81,7 @@ def _read_copy(place: Path) -> Snapshot:
         _copy_consistently(place, copy)
         connection = sqlite3.connect(f"{copy.as_uri()}?mode=rw", uri=True, isolation_level=None)
         try:
+            limit_values(connection)
             connection.execute("PRAGMA trusted_schema=OFF")
             connection.execute("PRAGMA cell_size_check=ON")
             connection.execute("PRAGMA mmap_size=0")
@@ -102,7 +106,10 @@ def _copy_consistently(place: Path, copy: Path) -> None:
         if present != mark:
             quiet_since, mark = time.monotonic(), present
         if present is None or time.monotonic() - quiet_since > _STALE_SECONDS:
+            # A copy without the log beside it would be an older ledger, and valid.
+            refuse_wal(place)
             data = files.read_regular(place, MAX_EXPORT_BYTES)
+            refuse_wal_header(place, data)
             torn = _journal_bytes(journal) if present is not None else None
             if (
                 (torn is None) == (present is None)
@@ -111,8 +118,8 @@ def _copy_consistently(place: Path, copy: Path) -> None:
             ):
                 copy.write_bytes(data)
                 if torn is not None:
-                    refuse_super_journal(journal)
                     journal_of(copy).write_bytes(torn)
+                    refuse_super_journal(journal_of(copy))
                 return
         time.sleep(0.005)
     raise StorageFailed(f"{place} was written to all the time; nothing could be read", hint="read it again later")

@@ -30,6 +30,10 @@ SCHEMA = (
 MAGIC = b"SQLite format 3\0"
 #: A journal that ends so names a second file, which SQLite would open and might delete.
 _SUPER_JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
+#: A ledger has no value of more bytes than this, and together not more than its file; overlapping cells of a crafted
+#: file could otherwise name the same bytes a million times.
+_MAX_VALUE_BYTES, MAX_TOTAL_BYTES = 2 << 20, 1 << 30
+_LEAVE_WAL = 'close what has it open, then run: sqlite3 LEDGER "PRAGMA journal_mode=DELETE"'
 _live: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
 
 
@@ -65,8 +69,9 @@ class SqliteStore:
         """A new, empty ledger file of mode 0600; an existing name is refused (DP074)."""
         place = files.as_path(path)
         files.refuse_network_file_system(place)
-        if os.path.lexists(journal_of(place)):
-            raise Unreadable(f"{journal_of(place)} is left from another database", code="DP083", hint="remove it")
+        for left in (journal_of(place), wal_of(place)):
+            if os.path.lexists(left):
+                raise Unreadable(f"{left} is left from another database", code="DP083", hint="remove it")
         files.create_private(place)
         store = cls(place, _connect(place, busy_seconds), files.identity(place))
         try:
@@ -93,6 +98,7 @@ class SqliteStore:
         before = files.identity(place)
         files.refuse_network_file_system(place)
         refuse_super_journal(journal_of(place))
+        refuse_wal(place)
         connection = _connect(place, busy_seconds)
         try:
             check_schema(connection, place)
@@ -109,10 +115,10 @@ class SqliteStore:
         """BEGIN IMMEDIATE to COMMIT; durable when the context ends without an exception."""
         with self._lock:
             self._check_alive()
-            self._begin()
-            transaction = _SqliteTransaction(self._connection)
             try:
-                yield transaction
+                # Inside, so that an interrupt right after BEGIN gives the lock back.
+                self._begin()
+                yield _SqliteTransaction(self._connection)
                 self._check_in_place()
                 self._commit()
                 self._check_in_place()
@@ -155,10 +161,15 @@ class SqliteStore:
         try:
             self._check_in_place()
             self._connection.execute("BEGIN IMMEDIATE")
+            mode = self._connection.execute("PRAGMA journal_mode").fetchone()[0]
         except sqlite3.Error as error:
             refuse_busy(error, self.path)
             self._poison = f"{type(error).__name__}: {error}"
             raise StorageFailed(f"{self.path}: {error}; nothing was released") from error
+        if mode != "delete":
+            # What is spent into a write-ahead log is missing from the file that readers copy.
+            self._poison = f"another program turned the file to journal mode {mode}"
+            raise StorageFailed(f"{self.path}: {self._poison}; nothing was released", hint=_LEAVE_WAL)
 
     def _commit(self) -> None:
         self._connection.execute("COMMIT")
@@ -209,16 +220,31 @@ class _SqliteTransaction:
 def read_snapshot(connection: sqlite3.Connection) -> Snapshot:
     """Everything that an open database holds."""
     entries = tuple(_read_entries(connection, 0))
-    heads = tuple(_blob(row[0]) for row in connection.execute("SELECT note FROM head ORDER BY size"))
-    return Snapshot(entries, heads[-1] if heads else None, heads)
+    return Snapshot(entries, *_read_heads(connection))
 
 
 def _read_entries(connection: sqlite3.Connection, start: int) -> Iterator[Entry]:
     rows = connection.execute("SELECT seq, line, envelope FROM record WHERE seq >= ? OR seq < 0 ORDER BY seq", (start,))
+    total = 0
     for expected, (seq, line, envelope) in enumerate(rows, start):
         if seq != expected:
             raise Tampered(f"record {expected} is missing from the store; the next is {seq}")
-        yield Entry(_blob(line), None if envelope is None else _blob(envelope))
+        entry = Entry(_blob(line), None if envelope is None else _blob(envelope))
+        total += len(entry.line) + len(entry.envelope or b"")
+        if total > MAX_TOTAL_BYTES:
+            raise Tampered(f"the records hold more than {MAX_TOTAL_BYTES} bytes", code="DP082")
+        yield entry
+
+
+def _read_heads(connection: sqlite3.Connection) -> tuple[bytes | None, tuple[bytes, ...]]:
+    """The newest head and all that were kept."""
+    heads, total = [], 0
+    for (note,) in connection.execute("SELECT note FROM head ORDER BY size"):
+        heads.append(_blob(note))
+        total += len(heads[-1])
+        if total > MAX_TOTAL_BYTES:
+            raise Tampered(f"the heads hold more than {MAX_TOTAL_BYTES} bytes", code="DP082")
+    return heads[-1] if heads else None, tuple(heads)
 
 
 def _blob(value: Any) -> bytes:
@@ -263,6 +289,25 @@ def refuse_super_journal(journal: Path) -> None:
         raise Unreadable(f"{journal} belongs to a transaction over several databases", code="DP083")
 
 
+def refuse_wal(path: Path) -> None:
+    """Refuse a database with a write-ahead log beside it, which SQLite would replay into it (DP083)."""
+    log = wal_of(path)
+    if os.path.lexists(log):
+        raise Unreadable(f"{log} lies beside the ledger: it was turned to WAL mode", code="DP083", hint=_LEAVE_WAL)
+
+
+def refuse_wal_header(path: Path, data: bytes) -> None:
+    """Refuse the bytes of a database in WAL mode: its newest commits may stand in another file (DP083)."""
+    # File format, bytes 18 and 19: write and read version, 1 for a rollback journal, 2 for WAL.
+    if data[18:20] == b"\x02\x02":
+        raise Unreadable(f"{path} is in WAL mode, which no ledger is", code="DP083", hint=_LEAVE_WAL)
+
+
+def limit_values(connection: sqlite3.Connection) -> None:
+    """Let SQLite refuse values that no ledger holds, before it reads them into memory."""
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
+
+
 def refuse_busy(error: sqlite3.Error, path: Path) -> None:
     """Raise :class:`StorageFailed` where ``error`` says that another process holds the lock; else return."""
     if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
@@ -285,19 +330,25 @@ def journal_of(path: Path) -> Path:
     return path.with_name(path.name + "-journal")
 
 
+def wal_of(path: Path) -> Path:
+    """Where SQLite would keep the write-ahead log of ``path``."""
+    return path.with_name(path.name + "-wal")
+
+
 def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
     # mode=rw: never create; explicit transactions only.
     connection = sqlite3.connect(
         f"{path.as_uri()}?mode=rw", uri=True, timeout=busy_seconds, isolation_level=None, check_same_thread=False
     )
     try:
+        limit_values(connection)
         connection.execute("PRAGMA trusted_schema=OFF")
         connection.execute("PRAGMA cell_size_check=ON")
         connection.execute("PRAGMA mmap_size=0")
         # macOS: fsync alone does not reach the disk.
         connection.execute("PRAGMA fullfsync=ON")
         connection.execute("PRAGMA synchronous=EXTRA")
-        mode = connection.execute("PRAGMA journal_mode=DELETE").fetchone()[0]
+        mode = connection.execute("PRAGMA journal_mode").fetchone()[0]
         level = connection.execute("PRAGMA synchronous").fetchone()[0]
     except sqlite3.Error as error:
         connection.close()
@@ -305,7 +356,11 @@ def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
         raise Unreadable(f"{path} is not a dpbudget ledger: {error}") from None
     if mode != "delete" or level != 3:
         connection.close()
-        raise Unreadable(f"{path}: SQLite gave journal {mode} and synchronous {level}, not delete and 3", code="DP083")
+        raise Unreadable(
+            f"{path}: SQLite gave journal {mode} and synchronous {level}, not delete and 3",
+            code="DP083",
+            hint=_LEAVE_WAL if mode == "wal" else "",
+        )
     return connection
 
 

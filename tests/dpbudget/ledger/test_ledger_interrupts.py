@@ -1,0 +1,194 @@
+"""An interrupt at any instruction, and threads that meet: no step twice, none uncounted, and the run goes on."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from ledgerkit import OWNER, make_ledger, make_plan, reopen
+
+from dpbudget.errors import PrivacyViolation, ReceiptSpent
+from dpbudget.ledger.entries import read
+from dpbudget.ledger.receipt import LeaseKey
+from dpbudget.ledger.store.reader import read_ledger
+
+PLACES = {
+    ("run.py", "_next_receipt"),
+    ("run.py", "_take_lease"),
+    ("run.py", "_write_lease"),
+    ("run.py", "_write_issued"),
+    ("journal.py", "transact"),
+    ("sqlite.py", "transaction"),
+    ("sqlite.py", "_begin"),
+    ("sqlite.py", "_commit"),
+}
+
+
+class Interrupt(KeyboardInterrupt):
+    """As Ctrl-C would raise, between two instructions."""
+
+
+class Tracer:
+    """Raises :class:`Interrupt` before the ``target``-th instruction of the functions in PLACES."""
+
+    def __init__(self, target: int) -> None:
+        self.target, self.seen = target, 0
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
+        code = frame.f_code
+        if (Path(code.co_filename).name, code.co_name) not in PLACES:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self.step
+
+    def step(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "opcode":
+            self.seen += 1
+            if self.seen == self.target:
+                sys.settrace(None)
+                raise Interrupt
+        return self.step
+
+
+@pytest.fixture(scope="module")
+def signed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("interrupts") / "ledger"
+    with make_ledger(path) as ledger:
+        ledger.sign_plan(make_plan(5), owner=OWNER)
+    return path
+
+
+def interrupted_at(target: int, path: Path, before: int) -> tuple[bool, list[int], Path]:
+    """Take ``before`` receipts, interrupt the next at one instruction, then go on to the end."""
+    ledger = reopen(path)
+    run = ledger.start(next(iter(ledger.state.runs)), lease_steps=2)
+    steps = [run.next_receipt().step for _ in range(before)]
+    tracer, previous = Tracer(target), sys.gettrace()
+    sys.settrace(tracer)
+    hit = False
+    try:
+        steps.append(run.next_receipt().step)
+    except Interrupt:
+        hit = True
+    finally:
+        sys.settrace(previous)
+    assert not locked(path)
+    steps += [receipt.step for receipt in run]
+    ledger.close()
+    return hit, steps, path
+
+
+def locked(path: Path) -> bool:
+    """Whether another connection is kept from writing."""
+    other = sqlite3.connect(path, timeout=0.0, isolation_level=None)
+    try:
+        other.execute("BEGIN IMMEDIATE")
+        return False
+    except sqlite3.OperationalError:
+        return True
+    finally:
+        other.close()
+
+
+def every_instruction(path: Path, signed: Path, before: int) -> Iterator[list[int]]:
+    for target in range(1, 2000):
+        shutil.copy(signed, path)
+        hit, steps, _ = interrupted_at(target, path, before)
+        yield steps
+        if not hit:
+            return
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_an_interrupt_at_any_instruction_loses_at_most_a_lease_and_repeats_no_step(
+    before: int, signed: Path, tmp_path: Path
+) -> None:
+    trials = 0
+    for steps in every_instruction(tmp_path / "ledger", signed, before):
+        trials += 1
+        assert len(set(steps)) == len(steps)
+        snapshot = read_ledger(tmp_path / "ledger")
+        records = [read(entry.line) for entry in snapshot.entries]
+        charged = sum(record["count"] for record in records if record["type"] == "lease")
+        assert charged == 5
+        assert len(steps) >= 3  # of the 5; an interrupt costs at most the lease of 2
+        settled = {record["step"] for record in records if record["type"] == "settle"}
+        assert settled >= set(steps)
+    assert trials > 40
+
+
+def test_an_interrupt_while_a_key_is_made_is_no_second_error() -> None:
+    half_made = LeaseKey.__new__(LeaseKey)
+    half_made.__del__()
+    half_made.wipe()
+
+
+class Meeting(str):
+    """A purpose at whose look-ups two threads wait for each other: both look before either marks."""
+
+    __slots__ = ()
+    counts = threading.local()
+    barriers = (threading.Barrier(2, timeout=5), threading.Barrier(2, timeout=5))
+
+    def __hash__(self) -> int:
+        index = getattr(self.counts, "index", 0)
+        self.counts.index = index + 1
+        self.barriers[index].wait()
+        return super().__hash__()
+
+
+def test_two_threads_that_use_one_receipt_at_once_get_its_key_once() -> None:
+    ledger = make_ledger()
+    run = ledger.start(ledger.sign_plan(make_plan(4), owner=OWNER), lease_steps=4)
+    receipt, purpose = run.next_receipt(), Meeting("grad-noise")
+    outcomes: list[str] = []
+
+    def work() -> None:
+        try:
+            receipt.use(purpose)
+            outcomes.append("used")
+        except ReceiptSpent:
+            outcomes.append("refused")
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["refused", "used"]
+
+
+def test_a_thread_that_waited_for_close_begins_no_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = make_ledger()
+    run = ledger.start(ledger.sign_plan(make_plan(6), owner=OWNER), lease_steps=2)
+    run.next_receipt()
+    caught: list[BaseException] = []
+    passed = threading.Event()
+    genuine = type(run)._guard
+
+    def guard(self: Any) -> None:
+        genuine(self)
+        passed.set()
+
+    def work() -> None:
+        try:
+            run.next_receipt()
+        except PrivacyViolation as error:
+            caught.append(error)
+
+    monkeypatch.setattr(type(run), "_guard", guard)
+    with run._lock:  # as close() holds it
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert passed.wait(5)
+        run.close()
+    thread.join()
+    assert [error.code for error in caught] == ["DP078"]  # type: ignore[attr-defined]
+    assert ledger.state.runs[run.run_id].charged == 2
