@@ -46,7 +46,7 @@ from dpbudget.plan import (
 
 
 def _load(name: AccountantName) -> Accountant:
-    from dpbudget.accountants import get_accountant  # numpy and scipy load on the first number, not on import
+    from dpbudget.accountants import get_accountant  # numpy and mpmath load on the first number, not on import
 
     return get_accountant(name)
 
