@@ -89,7 +89,7 @@ def _read_csv(path: str, data: bytes, target: str) -> tuple[NDArray[Any], NDArra
     if header.count(target) != 1 or len(set(header)) != len(header):
         raise _bad(
             f"{path} has no header with exactly one column {target!r} and no name twice",
-            f"the columns are {', '.join(header[:20])}" if header else "the file is empty",
+            f"name the labels with --target; the columns are {_listed(header)}" if header else "the file is empty",
         )
     if any(len(row) != len(header) for row in rows):
         raise _bad(f"{path} has rows of another length than its header", "export it again")
@@ -99,6 +99,11 @@ def _read_csv(path: str, data: bytes, target: str) -> tuple[NDArray[Any], NDArra
     numbers = {name: _column(path, name, cells) for name, cells in columns.items()}
     labels = numbers.pop(target)
     return np.stack(list(numbers.values()), axis=1), labels
+
+
+def _listed(header: list[str]) -> str:
+    """Up to 20 names: the first ones, and the last, where labels often are."""
+    return ", ".join(header if len(header) <= 20 else [*header[:18], "…", header[-1]])
 
 
 def _column(path: str, name: str, cells: tuple[str, ...]) -> NDArray[np.float64]:

@@ -124,6 +124,9 @@ def _explain_click(error: click.ClickException) -> tuple[str, str, str, int]:
         return "DP060", f"unknown option {error.option_name}", close or hint, 2
     message, _, fix = error.format_message().rstrip(".").partition(". Fix: ")
     code = "DP064" if isinstance(error, click.MissingParameter) else "DP060"
+    if isinstance(error, click.MissingParameter) and isinstance(error.param, click.Option) and not fix:
+        option = error.param
+        fix = f"pass {option.opts[0]} {option.make_metavar(error.ctx)}: {option.help}" if error.ctx else ""
     message = " ".join(message.split())
     return code, message[:1].lower() + message[1:], fix or hint, 2
 

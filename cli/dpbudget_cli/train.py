@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import click
 from dpbudget.curve import round_up
 from dpbudget.errors import DPBudgetError, InvalidParameter, MissingExtra, Unreadable
 from dpbudget_cli import _output as out
+from dpbudget_cli._checkpoints import Checkpoints
 from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, read_passphrases
 from dpbudget_cli._options import COUNT, JSON, POSITIVE, SEED, SHARE
 from dpbudget_cli.main import Leaf
@@ -50,12 +51,13 @@ class _Job:
     init: str | None
     public_eval: str | None
     physical_batch_size: int | None
+    checkpoint_every: int
 
 
 @click.command("train", cls=Leaf)
 @click.option("--ledger", "path", required=True, metavar="PATH", help="The ledger that holds the plan.")
-@click.option("--plan", "run_id", metavar="RUN", help="The run that plan new printed; only one needs no name.")
-@click.option("--writer-key", metavar="FILE", help="The writer's key; PATH.writer.key if not given.")
+@click.option("--plan", "run_id", metavar="RUN", help="The run, if several have steps left.")
+@click.option("--writer-key", metavar="FILE", help="PATH.writer.key or writer.key beside it if not given.")
 @click.option("--data", required=True, metavar="FILE", help="Private data: .csv with a header, or .npz.")
 @click.option("--target", default="y", metavar="COL", help="Column or array with the labels (y).")
 @click.option("--classes", type=COUNT, required=True, metavar="K", help="Number of classes: declared, not counted.")
@@ -65,10 +67,11 @@ class _Job:
 @click.option("--momentum", type=SHARE, default=0.0, metavar="M", help="Momentum (0).")
 @click.option("--feature-scale", type=POSITIVE, default=1.0, metavar="F", help="Public factor for all features (1).")
 @click.option("--seed", type=SEED, default=0, metavar="N", help="Seed of the initial weights alone (0).")
-@click.option("--output", metavar="FILE", help="Write the weights to this new .safetensors file.")
-@click.option("--init", metavar="FILE", help="Begin with these weights: public ones, or an earlier --output.")
-@click.option("--public-eval", metavar="FILE", help="Data that you declare public, to print an accuracy on.")
+@click.option("--output", metavar="FILE", help="New file for weights; PATH.RUN.safetensors if not given.")
+@click.option("--init", metavar="FILE", help="Begin with these weights: public, or an --output.")
+@click.option("--public-eval", metavar="FILE", help="File that you declare public, for an accuracy.")
 @click.option("--physical-batch-size", type=COUNT, metavar="B", help="Most records in memory at once.")
+@click.option("--checkpoint-every", type=COUNT, default=100, metavar="T", help="Steps between two checkpoints (100).")
 @PASSPHRASE_FD
 @JSON
 def command(
@@ -77,7 +80,8 @@ def command(
     """Train on a file under a signed plan; noise, clipping, sampling and steps come from the plan alone.
 
     No loss, size or accuracy of the private data is computed for display, and features are not standardised by it.
-    Started again, it takes the steps that the ledger has left. Column names and their number are treated as public.
+    Column names and their number are treated as public. Started again after a crash, it goes on from the newest
+    checkpoint; Ctrl-C writes the weights. docs/commands.md says more.
 
     Examples:
       dpbudget train --ledger budget.ledger --data train.csv --target label --classes 2
@@ -85,7 +89,8 @@ def command(
     """
     job = _Job(**values)
     _require_torch()
-    _check_output(job.output)
+    if job.output is not None:
+        _check_output(job.output)
     from dpbudget._surface import open_ledger, start
 
     table = _read(job, job.data)
@@ -94,14 +99,20 @@ def command(
     writer = load_signer(key_path(writer_key, path, "writer"), read_passphrases(passphrase_fd))
     with open_ledger(path, writer=writer) as ledger, _stop_on_interrupt() as interrupt:
         with start(ledger, _choose_run(ledger.state, run_id)) as run:
-            _say_before(run, job, str(ledger.head))
-            result = _fit(model, job, table, run, interrupt)
+            output = job.output or f"{path}.{run.run_id[:8]}.safetensors"
+            if run.remaining:
+                _check_output(output)
+            _say_before(run, str(ledger.head))
+            checkpoints = Checkpoints(output, run, job.checkpoint_every)
+            result = _fit(model, job, table, run, interrupt, checkpoints)
         head = str(ledger.head)
-    if job.output:
-        _save(model, job.output, result)
+    _save(model, output, result)
+    checkpoints.clear()
+    job = replace(job, output=output)
     accuracy = None if held_out is None else _accuracy(model, held_out)
     _report(result, job, head, accuracy, as_json)
     if interrupt.asked:
+        out.talk(f"to go on, call it again with --init {output} and another --output")
         sys.exit(130)
 
 
@@ -126,13 +137,15 @@ def _require_torch() -> None:
     del safetensors, torch
 
 
-def _check_output(output: str | None) -> None:
+def _check_output(output: str) -> None:
     """Refuse, before any step is charged, a file that could not be written after the last one."""
-    if output is None:
-        return
     place = Path(output)
     if os.path.lexists(place):
-        raise InvalidParameter(f"{output} exists", code="DP074", hint="choose another --output; nothing was charged")
+        raise InvalidParameter(
+            f"{output} exists",
+            code="DP074",
+            hint="choose another --output, with --init if these weights go on; no step was taken",
+        )
     if not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
         raise Unreadable(f"the folder {place.parent} cannot be written", hint="make the folder first")
 
@@ -157,6 +170,7 @@ def _make_model(job: _Job, table: Table) -> torch.nn.Module:
         model = torch.nn.Sequential(torch.nn.Flatten(), *layers)
     else:
         model = _from_factory(job, features)
+        _try_out(model, job, table.features.shape[1:])
     if job.init:
         _load(model, job.init)
     return model.train()
@@ -186,7 +200,8 @@ def _from_factory(job: _Job, features: int) -> torch.nn.Module:
         raise InvalidParameter(
             f"the model factory {job.model} failed with {what}",
             code="DP093",
-            hint="it is called as factory(features, classes) and returns a torch.nn.Module",
+            hint="it is imported from this folder or PYTHONPATH, called as factory(features, classes), and returns a "
+            "torch.nn.Module",
         ) from None
     finally:
         sys.path.pop(0)
@@ -197,6 +212,27 @@ def _from_factory(job: _Job, features: int) -> torch.nn.Module:
             hint="return a torch.nn.Module",
         )
     return model
+
+
+def _try_out(model: torch.nn.Module, job: _Job, shape: tuple[int, ...]) -> None:
+    """Call a user's model on two records of zeros; what it says of those may be shown in full (DP093)."""
+    import torch
+
+    what = ""
+    try:
+        with torch.no_grad():
+            scores = model.eval()(torch.zeros(2, *shape))
+        if not isinstance(scores, torch.Tensor) or scores.shape != (2, job.classes):
+            what = f"returns {list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__}"
+    except Exception as error:  # noqa: BLE001 - code of the user, as above
+        what = "fails with " + " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if what:
+        raise InvalidParameter(
+            f"the model {job.model} {what} for two records of zeros, of shape {[2, *shape]}",
+            code="DP093",
+            hint=f"take float32 of shape [B, {', '.join(map(str, shape))}] and return [B, {job.classes}]; nothing was "
+            "charged",
+        )
 
 
 @dataclass
@@ -226,18 +262,37 @@ def _stop_on_interrupt() -> Iterator[_Interrupt]:
         signal.signal(signal.SIGINT, before)
 
 
-def _say_before(run: Run, job: _Job, head: str) -> None:
+def _say_before(run: Run, head: str) -> None:
     claim = run.plan.claim
     out.talk(f"run {run.run_id}: {run.charged} of {run.planned} steps charged; head {head}")
     out.talk(f"the plan claims epsilon {round_up(claim.epsilon)} at delta {claim.delta:g}")
-    if run.charged and job.init is None and run.remaining:
-        out.talk("the ledger has steps of this run already, and no --init was given: the weights begin anew")
 
 
-def _fit(model: torch.nn.Module, job: _Job, table: Table, run: Run, interrupt: _Interrupt) -> TrainingResult:
+def _resume(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, job: _Job, run: Run, checkpoints: Checkpoints
+) -> bool:
+    """Go on from the newest checkpoint, and say where the weights come from; whether there was one."""
+    steps = None if job.init else checkpoints.resume(model, optimizer)
+    if steps is not None:
+        out.talk(f"going on from the checkpoint of step {steps}")
+    elif run.charged and run.remaining and job.init is None:
+        out.talk(
+            "the ledger has steps of this run already, and there is no checkpoint and no --init: weights begin anew"
+        )
+    return steps is not None
+
+
+def _fit(
+    model: torch.nn.Module,
+    job: _Job,
+    table: Table,
+    run: Run,
+    interrupt: _Interrupt,
+    checkpoints: Checkpoints,
+) -> TrainingResult:
     import torch
 
-    from dptrainer.trainer import PrivateTrainer
+    from dptrainer.trainer import PrivateTrainer, TrainingResult
 
     dataset = torch.utils.data.TensorDataset(torch.from_numpy(table.features), torch.from_numpy(table.labels))
     optimizer = torch.optim.SGD(
@@ -245,10 +300,14 @@ def _fit(model: torch.nn.Module, job: _Job, table: Table, run: Run, interrupt: _
         lr=job.lr,
         momentum=job.momentum,
     )
+    if _resume(model, optimizer, job, run, checkpoints) and not run.remaining:
+        claim = run.plan.claim  # killed within the last lease: its steps are spent, and these are the weights
+        return TrainingResult(run.run_id, 0, run.charged, run.planned, False, run.epsilon(), claim.epsilon, claim.delta)
     with _progress(run) as show:
 
         def each(steps: int, epsilon: Bounds | None) -> bool:
             show(epsilon)
+            checkpoints.keep(model, optimizer, steps)
             return not interrupt.asked
 
         try:
@@ -362,8 +421,7 @@ def _report(result: TrainingResult, job: _Job, head: str, accuracy: float | None
         ("steps", f"{result.charged} of {result.planned} charged"),
         ("head", head),
     ]
-    if job.output:
-        rows.append(("weights", job.output))
+    rows.append(("weights", job.output))
     if accuracy is not None:
         rows.append(("public accuracy", f"{accuracy:.4f}"))
     out.emit_table(rows)

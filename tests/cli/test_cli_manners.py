@@ -338,3 +338,10 @@ def test_an_interrupt_ends_with_130(empty: Path) -> None:
     out, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "Traceback" not in out + err
+
+
+def test_a_missing_option_is_explained_and_not_only_named(run_cli: Cli, folder: Path) -> None:
+    answer = run_cli("epsilon", "--sample-rate", "0.02", "--noise-multiplier", "1", "--steps", "10")
+    assert answer.code == 2
+    assert "error DP064: missing option '--delta'" in answer.err
+    assert "Fix: pass --delta D: Delta, such as 1e-5 or 1/60000." in answer.err

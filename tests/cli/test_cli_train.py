@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,7 +42,15 @@ class Late(torch.nn.Module):
         super().__init__()
         self.inner = torch.nn.Linear(4, 2)
     def forward(self, x):
-        raise RuntimeError(f"batch of {tuple(x.shape)}")
+        if x.any():
+            raise RuntimeError(f"batch of {tuple(x.shape)}")
+        return self.inner(x)
+def misfit(features, classes):
+    return torch.nn.Linear(features + 1, classes)
+def narrow(features, classes):
+    return torch.nn.Linear(features, 1)
+def lazy(features, classes):
+    return torch.nn.LazyLinear(classes)
 def late(features, classes):
     return Late()
 """
@@ -88,11 +97,11 @@ class TestTraining:
     def test_without_public_data_nothing_is_told_about_the_data(self, run_cli: Cli, job: Path) -> None:
         answer = run_cli(*TRAIN)
         assert answer.code == 0
-        said = (answer.out + answer.err).lower()
+        said = re.sub("[0-9a-f]{8,}", "", (answer.out + answer.err).lower())  # digits of names and hashes by chance
         for word in ("loss", "accuracy", "batch size", "records", "100"):
             assert word not in said, word
 
-    @pytest.mark.parametrize("model", ["linear", "mlp", "my_models:small"])
+    @pytest.mark.parametrize("model", ["linear", "mlp", "my_models:small", "my_models:lazy"])
     def test_every_kind_of_model_trains(self, run_cli: Cli, job: Path, model: str) -> None:
         assert run_cli(*TRAIN, "--model", model, "--physical-batch-size", "7", "--momentum", "0.5").code == 0
 
@@ -137,6 +146,8 @@ class TestUserModels:
         [
             ("my_models:broken", "DP093", "ValueError: no such thing"),
             ("my_models:number", "DP093", "returned int"),
+            ("my_models:misfit", "DP093", "shapes cannot be multiplied (2x4 and 5x2)"),
+            ("my_models:narrow", "DP093", "returns [2, 1]"),
             ("my_models:absent", "DP093", "AttributeError"),
             ("my_models:mixing", "DP010", "BatchNorm1d"),
         ],
@@ -179,6 +190,7 @@ main({[*TRAIN, "--output", "w.safetensors", "--json"]!r})
         first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
         assert first.returncode == 130, first.stderr
         assert "stopping after this step" in first.stderr
+        assert "--init w.safetensors and another --output" in first.stderr
         assert json.loads(first.stdout)["steps"] == 3
         assert (job / "w.safetensors").exists()
         more = [*TRAIN, "--init", "w.safetensors", "--output", "end.safetensors", "--json"]
@@ -195,11 +207,89 @@ main({[*TRAIN, "--output", "w.safetensors", "--json"]!r})
         assert answer["steps"] <= 17
 
 
+class TestCheckpoints:
+    KILLED = """
+import os, signal
+import dptrainer.trainer as trainer
+from dpbudget_cli.main import main
+tell = trainer.PrivateTrainer._tell
+def kill(self, steps):
+    tell(self, steps)
+    if steps == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+trainer.PrivateTrainer._tell = kill
+main({words!r})
+"""
+    WORDS = (*TRAIN, "--output", "w.safetensors", "--checkpoint-every", "2", "--momentum", "0.5", "--json")
+
+    def killed_at(self, step: int) -> None:
+        env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}"}
+        code = self.KILLED.format(step=step, words=[*self.WORDS])
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+
+    def weights(self, job: Path) -> dict[str, torch.Tensor]:
+        folders = list((job / "w.safetensors.checkpoint").iterdir())
+        assert len(folders) == 1  # older ones are dropped, none is half written
+        return load_file(folders[0] / "model.safetensors")
+
+    def test_a_killed_process_goes_on_from_its_checkpoint_under_the_same_command(
+        self, run_cli: Cli, job: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import dptrainer.trainer
+
+        self.killed_at(5)
+        kept, first = self.weights(job), []
+        fit = dptrainer.trainer.PrivateTrainer.fit
+        monkeypatch.setattr(
+            dptrainer.trainer.PrivateTrainer,
+            "fit",
+            lambda self: (first.append({k: v.clone() for k, v in self._model.state_dict().items()}), fit(self))[1],
+        )
+        answer = run_cli(*self.WORDS)
+        assert answer.code == 0, answer.err
+        assert "going on from the checkpoint of step" in answer.err
+        assert all(torch.equal(first[0][name], kept[name]) for name in kept)
+        assert (answer.json["charged"], answer.json["output"]) == (20, "w.safetensors")
+        assert not (job / "w.safetensors.checkpoint").exists()
+        assert verify("budget.ledger").steps == 20
+
+    def test_a_process_killed_after_the_last_step_still_gives_its_weights(self, run_cli: Cli, job: Path) -> None:
+        self.killed_at(20)
+        kept = self.weights(job)
+        answer = run_cli(*self.WORDS)
+        assert answer.code == 0, answer.err
+        assert (answer.json["steps"], answer.json["charged"]) == (0, 20)
+        final = load_file("w.safetensors")
+        assert all(torch.equal(final[name], kept[name]) for name in kept)
+        assert run_cli(*TRAIN).code == 3
+
+    def test_a_checkpoint_of_another_model_is_refused_before_any_step(self, run_cli: Cli, job: Path) -> None:
+        self.killed_at(3)
+        before = verify("budget.ledger").steps
+        answer = run_cli(*self.WORDS, "--model", "mlp")
+        assert (answer.code, answer.json["error"]["code"]) == (4, "DP091")
+        assert verify("budget.ledger").steps == before
+
+    def test_without_output_the_weights_are_kept_beside_the_ledger(self, run_cli: Cli, job: Path) -> None:
+        answer = run_cli(*TRAIN, "--json")
+        assert answer.json["output"] == f"budget.ledger.{answer.json['run'][:8]}.safetensors"
+        assert set(load_file(answer.json["output"])) == {"1.weight", "1.bias"}
+
+
 class TestTables:
     def write(self, folder: Path, name: str, text: str | bytes) -> str:
         path = folder / name
         path.write_bytes(text.encode() if isinstance(text, str) else text)
         return str(path)
+
+    def test_a_missing_label_column_is_answered_with_the_columns_that_are_there(self, tmp_path: Path) -> None:
+        names = [f"f{k}" for k in range(30)] + ["label"]
+        path = self.write(tmp_path, "t.csv", ",".join(names) + "\n" + ",".join("1" * 31) + "\n")
+        with pytest.raises(Unreadable, match="column 'y'") as caught:
+            read_table(path, "y", 2, 1.0)
+        assert "--target" in caught.value.hint
+        assert caught.value.hint.endswith("f17, …, label")
 
     def test_a_csv_and_an_npz_of_one_table_are_equal(self, tmp_path: Path) -> None:
         path = self.write(tmp_path, "t.csv", "a,y,b\n1,0,2\n3,1,4\n")
