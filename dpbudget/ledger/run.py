@@ -312,7 +312,7 @@ class Run:
         return PlanExhausted(
             f"step {self.planned + 1} of {self.planned} is not in the plan; its {self.planned} steps claim "
             f"epsilon {round_up(claim.epsilon)} at delta {claim.delta:g}, and nothing beyond them is covered",
-            hint="plan and sign another run; it is composed with this one",
+            hint="plan and sign another run, if dpbudget ledger show says that some of the budget is left",
         )
 
 
