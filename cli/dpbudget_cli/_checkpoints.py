@@ -30,7 +30,7 @@ class Checkpoints:
         self._run, self._every = run, every
 
     def resume(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int | None:
-        """Load the newest checkpoint; the steps charged when it was written, or None where there is none.
+        """Load the newest checkpoint; the steps that its weights hold, or None where there is none.
 
         Raises:
             PrivacyViolation: it is of another run, or newer than the ledger (DP051).
@@ -42,13 +42,14 @@ class Checkpoints:
         if not folders:
             return None
         try:
-            return load_checkpoint(folders[-1], model, optimizer, run=self._run).steps
+            load_checkpoint(folders[-1], model, optimizer, run=self._run)
         except (RuntimeError, ValueError, KeyError):
             raise Unreadable(
                 f"{folders[-1]} does not hold weights of this model",
                 code="DP091",
                 hint="pass the --model, --hidden and --momentum that it was made with, or another --output",
             ) from None
+        return int(folders[-1].name)
 
     def keep(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
         """Write a checkpoint after every so many steps of this call, and drop the one before it.

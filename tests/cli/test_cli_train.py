@@ -248,7 +248,7 @@ main({words!r})
         )
         answer = run_cli(*self.WORDS)
         assert answer.code == 0, answer.err
-        assert "going on from the checkpoint of step" in answer.err
+        assert "going on from the checkpoint of step 4\n" in answer.err
         assert all(torch.equal(first[0][name], kept[name]) for name in kept)
         assert (answer.json["charged"], answer.json["output"]) == (20, "w.safetensors")
         assert not (job / "w.safetensors.checkpoint").exists()
