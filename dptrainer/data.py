@@ -94,9 +94,9 @@ def check_dataset(dataset: object) -> None:
             code="DP024",
             hint="use a map-style dataset with __len__ and __getitem__",
         )
-    if isinstance(dataset, tuple | Tensor) and all(isinstance(part, Tensor) for part in dataset):
+    if isinstance(dataset, tuple) and dataset and all(isinstance(part, Tensor) for part in dataset):
         raise PrivacyViolation(
-            f"the dataset is a {type(dataset).__name__} of tensors, whose items need not be records",
+            "the dataset is a tuple of tensors, whose items are whole columns and not records",
             code="DP024",
             hint="pass torch.utils.data.TensorDataset(inputs, labels)",
         )

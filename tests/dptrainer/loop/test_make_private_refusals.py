@@ -293,7 +293,6 @@ def optimizer_of(model: nn.Module, kind: Any = torch.optim.SGD, **kw: Any) -> tu
         (lambda: private(data=DataLoader(Stream())), "DP024"),
         (lambda: private(data=Stream()), "DP024"),
         (lambda: private(data=(torch.zeros(40, 3), torch.zeros(40, dtype=torch.long))), "DP024"),
-        (lambda: private(data=torch.zeros(40, 3)), "DP024"),
         (lambda: private(data=(item for item in linear_data())), "DP024"),
         (lambda: private(optimizer=torch.optim.SGD(linear_model(seed=1).parameters())), "DP011"),
         (lambda: private(m := linear_model(), torch.optim.SGD([m.weight])), "DP012"),
