@@ -7,14 +7,16 @@ and by another one.
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from dpbudget.accountants import ACCOUNTANTS, get_accountant
-from dpbudget.curve import Bounds, round_down, round_up
+from dpbudget.curve import Bounds, round_down, round_up, show_delta
 from dpbudget.errors import DPBudgetError, InvalidParameter, Tampered
 from dpbudget.filters import PortfolioFilter
 from dpbudget.ledger.entries import Entry
@@ -122,8 +124,8 @@ class Report:
     def summary(self) -> str:
         """The verdict in a few lines of plain words."""
         lines = ["VALID" if self.ok else "NOT VALID" if self.exit_code == 1 else "VALID, BUT NOT ANCHORED"]
-        if self.epsilon is not None and self.budget is not None:
-            lines[0] += f": epsilon <= {round_up(self.epsilon.upper, 10)} at delta {self.delta:g}"
+        if self.epsilon is not None and self.budget is not None and self.delta is not None:
+            lines[0] += f": epsilon <= {round_up(self.epsilon.upper, 10)} at delta {show_delta(self.delta)}"
             checked_by = " and ".join(self.checked_by)
             lines.append(f"  lower bound {round_down(self.epsilon.lower, 10)}; recomputed by {checked_by}")
             lines.append(f"  budget epsilon {self.budget[0]:g}, delta {self.budget[1]:g}; {self.steps} steps charged")
@@ -175,7 +177,7 @@ def verify(path: str | os.PathLike[str], *, trust: PublicKey | None = None, expe
         problems=(*problems, *([missed] if missed else [])),
         warnings=tuple(_warnings(state, trusted=trust is not None, anchored=anchor is not None)),
         epsilon=_spent(state, begun),
-        delta=sum(portfolio.delta for portfolio in begun) if begun else state.genesis.delta,
+        delta=_sum_up(portfolio.delta for portfolio in begun) if begun else state.genesis.delta,
         budget=(state.genesis.epsilon, state.genesis.delta),
         steps=sum(run.charged for run in state.runs.values()),
         head=f"{head.size}:{head.root}",
@@ -233,6 +235,13 @@ def _check_claim(label: str, plans: Sequence[Plan], claim: float, delta: float) 
     return problems
 
 
+def _sum_up(values: Iterable[float]) -> float:
+    """The smallest float that is at least the exact sum: floats added one by one may end below it."""
+    total = sum((Fraction(value) for value in values), Fraction())
+    nearest = float(total)
+    return nearest if nearest >= total else math.nextafter(nearest, math.inf)
+
+
 def _spent(state: LedgerState, begun: Sequence[Portfolio]) -> Bounds:
     """Sum of the claims above; below, the lower bound of all plans as one composition at the sum of deltas.
 
@@ -240,10 +249,10 @@ def _spent(state: LedgerState, begun: Sequence[Portfolio]) -> Bounds:
     """
     if not begun:
         return Bounds(0.0, 0.0)
-    upper = sum(portfolio.claim or 0.0 for portfolio in begun)
+    upper = _sum_up(portfolio.claim or 0.0 for portfolio in begun)
     plans = [plan for portfolio in begun for plan in state.plans_of(portfolio)]
     try:
-        lower = PortfolioFilter(get_accountant("prv")).joint_bounds(plans, sum(p.delta for p in begun)).lower
+        lower = PortfolioFilter(get_accountant("prv")).joint_bounds(plans, _sum_up(p.delta for p in begun)).lower
     except DPBudgetError:
         lower = 0.0
     return Bounds(min(lower, upper), upper)

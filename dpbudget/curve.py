@@ -53,6 +53,11 @@ def round_down(value: float, digits: int = 6) -> str:
     return _directed(value, digits, ROUND_FLOOR)
 
 
+def show_delta(delta: float) -> str:
+    """A delta in six digits, never rounded below it: a guarantee at a smaller delta than the proved one is none."""
+    return f"{float(round_up(delta)):g}"
+
+
 def _directed(value: float, digits: int, rounding: str) -> str:
     if not math.isfinite(value):
         return str(value)

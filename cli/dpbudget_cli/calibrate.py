@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dpbudget.curve import round_up
+from dpbudget.curve import round_up, show_delta
 from dpbudget_cli import _output as out
 from dpbudget_cli._options import CLIP, DELTA, EPSILON, JSON, NOISE, accounting_options, schedule_options
 from dpbudget_cli.main import Leaf
@@ -55,7 +55,7 @@ def command(as_json: bool, **values: Any) -> None:
         [
             ("noise multiplier", f"{phase.noise_multiplier:.10g}"),
             ("epsilon", f"{round_up(plan.claim.epsilon)}  (certified claim)"),
-            ("delta", f"{plan.claim.delta:.6g}"),
+            ("delta", show_delta(plan.claim.delta)),
             ("sampling rate", f"{phase.rate:.10g}"),
             ("steps", plan.steps),
             ("clip norm", f"{plan.clip_norm:g}"),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dpbudget.curve import round_up
+from dpbudget.curve import round_up, show_delta
 from dpbudget_cli import _output as out
 from dpbudget_cli._options import JSON
 from dpbudget_cli.main import Leaf
@@ -71,7 +71,7 @@ def show_runs(state: LedgerState) -> None:
                 run.run_id,
                 run.portfolio,
                 round_up(claim.epsilon),
-                f"{claim.delta:g}",
+                show_delta(claim.delta),
                 f"{phase.noise_multiplier:.6g}{more}",
                 f"{phase.rate:.6g}{more}",
                 run.charged,

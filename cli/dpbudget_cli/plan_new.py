@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dpbudget.curve import round_up
+from dpbudget.curve import round_up, show_delta
 from dpbudget.errors import BudgetExceeded, InvalidParameter
 from dpbudget_cli import _output as out
 from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, read_passphrases
@@ -135,7 +135,7 @@ def _report(plan: Plan, question: Question, run_id: str, head: str, as_json: boo
             ("run", run_id),
             ("plan", plan.digest()),
             ("noise multiplier", f"{phase.noise_multiplier:.10g}"),
-            ("claim", f"epsilon {round_up(plan.claim.epsilon)} at delta {plan.claim.delta:g}"),
+            ("claim", f"epsilon {round_up(plan.claim.epsilon)} at delta {show_delta(plan.claim.delta)}"),
             ("sampling rate", f"{phase.rate:.10g}"),
             ("steps", plan.steps),
             ("head", head),

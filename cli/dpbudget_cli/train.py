@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dpbudget.curve import round_up
+from dpbudget.curve import round_up, show_delta
 from dpbudget.errors import DPBudgetError, InvalidParameter, MissingExtra, Unreadable
 from dpbudget_cli import _output as out
 from dpbudget_cli._checkpoints import Checkpoints
@@ -265,7 +265,7 @@ def _stop_on_interrupt() -> Iterator[_Interrupt]:
 def _say_before(run: Run, head: str) -> None:
     claim = run.plan.claim
     out.talk(f"run {run.run_id}: {run.charged} of {run.planned} steps charged; head {head}")
-    out.talk(f"the plan claims epsilon {round_up(claim.epsilon)} at delta {claim.delta:g}")
+    out.talk(f"the plan claims epsilon {round_up(claim.epsilon)} at delta {show_delta(claim.delta)}")
 
 
 def _resume(
@@ -417,7 +417,7 @@ def _report(result: TrainingResult, job: _Job, head: str, accuracy: float | None
         return
     rows: list[tuple[str, object]] = [
         ("run", result.run_id),
-        ("claim", f"epsilon {round_up(result.claim)} at delta {result.delta:g}"),
+        ("claim", f"epsilon {round_up(result.claim)} at delta {show_delta(result.delta)}"),
         ("steps", f"{result.charged} of {result.planned} charged"),
         ("head", head),
     ]

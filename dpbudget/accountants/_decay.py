@@ -108,7 +108,7 @@ def _layers(heights: Array, widths: Array) -> tuple[Array, Array]:
 
 def _one_minus_envelope(y: Array) -> Array:
     """Lower bound of 1 - sup_{v >= y} |sin v / v| for y >= 0, relatively accurate near 0."""
-    square = np.minimum(y * y, 1.0)
+    square = np.square(np.minimum(y, 1.0))
     near = square * (1.0 / 6.0 - square * (1.0 / 120.0 - square * (1.0 / 5040.0 - square / 362880.0)))
     safe = np.maximum(y, 1.0)
     middle = 1.0 - np.maximum(np.abs(np.sin(safe)) / safe, _LOBE)

@@ -28,6 +28,8 @@ _TOLERANCE = 1e-14
 _GOOD, _POOR = 1e-11, 1e-6
 # One narrower than this shows where to plan the next contour.
 _ROUGH, _PASSES = 0.01, 4
+# Delta is evaluated at no larger epsilon; below exp(-746) no float but 0 and the smallest one is left.
+_FARTHEST, _VANISHED = 1e18, -746.0
 Interval = tuple[float, float]
 
 
@@ -66,7 +68,9 @@ class PRVCurve:
     def delta(self, epsilon: float) -> Bounds:
         """Smallest delta at ``epsilon``; raises InvalidParameter (DP001) unless epsilon is finite and >= 0."""
         epsilon = check_epsilon(epsilon)
-        return _larger([direction.delta(epsilon) for direction in self._directions])
+        answer = _larger([direction.delta(min(epsilon, _FARTHEST)) for direction in self._directions])
+        # Delta falls as epsilon grows, so the upper end holds beyond; nothing is left of the lower one there.
+        return answer if epsilon <= _FARTHEST else Bounds(0.0, answer.upper)
 
 
 def _larger(intervals: list[Interval]) -> Bounds:
@@ -152,6 +156,8 @@ class _Direction:
         chernoff, index = self._moments.coarse_log_delta(epsilon)
         log_delta = min(chernoff, 0.0)
         answer = (0.0, exp_up(log_delta))
+        if log_delta < _VANISHED:
+            return answer
         # The Renyi bound of delta is typically a few nats high, which makes the tolerance a little coarser than meant.
         contour = plan_contour(self._moments, epsilon, log_delta - 3.0, _TOLERANCE, index)
         if contour is not None:

@@ -12,7 +12,7 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
-from dpbudget.curve import Bounds, round_up
+from dpbudget.curve import Bounds, round_up, show_delta
 from dpbudget.errors import BudgetExceeded, InvalidParameter, PlanExhausted, PrivacyViolation, StorageFailed
 from dpbudget.ledger.claims import portfolio_claim
 from dpbudget.ledger.journal import Draft, Journal
@@ -311,7 +311,7 @@ class Run:
         claim = self.plan.claim
         return PlanExhausted(
             f"step {self.planned + 1} of {self.planned} is not in the plan; its {self.planned} steps claim "
-            f"epsilon {round_up(claim.epsilon)} at delta {claim.delta:g}, and nothing beyond them is covered",
+            f"epsilon {round_up(claim.epsilon)} at delta {show_delta(claim.delta)}, and nothing beyond them is covered",
             hint="plan and sign another run, if dpbudget ledger show says that some of the budget is left",
         )
 

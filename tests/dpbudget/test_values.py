@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpbudget import errors
-from dpbudget.curve import Bounds, round_down, round_up
+from dpbudget.curve import Bounds, round_down, round_up, show_delta
 from dpbudget.mechanisms import Adjacency, Gaussian, PoissonSampled, SubsampledGaussianPair
 from dpbudget.meter import Meter
 
@@ -46,6 +46,15 @@ def test_an_upper_bound_is_short_and_never_below(value, shown):
 
 
 METER = Meter((1, 5, 10), (Bounds(0.1, 0.2), Bounds(0.5, 0.6), Bounds(0.9, 1.0)), delta=1e-5, target=1.0)
+
+
+@given(st.floats(min_value=1e-300, max_value=1.0))
+def test_a_printed_delta_is_never_below_the_proved_one(delta):
+    assert delta <= float(show_delta(delta)) <= delta * (1 + 1.1e-5)
+
+
+def test_a_printed_delta_of_few_digits_stays_as_it_is():
+    assert [show_delta(delta) for delta in (5e-07, 1e-5, 0.25)] == ["5e-07", "1e-05", "0.25"]
 
 
 def test_a_meter_shows_nothing_spent_before_the_first_step():

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 import dpbudget
 from dpbudget import errors
+from dpbudget._verify import _sum_up
 from dpbudget.filters import PortfolioFilter
 from dpbudget.ledger.signing import Ed25519Signer
 from dpbudget.plan import Budget, Plan
@@ -261,3 +264,29 @@ def test_the_name_of_a_key_file_in_place_of_a_key_is_refused_with_the_way_out():
     with pytest.raises(errors.InvalidParameter, match=r"owner\.key\.pub") as caught:
         dpbudget.verify("any.ledger", trust="owner.key.pub")
     assert (caught.value.code, "load_public_key" in caught.value.hint) == ("DP072", True)
+
+
+def test_sums_of_claims_and_deltas_are_rounded_up_and_printed_so(tmp_path):
+    # 0.1 + 0.2 + ... of floats may end below the exact sum, and six digits of delta below the proved one.
+    desk = Desk(tmp_path, budget=Budget(epsilon=50.0, delta=1e-3), whole_budget=False)
+    deltas = []
+    for _ in range(3):
+        delta = desk.ledger.plan_delta / 3.0
+        if not deltas:
+            delta = desk.ledger.plan_delta  # the first portfolio is open with its own
+        deltas.append(delta)
+        desk.spend(dpbudget.plan_for(noise_multiplier=5.0, delta=delta, dataset_size=100, batch_size=100, steps=5), 1)
+    report = desk.verify()
+    assert report.ok
+    assert Fraction(report.delta) >= sum(map(Fraction, deltas))
+    claims = [Fraction(portfolio.claim) for portfolio in desk.ledger.state.portfolios]
+    assert Fraction(report.epsilon.upper) >= sum(claims)
+    shown = re.search(r"at delta (\S+)$", report.summary().splitlines()[0])
+    assert float(shown[1]) >= report.delta
+
+
+def test_float_sums_that_round_down_are_pushed_up():
+    values = [1.0, 2.0**-53]
+    assert sum(values) == 1.0
+    assert Fraction(_sum_up(values)) >= sum(map(Fraction, values))
+    assert _sum_up([0.5, 0.25]) == 0.75

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import warnings
 
 import pytest
 from accounting_cases import sampled
@@ -99,3 +100,18 @@ def test_importing_the_package_loads_no_numerics():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("epsilon", [1e6, 1e12, 1e18, 1e150, 1e300])
+@pytest.mark.parametrize("steps", [[(2.0**-64, 0.12, 2)], [(1.0 - 2.0**-53, 0.12, 1)], [(1.0, 0.5, 3), (0.5, 0.12, 1)]])
+def test_an_epsilon_beyond_all_losses_leaves_no_delta_and_raises_nothing(epsilon, steps):
+    bounds = get_accountant("prv").curve([sampled(*step) for step in steps], Adjacency.ADD_REMOVE).delta(epsilon)
+    assert 0.0 <= bounds.lower <= bounds.upper <= 1e-300
+
+
+def test_no_warning_leaves_an_accountant_in_a_corner():
+    charges = [sampled(2.0**-32, 0.12, 10**9), sampled(2.0**-16, 0.06, 1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bounds = get_accountant("prv").curve(charges, Adjacency.ADD_REMOVE).delta(1e6)
+    assert bounds.upper <= 1e-300
