@@ -58,7 +58,7 @@ class Report:
         problems: what does not hold, in words; empty exactly when everything holds.
         warnings: what a reader should know all the same.
         epsilon: what all runs together spent at ``delta``: the upper end is the sum of the recorded claims, the lower
-            end was computed for the mechanisms in real arithmetic.
+            end was computed for the mechanisms in real arithmetic. None where a claim does not hold.
         delta: the deltas of the portfolios that were begun, together.
         budget: the owner's total epsilon and delta.
         steps: charged steps of all runs.
@@ -176,7 +176,7 @@ def verify(path: str | os.PathLike[str], *, trust: PublicKey | None = None, expe
         ok=not problems and missed is None,
         problems=(*problems, *([missed] if missed else [])),
         warnings=tuple(_warnings(state, trusted=trust is not None, anchored=anchor is not None)),
-        epsilon=_spent(state, begun),
+        epsilon=None if problems else _spent(state, begun),  # a refuted claim is no upper bound
         delta=_sum_up(portfolio.delta for portfolio in begun) if begun else state.genesis.delta,
         budget=(state.genesis.epsilon, state.genesis.delta),
         steps=sum(run.charged for run in state.runs.values()),

@@ -8,7 +8,7 @@ from fractions import Fraction
 from functools import partial
 
 from dpbudget.curve import round_up
-from dpbudget.errors import BudgetExceeded, InvalidParameter
+from dpbudget.errors import BudgetExceeded, InvalidParameter, Tampered
 from dpbudget.ledger.claims import covers, portfolio_claim
 from dpbudget.ledger.journal import Draft, Journal
 from dpbudget.ledger.signing import RECORD_TYPE, STATEMENT_TYPE, Signer, sign_envelope
@@ -28,12 +28,14 @@ def admit_plan(journal: Journal, spending: SpendingFilter, plan: Plan, owner: Si
     Raises:
         BudgetExceeded: the joint claim, or the plan's delta, does not fit (DP052); nothing was written.
         InvalidParameter: see :func:`check_plan`.
+        Tampered: see :func:`check_frozen`.
     """
     check_plan(journal.state, plan, owner)
     run_id = secrets.token_hex(16)
     while True:
         # The accountant takes its time, so it answers outside the lock; inside, its question must still be the same.
         target = _target(journal.state, plan)
+        check_frozen(journal.state, spending)
         _check_claim(journal.state, target, spending, plan)
         if journal.transact(partial(_write, target, plan, owner, run_id)):
             return run_id
@@ -64,6 +66,27 @@ def check_plan(state: LedgerState, plan: Plan, owner: Signer) -> None:
             code="DP062",
             hint=f"plan with adjacency {genesis.adjacency}",
         )
+
+
+def check_frozen(state: LedgerState, spending: SpendingFilter) -> None:
+    """Recompute what the frozen portfolios claim, before the owner grants what they seem to leave.
+
+    The writer states a portfolio's claim when it takes the first lease, and the rules only bound it from above: a claim
+    of 0 would make the owner grant the whole budget once more.
+
+    Raises:
+        Tampered: a claim is below what ``spending`` certifies.
+    """
+    for portfolio in state.portfolios:
+        if portfolio.claim is None:
+            continue
+        certified = spending.joint_claim(state.plans_of(portfolio), portfolio.delta)
+        if not covers(portfolio.claim, certified):
+            raise Tampered(
+                f"portfolio {portfolio.index} was frozen at a claim of epsilon {portfolio.claim!r}; the filter "
+                f"certifies {certified!r} for its plans, so what seems to be left of the budget is not",
+                hint="sign nothing more into this ledger; dpbudget ledger verify says what it spent",
+            )
 
 
 @dataclass(frozen=True)

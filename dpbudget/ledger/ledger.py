@@ -219,6 +219,7 @@ class Ledger:
             BudgetExceeded: the joint claim would not fit; nothing was written (DP052).
             InvalidParameter: the plan does not belong into this ledger, claims less than its filter certifies, or
                 ``owner`` is not the owner (DP080).
+            Tampered: the writer understated what was spent before (DP071).
         """
         if self._filter is None:
             raise InvalidParameter(

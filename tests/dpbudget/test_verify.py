@@ -166,6 +166,10 @@ def test_a_portfolio_that_claims_less_than_it_spends_is_not_valid(desk, plan):
     report = desk.verify()
     assert report.exit_code == 1
     assert any("below the truth" in problem for problem in report.problems)
+    # A refuted claim is nowhere shown as a bound.
+    assert report.epsilon is None
+    assert report.to_json()["epsilon"] is None
+    assert "epsilon <=" not in report.summary()
 
 
 def test_a_plan_that_claims_less_than_it_costs_is_not_valid(tmp_path, plan):

@@ -315,3 +315,19 @@ def test_a_plan_of_another_accountant_keeps_its_name() -> None:
     run_id = ledger.sign_plan(plan, owner=OWNER)
     assert ledger.state.runs[run_id].plan.claim.accountant == "rdp"
     assert BUDGET.epsilon == 3.0
+
+
+def test_an_owner_grants_nothing_on_top_of_an_understated_claim() -> None:
+    # The writer alone states the claim of a portfolio: one of 0 would leave the whole budget to be granted again.
+    ledger = make_ledger()
+    run_id = ledger.sign_plan(make_plan(4, epsilon=2.0), owner=OWNER)
+    lease = {"nonce": "ab" * 32, "commitment": "cd" * 32, "first": 0, "count": 4, "claim": 0.0}
+    ledger._journal.transact(lambda draft: draft.add("lease", run=run_id, **lease))
+    assert ledger.state.remaining_epsilon == 3
+    before = ledger.head
+    with pytest.raises(
+        Tampered, match=r"frozen at a claim of epsilon 0\.0; .* certifies 2\.0"
+    ) as caught:
+        ledger.sign_plan(make_plan(4, epsilon=2.0, delta=ledger.plan_delta), owner=OWNER)
+    assert caught.value.code == "DP071"
+    assert ledger.head == before
