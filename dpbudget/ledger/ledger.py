@@ -16,11 +16,12 @@ import math
 import os
 import secrets
 import weakref
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
 
-from dpbudget.errors import InvalidParameter
+from dpbudget.errors import InvalidParameter, StorageFailed
 from dpbudget.ledger.admission import admit_plan, seal_record
 from dpbudget.ledger.head import Head, verifier_key
 from dpbudget.ledger.journal import Draft, Journal, replay
@@ -273,10 +274,15 @@ class Ledger:
         return self.head
 
     def close(self) -> None:
-        """Close the runs of this ledger and the store; idempotent."""
-        for run in list(self._runs):
-            run.close()
-        self._journal.close()
+        """Close the runs of this ledger and the store; idempotent.
+
+        Raises:
+            StorageFailed: the last settles of a run could not be written; everything is closed all the same.
+        """
+        with ExitStack() as stack:  # closes the others too where one fails
+            stack.callback(self._journal.close)
+            for run in list(self._runs):
+                stack.callback(run.close)
 
     def __enter__(self) -> Self:
         return self
@@ -284,4 +290,9 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except StorageFailed:
+            # The error that ends the block says more.
+            if error is None:
+                raise

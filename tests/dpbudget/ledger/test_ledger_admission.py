@@ -325,9 +325,7 @@ def test_an_owner_grants_nothing_on_top_of_an_understated_claim() -> None:
     ledger._journal.transact(lambda draft: draft.add("lease", run=run_id, **lease))
     assert ledger.state.remaining_epsilon == 3
     before = ledger.head
-    with pytest.raises(
-        Tampered, match=r"frozen at a claim of epsilon 0\.0; .* certifies 2\.0"
-    ) as caught:
+    with pytest.raises(Tampered, match=r"frozen at a claim of epsilon 0\.0; .* certifies 2\.0") as caught:
         ledger.sign_plan(make_plan(4, epsilon=2.0, delta=ledger.plan_delta), owner=OWNER)
     assert caught.value.code == "DP071"
     assert ledger.head == before

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ledgerkit import OWNER, make_ledger, make_plan, reopen
 
-from dpbudget.errors import StorageFailed, Tampered, Unreadable
+from dpbudget.errors import ReceiptSpent, StorageFailed, Tampered, Unreadable
 from dpbudget.ledger.store import reader, sqlite
 from dpbudget.ledger.store.reader import read_ledger
 
@@ -109,3 +109,29 @@ def test_a_database_that_holds_more_than_its_size_is_refused(
     monkeypatch.setattr(sqlite, "MAX_TOTAL_BYTES", 20_000)
     with pytest.raises(Tampered, match=rf"{table}s hold more than 20000 bytes"):
         reader.read_ledger(path)
+
+
+def test_a_ledger_whose_last_write_fails_still_closes_every_run_and_erases_its_keys(tmp_path: Path) -> None:
+    ledger = make_ledger(tmp_path / "ledger")
+    runs = [ledger.start(ledger.sign_plan(make_plan(4), owner=OWNER), lease_steps=4) for _ in range(2)]
+    receipts = [run.next_receipt() for run in runs]
+    (tmp_path / "ledger").rename(tmp_path / "elsewhere")
+    with pytest.raises(StorageFailed):
+        ledger.close()
+    assert [run.closed for run in runs] == [True, True]
+    for receipt in receipts:
+        with pytest.raises(ReceiptSpent, match="erased"):
+            receipt.use("grad-noise")
+    ledger.close()
+
+
+def test_the_error_in_a_ledgers_block_is_not_hidden_by_a_failing_close(tmp_path: Path) -> None:
+    def block() -> None:
+        with make_ledger(tmp_path / "ledger") as ledger:
+            run = ledger.start(ledger.sign_plan(make_plan(4), owner=OWNER))
+            run.next_receipt()
+            (tmp_path / "ledger").rename(tmp_path / "elsewhere")
+            raise KeyError("what went wrong")
+
+    with pytest.raises(KeyError):
+        block()
