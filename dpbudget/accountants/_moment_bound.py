@@ -36,7 +36,8 @@ def log_moment_bounds(pair: SubsampledGaussianPair, tilt: float, direction: Dire
         ceiling = ceiling + math.log1p(math.exp(-ceiling)) if ceiling > 0.0 else math.log1p(math.exp(ceiling))
     else:
         ceiling = math.log1p(pair.rate * math.expm1(gaussian))
-    ceiling *= 1.0 + _PAD
+    # Where the ceiling is small, gaussian <= -log(rate) <= 45, so its logarithm is off by at most 16 u * 90.
+    ceiling *= 1.0 + 1e-12
     step = TiltedStep(pair.rate, pair.sigma, tilt, direction, 0.0, _accuracy(pair, tilt))
     if not step.usable:
         return 0.0, ceiling

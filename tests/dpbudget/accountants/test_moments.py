@@ -101,7 +101,19 @@ def test_where_no_grid_exists_convexity_in_the_rate_still_bounds_the_moment():
     low, high = log_moment_bounds(SubsampledGaussianPair(0.25, 1e-3), 1e4, "remove")
     gaussian = 0.5 * 1e4 * (1e4 + 1) * 1e6
     assert low == 0.0
-    assert high == pytest.approx(gaussian + math.log(0.25), rel=1e-12)
+    # Padded by 1e-12 for rounding, never below the bound itself (1 - q + q e^g, whose logarithm exceeds g + log q).
+    assert gaussian + math.log(0.25) <= high <= (gaussian + math.log(0.25)) * (1 + 2e-12)
+
+
+@pytest.mark.parametrize("rate", [2.0**-60, 1e-12, 1e-6])
+@pytest.mark.parametrize("direction", ["remove", "add"])
+def test_the_bound_by_convexity_is_rounded_up_at_tiny_rates(rate, direction):
+    tilt, sigma = 900.0, 100.0
+    _, high = log_moment_bounds(SubsampledGaussianPair(rate, sigma), tilt, direction)
+    with mpmath.workdps(40):
+        gaussian = mpmath.mpf(tilt) * (mpmath.mpf(tilt) + 1) / (2 * mpmath.mpf(sigma) ** 2)
+        ceiling = mpmath.log1p(mpmath.mpf(rate) * mpmath.expm1(gaussian))
+        assert exact.log_moment(rate, sigma, tilt, direction, 40) <= high <= ceiling * (1 + mpmath.mpf(10) ** -11)
 
 
 @pytest.mark.parametrize("tilt", [1e-6, 0.3, 2.0, 40.0])
