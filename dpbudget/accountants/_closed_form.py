@@ -16,8 +16,7 @@ from typing import Any
 import mpmath
 
 from dpbudget.accountants._phases import Phase
-from dpbudget.accountants._quadrature import Direction
-from dpbudget.mechanisms import SubsampledGaussianPair
+from dpbudget.mechanisms import Direction, SubsampledGaussianPair
 
 _DIGITS = 60
 # Share of the terms that the difference may be wrong by, and the conversion to floats.

@@ -20,9 +20,9 @@ import numpy as np
 
 from dpbudget._numerics import ELEMENTARY, UNIT, exp_up, log_expm1, log_kappa
 from dpbudget.accountants._moment_bound import MomentBound
-from dpbudget.accountants._quadrature import Array, Direction
+from dpbudget.accountants._quadrature import Array
 from dpbudget.accountants._tilted_step import Complex, Moments, TiltedStep
-from dpbudget.mechanisms import SubsampledGaussianPair
+from dpbudget.mechanisms import Direction, SubsampledGaussianPair
 
 _CHUNK = 1 << 18
 _FIRST_BLOCK = 64

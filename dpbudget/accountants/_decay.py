@@ -11,7 +11,8 @@ import math
 
 import numpy as np
 
-from dpbudget.accountants._quadrature import Array, Direction, add_mode, posterior
+from dpbudget.accountants._quadrature import Array, add_mode, posterior
+from dpbudget.mechanisms import Direction
 
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 _RADIUS = 8.0

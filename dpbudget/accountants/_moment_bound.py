@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 
 from dpbudget._numerics import UNIT, log_expm1, log_kappa, minimize_on_integers, minimize_unimodal
 from dpbudget.accountants._phases import Phase
-from dpbudget.accountants._quadrature import Direction
 from dpbudget.accountants._tilted_step import TiltedStep
-from dpbudget.mechanisms import SubsampledGaussianPair
+from dpbudget.mechanisms import Direction, SubsampledGaussianPair
 
 #: Tilts (Renyi order minus one) that a search visits.
 MIN_TILT, MAX_TILT = 1e-9, 1e9

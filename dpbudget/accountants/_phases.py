@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpbudget.errors import InvalidParameter, NotComputable
-from dpbudget.mechanisms import Adjacency, Charge, SubsampledGaussianPair
+from dpbudget.mechanisms import Adjacency, Charge, DominatingPair, SubsampledGaussianPair
 
 
 @dataclass(frozen=True)
@@ -18,22 +18,31 @@ class Phase:
     count: int
 
 
+def uses_of(charges: Sequence[Charge], adjacency: Adjacency) -> dict[DominatingPair, int]:
+    """How often each distinct dominating pair is used, in order of first appearance; zero counts are dropped.
+
+    Raises:
+        InvalidParameter: a count is negative or no integer (DP009).
+        NotComputable: a mechanism has no proved pair under ``adjacency`` (DP062).
+    """
+    counts: dict[DominatingPair, int] = {}
+    for charge in charges:
+        if isinstance(charge.count, bool) or not isinstance(charge.count, int) or charge.count < 0:
+            raise InvalidParameter(f"count of a charge must be an integer >= 0, got {charge.count!r}", code="DP009")
+        pair = charge.mechanism.dominating_pair(adjacency)
+        if charge.count:
+            counts[pair] = counts.get(pair, 0) + charge.count
+    return counts
+
+
 def phases_of(charges: Sequence[Charge], adjacency: Adjacency) -> tuple[Phase, ...]:
-    """The distinct dominating pairs with their counts, in order of first appearance; zero counts are dropped.
+    """The composition as sampled Gaussian pairs with their counts.
 
     Raises:
         InvalidParameter: a count is negative or no integer (DP009), or a pair lies outside its range (DP005, DP008).
         NotComputable: a mechanism has no pair under ``adjacency``, or a pair of a kind that is not supported (DP062).
     """
-    counts: dict[SubsampledGaussianPair, int] = {}
-    for charge in charges:
-        if isinstance(charge.count, bool) or not isinstance(charge.count, int) or charge.count < 0:
-            raise InvalidParameter(f"count of a charge must be an integer >= 0, got {charge.count!r}", code="DP009")
-        pair = charge.mechanism.dominating_pair(adjacency)
-        _check_pair(pair)
-        if charge.count:
-            counts[pair] = counts.get(pair, 0) + charge.count
-    return tuple(Phase(pair, count) for pair, count in counts.items())
+    return tuple(Phase(_check_pair(pair), count) for pair, count in uses_of(charges, adjacency).items())
 
 
 def check_delta(delta: float) -> float:
@@ -54,7 +63,7 @@ def _is_real(value: object) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool)
 
 
-def _check_pair(pair: object) -> None:
+def _check_pair(pair: DominatingPair) -> SubsampledGaussianPair:
     if not isinstance(pair, SubsampledGaussianPair):
         raise NotComputable(
             f"the dominating pair {type(pair).__name__} is not supported by this accountant", code="DP062"
@@ -63,3 +72,4 @@ def _check_pair(pair: object) -> None:
         raise InvalidParameter(f"sampling rate must lie in (0, 1], got {pair.rate!r}", code="DP008")
     if not 1e-3 <= pair.sigma <= 1e6:
         raise InvalidParameter(f"noise multiplier must lie in [1e-3, 1e6], got {pair.sigma!r}", code="DP005")
+    return pair

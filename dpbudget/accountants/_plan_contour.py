@@ -15,8 +15,8 @@ from dpbudget.accountants._contour import Contour, Line, step_accuracy
 from dpbudget.accountants._decay import Decay
 from dpbudget.accountants._moment_bound import COARSE, GRID_RANGE, GRID_RATIO, MomentBound, grid_tilt, log_moment_bounds
 from dpbudget.accountants._phases import Phase
-from dpbudget.accountants._quadrature import Direction
 from dpbudget.accountants._tilted_step import TiltedStep
+from dpbudget.mechanisms import Direction
 
 #: Most nodes on the line, and most (node, output, phase) triples, that a contour may use.
 MAX_LINE_NODES = 1 << 16

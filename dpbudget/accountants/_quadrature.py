@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from dpbudget._numerics import truncate_mantissa
+from dpbudget.mechanisms import Direction
 
-Direction = Literal["remove", "add"]
 Array = npt.NDArray[np.float64]
 
 #: A grid with more nodes is refused; no useful tilt needs one.

@@ -20,12 +20,12 @@ import numpy.typing as npt
 from dpbudget._numerics import ELEMENTARY, UNIT, exp_or_inf
 from dpbudget.accountants._quadrature import (
     Array,
-    Direction,
     Grid,
     choose_grid,
     correction_tails,
     moment_tails,
 )
+from dpbudget.mechanisms import Direction
 
 Complex = npt.NDArray[np.complex128]
 

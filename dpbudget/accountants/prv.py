@@ -17,10 +17,9 @@ from dpbudget.accountants._closed_form import gaussian_delta, one_step_delta
 from dpbudget.accountants._moment_bound import MomentBound
 from dpbudget.accountants._phases import Phase, check_delta, check_epsilon, phases_of
 from dpbudget.accountants._plan_contour import guess_epsilon, plan_contour
-from dpbudget.accountants._quadrature import Direction
 from dpbudget.accountants._solve import DeltaBounds, bracket_epsilon
 from dpbudget.curve import Bounds
-from dpbudget.mechanisms import Adjacency, Charge, SubsampledGaussianPair
+from dpbudget.mechanisms import Adjacency, Charge, Direction, SubsampledGaussianPair
 
 # Aimed at, relative to delta: sums in double precision gain nothing from less.
 _TOLERANCE = 1e-14

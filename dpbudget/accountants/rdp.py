@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dpbudget._numerics import exp_up
 from dpbudget.accountants._moment_bound import MomentBound
 from dpbudget.accountants._phases import Phase, check_delta, check_epsilon, phases_of
-from dpbudget.accountants._quadrature import Direction
 from dpbudget.curve import Bounds
-from dpbudget.mechanisms import Adjacency, Charge
+from dpbudget.mechanisms import Adjacency, Charge, Direction
 
 DIRECTIONS: tuple[Direction, Direction] = ("remove", "add")
 

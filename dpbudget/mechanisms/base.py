@@ -3,7 +3,7 @@
 A mechanism is a frozen value object. It answers ``dominating_pair(adjacency)`` with a pair of distributions (P, Q)
 whose hockey-stick divergences in both directions bound those of the mechanism on every pair of neighbours (Zhu, Dong
 and Wang 2022, Definition 7). Accountants dispatch on the pair, never on the mechanism, so that a new mechanism is one
-file.
+file: the pair's :meth:`DominatingPair.tails` is all that the ``pld`` and ``rdp`` accountants ask for.
 """
 
 from __future__ import annotations
@@ -11,8 +11,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING, Literal
 
 from dpbudget._record import Record
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Array = npt.NDArray[np.float64]
+
+#: "remove" is the divergence of P from Q, "add" that of Q from P.
+Direction = Literal["remove", "add"]
 
 
 class Adjacency(StrEnum):
@@ -28,22 +38,36 @@ class Adjacency(StrEnum):
 
 
 @dataclass(frozen=True)
-class SubsampledGaussianPair:
-    """P = (1 - rate) N(0, sigma^2) + rate N(1, sigma^2) against Q = N(0, sigma^2).
+class Tails:
+    """Certified bounds of the two laws of a privacy loss L = log dF/dS at thresholds t; all arrays have t's shape [N].
 
-    Both directions are meant: (P, Q) bounds removing a record, (Q, P) adding one.
+    F is the first distribution of the direction and S the second: (P, Q) for "remove", (Q, P) for "add".
 
     Attributes:
-        rate: inclusion probability in (0, 1]; 1 is the plain Gaussian mechanism.
-        sigma: noise standard deviation / sensitivity (the noise multiplier).
+        first_lower, first_upper: bounds of F(L > t), atoms at L = +inf included.
+        second_lower, second_upper: bounds of S(L > t), which has no atom at +inf.
     """
 
-    rate: float
-    sigma: float
+    first_lower: Array
+    first_upper: Array
+    second_lower: Array
+    second_upper: Array
 
 
-#: Every kind of pair an accountant may meet. A new kind is added here and to the accountants that support it.
-DominatingPair = SubsampledGaussianPair
+class DominatingPair(ABC):
+    """Two distributions (P, Q), a hashable value; equal pairs compose by adding counts."""
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether both directions have the same privacy profile, so that one of them is enough."""
+        return False
+
+    @abstractmethod
+    def tails(self, losses: Array, direction: Direction) -> Tails:
+        """Bounds of F(L > t) and S(L > t) for every finite t in ``losses``; t of any sign, increasing, shape [N].
+
+        Tight bounds make tight answers; loose ones still make valid answers. delta(t) = F(L > t) - e^t S(L > t).
+        """
 
 
 class Mechanism(Record, ABC):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dpbudget import errors
 from dpbudget.curve import Bounds, round_down, round_up, show_delta
-from dpbudget.mechanisms import Adjacency, Gaussian, PoissonSampled, SubsampledGaussianPair
+from dpbudget.mechanisms import Adjacency, Gaussian, PoissonSampled, ReplaceOneGaussianPair, SubsampledGaussianPair
 from dpbudget.meter import Meter
 
 
@@ -83,11 +83,12 @@ def test_the_dominating_pair_is_all_that_an_accountant_sees():
         assert sampled.dominating_pair(adjacency) == SubsampledGaussianPair(0.5, 2.0)
 
 
-def test_an_adjacency_without_a_proved_pair_is_refused():
-    with pytest.raises(errors.NotComputable) as caught:
-        PoissonSampled(rate_k=1 << 63, inner=Gaussian(noise_multiplier=2.0)).dominating_pair(Adjacency.REPLACE_ONE)
-    assert caught.value.code == "DP062"
-    assert caught.value.hint
+def test_replacing_a_record_moves_a_sum_twice_as_far():
+    gaussian = Gaussian(noise_multiplier=2.0)
+    sampled = PoissonSampled(rate_k=1 << 63, inner=gaussian)
+    assert gaussian.dominating_pair(Adjacency.REPLACE_ONE) == SubsampledGaussianPair(1.0, 1.0)
+    assert sampled.dominating_pair(Adjacency.REPLACE_ONE) == ReplaceOneGaussianPair(0.5, 2.0)
+    assert PoissonSampled(rate_k=1 << 64, inner=gaussian).dominating_pair(Adjacency.REPLACE_ONE).symmetric
 
 
 def test_mechanisms_survive_their_canonical_bytes():
