@@ -13,16 +13,15 @@ Proofs: docs/accounting.md, "Inversion" to "Rounding".
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from dpbudget._numerics import ELEMENTARY, UNIT, exp_up, log_expm1, log_kappa
-from dpbudget.accountants._moment_bound import MomentBound
-from dpbudget.accountants._quadrature import Array
+from dpbudget._numerics import ELEMENTARY, UNIT, exp_up, log_expm1
+from dpbudget.accountants._law import Array, Law
 from dpbudget.accountants._tilted_step import Complex, Moments, TiltedStep
-from dpbudget.mechanisms import Direction, SubsampledGaussianPair
 
 _CHUNK = 1 << 18
 _FIRST_BLOCK = 64
@@ -36,15 +35,19 @@ class Line:
         tilt: c > 0.
         step: h.
         count: last kept node, >= 1.
+        log_top: upper bound of K(c), the scale of all values.
         log_decay: proved bound of log |M(c + iu) / M(c)| for all u >= (count + 1) step.
-        neighbours: other tilts, on both sides, whose moments bound the aliases.
+        below: (c', K(c') + log kappa(c')) for tilts c' < c that bound the aliases m >= 1; may be empty.
+        above: the same for tilts c' > c, which bound m <= -1.
     """
 
     tilt: float
     step: float
     count: int
+    log_top: float
     log_decay: float
-    neighbours: tuple[float, ...]
+    below: tuple[tuple[float, float], ...]
+    above: tuple[tuple[float, float], ...]
 
 
 class Contour:
@@ -55,24 +58,34 @@ class Contour:
         usable: False where some step's moments could not be computed; then nothing is answered.
     """
 
-    def __init__(self, moments: MomentBound, line: Line) -> None:
-        self.tilt, self._step, self._moments = line.tilt, line.step, moments
+    def __init__(self, uses: Sequence[tuple[Law, int]], line: Line) -> None:
+        self.tilt, self._line = line.tilt, line
         self._u = np.arange(line.count + 1, dtype=np.float64) * line.step
-        self._log_top = moments(line.tilt)
-        self._chernoff = [(other, moments(other) + log_kappa(other)) for other in line.neighbours]
+        self._period = 2.0 * math.pi / line.step * (1.0 - 1e-15)
         # sum over the dropped nodes of h / |t (t + 1)| <= 1 / (last kept u)
-        self._log_cut = line.log_decay - math.log(math.pi * line.step * line.count)
-        self.usable = self._evaluate()
+        self._cut = exp_up(min(line.log_decay - math.log(math.pi * line.step * line.count), 700.0))
+        self.usable = self._evaluate(uses)
+
+    def log_delta(self, epsilon: float) -> tuple[float, float]:
+        """(estimate of log delta, of its derivative) at ``epsilon``; -inf where the sum is not positive."""
+        angle = epsilon * self._u
+        cosine, sine = np.cos(angle), np.sin(angle)
+        value = float(self._real @ cosine + self._imag @ sine)
+        if value <= 0.0:
+            return -math.inf, -self.tilt
+        turn = float(self._turning_imag @ cosine - self._turning_real @ sine)
+        return self._line.log_top - self.tilt * epsilon + math.log(value), turn / value - self.tilt
 
     def delta(self, epsilon: float) -> tuple[float, float]:
         """Certified (lower, upper) bounds of one direction's delta at ``epsilon`` >= 0."""
         angle = epsilon * self._u
         # Relative to exp(K(c) - c epsilon); the weights hold h / pi and the half weight of node 0.
-        value = float(self._values.real @ np.cos(angle) + self._values.imag @ np.sin(angle))
-        log_scale = self._log_top - self.tilt * epsilon
+        value = float(self._real @ np.cos(angle) + self._imag @ np.sin(angle))
+        log_top = self._line.log_top
+        log_scale = log_top - self.tilt * epsilon
         error = self._error + self._error_per_epsilon * epsilon
-        error += abs(value) * 4.0 * UNIT * (abs(self._log_top) + self.tilt * epsilon + 64.0)
-        error = 1.01 * error + exp_up(min(self._log_cut, 700.0))
+        error += abs(value) * 4.0 * UNIT * (abs(log_top) + self.tilt * epsilon + 64.0)
+        error = 1.01 * error + self._cut
         alias = exp_up(min(self.log_alias(epsilon) - log_scale, 700.0))
         upper, lower = value + error, (value - error - alias) * (1.0 - 1e-15)
         high = 1.0 if upper <= 0.0 else min(exp_up(min(log_scale + math.log(upper), 0.0)), 1.0)
@@ -81,44 +94,43 @@ class Contour:
 
     def log_alias(self, epsilon: float) -> float:
         """Log of an upper bound of the sum of all terms m != 0."""
-        period = 2.0 * math.pi / self._step * (1.0 - 1e-15)
-        below = -log_expm1(period * self.tilt)  # delta <= 1
-        above = math.inf
-        for other, bound in self._chernoff:
-            term = bound - other * epsilon - log_expm1(period * abs(other - self.tilt))
-            if other < self.tilt:
-                below = min(below, term)
-            else:
-                above = min(above, term)
-        slack = 64.0 * UNIT * (self._log_top + self.tilt * epsilon + 100.0)
+        line, period = self._line, self._period
+        below, above = -log_expm1(period * self.tilt), math.inf  # delta <= 1
+        for other, bound in line.below:
+            below = min(below, bound - other * epsilon - log_expm1(period * (self.tilt - other)))
+        for other, bound in line.above:
+            above = min(above, bound - other * epsilon - log_expm1(period * (other - self.tilt)))
+        slack = 64.0 * UNIT * (abs(line.log_top) + self.tilt * epsilon + 100.0)
         return max(below, above) + math.log1p(math.exp(-abs(below - above))) + slack
 
-    def _evaluate(self) -> bool:
+    def _evaluate(self, uses: Sequence[tuple[Law, int]]) -> bool:
         """Sets the weighted values of the nodes and their error bounds."""
-        u, phases = self._u, self._moments.phases
+        u = self._u
         log_value = np.zeros(len(u), dtype=np.complex128)
         growth, size = np.zeros(len(u)), np.zeros(len(u))
-        for phase in phases:
-            answer = phase_moments(phase.pair, phase.count, self.tilt, self._moments.direction, u)
+        for law, count in uses:
+            answer = step_moments(law, count, self.tilt, u)
             if answer is None:
                 return False
-            term = phase.count * answer.log_moment
+            term = count * answer.log_moment
             log_value += term
-            growth += phase.count * np.log1p(answer.error)
+            growth += count * np.log1p(answer.error)
             size += np.abs(term.real) + np.abs(term.imag)
-        self._weigh(log_value, growth, size * (len(phases) + 4.0) * UNIT)
-        return bool(np.isfinite(self._error) and np.isfinite(self._error_per_epsilon))
+        self._weigh(log_value, growth, size * (len(uses) + 4.0) * UNIT)
+        return bool(math.isfinite(self._error) and math.isfinite(self._error_per_epsilon))
 
     def _weigh(self, log_value: Complex, growth: Array, rounding: Array) -> None:
-        u, c = self._u, self.tilt
+        u, c, log_top = self._u, self.tilt, self._line.log_top
         t = c + 1j * u
-        weight = np.full(len(u), self._step / math.pi)
+        weight = np.full(len(u), self._line.step / math.pi)
         weight[0] *= 0.5
-        real = np.minimum(log_value.real - self._log_top, 700.0)
+        real = np.minimum(log_value.real - log_top, 700.0)
         factor = weight / (t * (t + 1.0))
-        self._values = np.exp(real + 1j * log_value.imag) * factor
+        values = np.exp(real + 1j * log_value.imag) * factor
+        self._real, self._imag = np.ascontiguousarray(values.real), np.ascontiguousarray(values.imag)
+        self._turning_real, self._turning_imag = u * self._real, u * self._imag
         size = np.abs(factor)
-        relative = rounding + (len(u) + 100.0 + 4.0 * abs(self._log_top)) * UNIT
+        relative = rounding + (len(u) + 100.0 + 4.0 * abs(log_top)) * UNIT
         # (|m| + e)^n - |m|^n, in logarithms
         swell = growth + relative
         wide = np.exp(np.minimum(real + swell, 700.0))
@@ -127,25 +139,22 @@ class Contour:
         self._error_per_epsilon = float((wide * size) @ u) * 4.0 * UNIT
 
 
-def phase_moments(
-    pair: SubsampledGaussianPair, count: int, tilt: float, direction: Direction, u: Array
-) -> Moments | None:
+def step_moments(law: Law, count: int, tilt: float, u: Array) -> Moments | None:
     """Moments M(tilt + iu) of one step, accurate enough for their ``count``-th power; None where none can be had."""
-    if pair.rate >= 1.0:
+    if law.plain:
         t = tilt + 1j * u
-        exact = np.asarray(0.5 * t * (t + 1.0) / (pair.sigma * pair.sigma), dtype=np.complex128)
-        return Moments(exact, 16.0 * UNIT * np.abs(t) * np.abs(t + 1.0) / (pair.sigma * pair.sigma))
-    log_moment, error = np.zeros(len(u), dtype=np.complex128), np.zeros(len(u))
+        exact = np.asarray(0.5 * t * (t + 1.0) * law.square_distance, dtype=np.complex128)
+        return Moments(exact, 16.0 * UNIT * np.abs(t) * np.abs(t + 1.0) * law.square_distance)
+    parts = []
     for start, stop in _blocks(len(u)):
-        step = TiltedStep(pair.rate, pair.sigma, tilt, direction, float(u[stop - 1]), step_accuracy(count))
+        step = TiltedStep(law, tilt, float(u[stop - 1]), step_accuracy(count))
         if not step.usable:
             return None
         piece = max(_CHUNK // len(step.grid.nodes), 1)
-        for first in range(start, stop, piece):
-            part = slice(first, min(first + piece, stop))
-            answer = step.moments(u[part])
-            log_moment[part], error[part] = answer.log_moment, answer.error
-    return Moments(log_moment, error)
+        parts += [step.moments(u[first : min(first + piece, stop)]) for first in range(start, stop, piece)]
+    if len(parts) == 1:
+        return parts[0]
+    return Moments(np.concatenate([p.log_moment for p in parts]), np.concatenate([p.error for p in parts]))
 
 
 def step_accuracy(count: int) -> float:

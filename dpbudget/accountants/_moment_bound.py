@@ -5,30 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from dpbudget._numerics import UNIT, log_expm1, log_kappa, minimize_on_integers, minimize_unimodal
-from dpbudget.accountants._phases import Phase
+from dpbudget._numerics import UNIT, log_expm1, log_kappa, minimize_unimodal
+from dpbudget.accountants._law import Law, law_of
+from dpbudget.accountants._phases import GaussianPair, Phase
 from dpbudget.accountants._tilted_step import TiltedStep
-from dpbudget.mechanisms import Direction, SubsampledGaussianPair
+from dpbudget.mechanisms import Direction
 
 #: Tilts (Renyi order minus one) that a search visits.
 MIN_TILT, MAX_TILT = 1e-9, 1e9
-#: Ratio of the tilts that searches share, so that each moment is computed once, and the range of their indices.
-GRID_RATIO = 1.005
-#: Searches use every COARSE-th tilt and the others only where the moments are steep.
-COARSE = 16
-GRID_RANGE = (-256 * COARSE, 256 * COARSE)
 # Sums of a few rounded terms: relative padding of every upper bound below.
 _PAD = 64.0 * UNIT
 
 
-def log_moment_bounds(pair: SubsampledGaussianPair, tilt: float, direction: Direction) -> tuple[float, float]:
+def log_moment_bounds(pair: GaussianPair, tilt: float, direction: Direction) -> tuple[float, float]:
     """Certified (lower, upper) bounds of log E exp(tilt L) of one step, tilt > 0; lower is 0 where nothing is known.
 
     The upper bound is the quadrature's value plus its error bound, and never more than convexity in the rate gives:
-    E (1 + r)^z <= 1 - q + q exp(tilt (tilt + 1) / (2 sigma^2)) by Jensen's inequality, which needs no quadrature.
+    M <= 1 - q + q exp(tilt (tilt + 1) d^2 / 2), d the distance of the means, which needs no quadrature.
     """
-    gaussian = 0.5 * tilt * (tilt + 1.0) / (pair.sigma * pair.sigma)
-    if pair.rate >= 1.0:
+    law = law_of(pair, direction)
+    gaussian = 0.5 * tilt * (tilt + 1.0) * law.square_distance
+    if law.plain:
         return gaussian * (1.0 - _PAD), gaussian * (1.0 + _PAD)
     if gaussian > 1.0:
         ceiling = max(log_expm1(gaussian) + math.log(pair.rate), -745.0)
@@ -37,7 +34,7 @@ def log_moment_bounds(pair: SubsampledGaussianPair, tilt: float, direction: Dire
         ceiling = math.log1p(pair.rate * math.expm1(gaussian))
     # Where the ceiling is small, gaussian <= -log(rate) <= 45, so its logarithm is off by at most 16 u * 90.
     ceiling *= 1.0 + 1e-12
-    step = TiltedStep(pair.rate, pair.sigma, tilt, direction, 0.0, _accuracy(pair, tilt))
+    step = TiltedStep(law, tilt, 0.0, _accuracy(law, tilt))
     if not step.usable:
         return 0.0, ceiling
     value, error = step.log_moment()
@@ -46,21 +43,11 @@ def log_moment_bounds(pair: SubsampledGaussianPair, tilt: float, direction: Dire
     return max(value + math.log1p(-error), 0.0), min((value + error) * (1.0 + _PAD), ceiling)
 
 
-def _accuracy(pair: SubsampledGaussianPair, tilt: float) -> float:
+def _accuracy(law: Law, tilt: float) -> float:
     """Nats of quadrature accuracy: relative to M - 1, which is about min(tilt, 1) min(q, q^2 chi^2) when small."""
-    chi = math.expm1(min(pair.sigma**-2, 60.0))
-    scale = min(tilt, 1.0) * pair.rate * min(1.0, pair.rate * chi)
+    chi = math.expm1(min(law.square_distance, 60.0))
+    scale = min(tilt, 1.0) * law.rate * min(1.0, law.rate * chi)
     return 40.0 - math.log(scale)
-
-
-def grid_tilt(index: int) -> float:
-    """The tilt of the shared grid with this index; index 0 is tilt 1."""
-    return float(GRID_RATIO**index)
-
-
-def grid_index(tilt: float) -> int:
-    """The index of the coarse grid tilt next to ``tilt``."""
-    return COARSE * round(math.log(tilt) / math.log(GRID_RATIO) / COARSE)
 
 
 class MomentBound:
@@ -95,25 +82,6 @@ class MomentBound:
         # K(c) + log kappa(c) is convex, hence the bound is quasi-convex in c.
         return self._search(lambda tilt: self.epsilon_at(tilt, log_delta), self._start(log_delta), tolerance)
 
-    def coarse_epsilon(self, log_delta: float) -> tuple[float, int]:
-        """Like :meth:`best_epsilon` over the tilts of :func:`grid_tilt` only; (epsilon, index)."""
-        index, value = minimize_on_integers(
-            lambda k: self.epsilon_at(grid_tilt(k), log_delta),
-            grid_index(self._start(log_delta)),
-            GRID_RANGE,
-            4 * COARSE,
-            COARSE,
-        )
-        return value, index
-
-    def coarse_log_delta(self, epsilon: float) -> tuple[float, int]:
-        """Like :meth:`best_log_delta` over the tilts of :func:`grid_tilt` only; (log delta, index)."""
-        start = grid_index(self._start(-0.5 * epsilon - 1.0))
-        index, value = minimize_on_integers(
-            lambda k: self.log_delta_at(grid_tilt(k), epsilon), start, GRID_RANGE, 4 * COARSE, COARSE
-        )
-        return value, index
-
     def best_log_delta(self, epsilon: float, tolerance: float = 1e-4) -> tuple[float, float]:
         """(log delta, tilt) of the smallest bound found."""
         start = self._start(-0.5 * epsilon - 1.0)
@@ -122,7 +90,8 @@ class MomentBound:
     def _start(self, log_delta: float) -> float:
         """The best tilt if the composition were Gaussian with its variance at tilt 0, within sane limits."""
         variance = sum(
-            phase.count * phase.pair.rate**2 * math.expm1(min(phase.pair.sigma**-2, 3.0)) for phase in self.phases
+            phase.count * phase.pair.rate**2 * math.expm1(min(phase.pair.sigma**-2, 3.0))
+            for phase in self.phases
         )
         return min(max(math.sqrt(-2.0 * log_delta / variance), 1e-4), 30.0)
 

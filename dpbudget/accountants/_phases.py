@@ -7,14 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpbudget.errors import InvalidParameter, NotComputable
-from dpbudget.mechanisms import Adjacency, Charge, DominatingPair, SubsampledGaussianPair
+from dpbudget.mechanisms import Adjacency, Charge, DominatingPair, ReplaceOneGaussianPair, SubsampledGaussianPair
+
+#: The pairs that the quadrature of ``prv`` knows.
+GaussianPair = SubsampledGaussianPair | ReplaceOneGaussianPair
+
 
 
 @dataclass(frozen=True)
 class Phase:
     """``count`` >= 1 uses of one dominating pair."""
 
-    pair: SubsampledGaussianPair
+    pair: GaussianPair
     count: int
 
 
@@ -63,8 +67,8 @@ def _is_real(value: object) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool)
 
 
-def _check_pair(pair: DominatingPair) -> SubsampledGaussianPair:
-    if not isinstance(pair, SubsampledGaussianPair):
+def _check_pair(pair: DominatingPair) -> GaussianPair:
+    if not isinstance(pair, SubsampledGaussianPair | ReplaceOneGaussianPair):
         raise NotComputable(
             f"the dominating pair {type(pair).__name__} is not supported by this accountant", code="DP062"
         )

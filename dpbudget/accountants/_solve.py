@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dpbudget.accountants._contour import Contour
 
 DeltaBounds = Callable[[float], tuple[float, float]]
 
 _MAX_STEPS = 200
+_MAX_NEWTON = 30
 _MAX_WIDENINGS = 60
 
 
@@ -67,9 +72,15 @@ def _root(bounds: DeltaBounds, delta: float, ceiling: float) -> tuple[float, flo
     return point, max(slope, 1e-300)
 
 
-def _widen(root: float, width: float, limit: float, holds: Callable[[float], bool]) -> float:
-    """The first of root, root + width, root + 2 width, ... (doubling) at which ``holds``; ``limit`` if none does."""
-    point = root
+def _widen(
+    root: float, width: float, limit: float, holds: Callable[[float], bool], beyond: bool = False
+) -> float:
+    """The first of root, root + width, root + 2 width, ... (doubling) at which ``holds``; ``limit`` if none does.
+
+    ``beyond`` leaves out the root itself.
+    """
+    point = root + width if beyond else root
+    width = 2.0 * width if beyond else width
     for _ in range(_MAX_WIDENINGS):
         if (width > 0.0 and point >= limit) or (width < 0.0 and point <= limit):
             return limit
@@ -78,3 +89,35 @@ def _widen(root: float, width: float, limit: float, holds: Callable[[float], boo
         point = root + width
         width *= 2.0
     return limit
+
+
+def bracket_near(contour: Contour, delta: float, guess: float, ceiling: float) -> tuple[float, float]:
+    """:func:`bracket_epsilon` for a smooth curve known to be planned near ``guess``: Newton's method, then widening.
+
+    Falls back to :func:`bracket_epsilon` where Newton does not settle.
+    """
+    target = math.log(delta)
+    epsilon, slope = guess, 0.0
+    for _ in range(_MAX_NEWTON):
+        value, slope = contour.log_delta(epsilon)
+        if not math.isfinite(value) or slope >= 0.0:
+            return bracket_epsilon(contour.delta, delta, ceiling)
+        # log delta is nearly concave in epsilon; steps beyond the range are cut.
+        step = (value - target) / -slope
+        following = min(max(epsilon + step, 0.25 * epsilon), ceiling)
+        moved, epsilon = abs(following - epsilon), following
+        if moved <= 1e-13 * epsilon:
+            break
+    else:
+        return bracket_epsilon(contour.delta, delta, ceiling)
+    low, high = contour.delta(epsilon)
+    if not 0.0 < low <= high:
+        return bracket_epsilon(contour.delta, delta, ceiling)
+    # A little wider than the linearised interval, so that the first evaluation at either end holds.
+    spare = 1.05 / -slope
+    rise = math.log(high) - target
+    fall = target - math.log(low)
+    floor = 4.0 * math.ulp(epsilon)
+    upper = _widen(epsilon, max(spare * rise, 0.0) + floor, ceiling, lambda e: contour.delta(e)[1] <= delta, True)
+    lower = _widen(epsilon, -max(spare * fall, 0.0) - floor, 0.0, lambda e: contour.delta(e)[0] >= delta, True)
+    return lower, upper

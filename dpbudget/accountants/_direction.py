@@ -1,0 +1,163 @@
+"""One direction of a composition: certified intervals of its epsilon and delta."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import numpy as np
+
+from dpbudget._numerics import UNIT, exp_up
+from dpbudget.accountants._closed_form import gaussian_delta, one_step_delta
+from dpbudget.accountants._contour import Contour
+from dpbudget.accountants._law import Array
+from dpbudget.accountants._moment_table import MomentTable, Rows
+from dpbudget.accountants._phases import Phase
+from dpbudget.accountants._plan_contour import guess_epsilon, guess_log_delta, log_kappas, plan_contour
+from dpbudget.accountants._solve import DeltaBounds, bracket_epsilon, bracket_near
+from dpbudget.mechanisms import Direction
+
+Interval = tuple[float, float]
+
+# Aimed at, relative to delta: sums in double precision gain nothing from less. A comparison needs far less.
+_LOG_TOLERANCE, _ROUGH_TOLERANCE = math.log(1e-14), math.log(1e-3)
+# A bracket of this relative width is not refined, one wider than the second is intersected with the fallback.
+_GOOD, _POOR = 1e-11, 1e-6
+_PASSES = 4
+# Below exp(-746) no float but 0 and the smallest one is left.
+_VANISHED = -746.0
+_PAD = 64.0 * UNIT
+
+
+class DirectionCurve:
+    """P against Q ("remove") or Q against P ("add")."""
+
+    def __init__(self, phases: tuple[Phase, ...], direction: Direction) -> None:
+        self._phases, self._direction = phases, direction
+        self._table = MomentTable(phases, direction)
+        self._closed = self._closed_form()
+
+    def _closed_form(self) -> DeltaBounds | None:
+        """delta(epsilon) where no contour is needed: no sampling at all, or a single step."""
+        if all(law.plain for law in self._table.laws):
+            return partial(gaussian_delta, self._phases)
+        if len(self._phases) == 1 and self._phases[0].count == 1:
+            return partial(one_step_delta, self._phases[0].pair, direction=self._direction)
+        return None
+
+    def _largest_loss(self) -> float:
+        """Upper bound of the total loss; finite for adding a record, whose absence is never certain."""
+        return math.fsum(
+            phase.count * law.largest_loss() for phase, law in zip(self._phases, self._table.laws, strict=True)
+        )
+
+    # -- epsilon ---------------------------------------------------------------------------------------------------
+
+    def epsilon(self, delta: float) -> Interval:
+        """Certified bounds of this direction's epsilon at ``delta``."""
+        rows, chernoff = self._rows_at_delta(math.log(delta))
+        ceiling = min(chernoff, self._largest_loss())
+        if ceiling <= 0.0:
+            return 0.0, 0.0
+        if self._closed is not None:
+            return bracket_epsilon(self._closed, delta, ceiling)
+        answer = self._refine(rows, delta, (0.0, ceiling))
+        if _is_wider(answer, _POOR):
+            answer = _intersect(answer, self._fallback_epsilon(delta, answer[1]))
+        return answer
+
+    def _rows_at_delta(self, log_delta: float) -> tuple[Rows, float]:
+        """Tilts around the best one for ``log_delta``, and the Renyi bound of epsilon over them."""
+
+        def bound(rows: Rows) -> Array:
+            kappa = log_kappas(rows.tilts)
+            size = rows.upper + np.abs(kappa) + abs(log_delta)
+            value: Array = (rows.upper + kappa - log_delta + _PAD * size) / rows.tilts
+            return value
+
+        rows = self._table.around(self._table.start(log_delta), bound)
+        return rows, float(bound(rows).min())
+
+    def _refine(self, rows: Rows, delta: float, answer: Interval) -> Interval:
+        """Contours, each planned at the last one's answer, until the bracket is good or stops improving."""
+        ceiling, log_delta = answer[1], math.log(delta)
+        guess = min(max(guess_epsilon(rows, log_delta), 1e-3 * ceiling), ceiling)
+        for _ in range(_PASSES):
+            contour = plan_contour(self._table, rows, guess, log_delta, _LOG_TOLERANCE)
+            if contour is None:
+                break
+            before = answer[1] - answer[0]
+            answer = _intersect(answer, bracket_near(contour, delta, guess, ceiling))
+            if not _is_wider(answer, _GOOD) or answer[1] - answer[0] > 0.5 * before:
+                break
+            moved = 0.5 * (answer[0] + answer[1])
+            if abs(moved - guess) <= 1e-3 * moved:
+                break
+            guess = moved
+        return answer
+
+    def _fallback_epsilon(self, delta: float, ceiling: float) -> Interval:
+        """Post-processing: no better than its worst step alone, no worse than without sampling."""
+        lower = 0.0
+        for phase in self._phases:
+            step = partial(one_step_delta, phase.pair, direction=self._direction)
+            lower = max(lower, bracket_epsilon(step, delta, ceiling)[0])
+        return lower, bracket_epsilon(partial(gaussian_delta, self._phases), delta, ceiling)[1]
+
+    # -- delta -----------------------------------------------------------------------------------------------------
+
+    def delta(self, epsilon: float) -> Interval:
+        """Certified bounds of this direction's delta at ``epsilon``."""
+        if self._closed is not None:
+            return self._closed(epsilon)
+        if epsilon >= self._largest_loss():
+            return 0.0, 0.0
+        rows, chernoff = self._rows_at_epsilon(epsilon)
+        answer = (0.0, exp_up(min(chernoff, 0.0)))
+        if chernoff < _VANISHED:
+            return answer
+        log_delta = min(guess_log_delta(rows, epsilon), chernoff)
+        contour = plan_contour(self._table, rows, epsilon, log_delta, _LOG_TOLERANCE)
+        if contour is not None:
+            answer = _intersect(answer, contour.delta(epsilon))
+        if answer[1] - answer[0] > _POOR * answer[1]:
+            lower = max(one_step_delta(phase.pair, epsilon, self._direction)[0] for phase in self._phases)
+            answer = _intersect(answer, (lower, gaussian_delta(self._phases, epsilon)[1]))
+        return answer
+
+    def _rows_at_epsilon(self, epsilon: float) -> tuple[Rows, float]:
+        """Tilts around the best one for ``epsilon``, and the Renyi bound of log delta over them."""
+
+        def bound(rows: Rows) -> Array:
+            kappa = log_kappas(rows.tilts)
+            size = rows.upper + np.abs(kappa) + rows.tilts * epsilon
+            value: Array = rows.upper + kappa - rows.tilts * epsilon + _PAD * size
+            return value
+
+        rows = self._table.around(self._table.start(-0.5 * epsilon - 1.0), bound)
+        return rows, float(bound(rows).min())
+
+    def is_within(self, epsilon: float, delta: float) -> bool:
+        """Whether this direction is proved (epsilon, delta)-DP by a few cheap bounds; False decides nothing."""
+        if self._closed is not None:
+            return self._closed(epsilon)[1] < delta
+        if epsilon >= self._largest_loss():
+            return True
+        rows, chernoff = self._rows_at_epsilon(epsilon)
+        if chernoff < math.log(delta):
+            return True
+        log_delta = min(guess_log_delta(rows, epsilon), chernoff)
+        contour = plan_contour(self._table, rows, epsilon, log_delta, _ROUGH_TOLERANCE)
+        return contour is not None and contour.delta(epsilon)[1] < delta
+
+
+def _is_wider(interval: Interval, relative: float) -> bool:
+    return interval[1] - interval[0] > relative * max(1.0, interval[1])
+
+
+def _intersect(first: Interval, second: Interval) -> Interval:
+    """Both hold, so their intersection does; crossed ends would mean that a proof or the arithmetic is wrong."""
+    low, high = max(first[0], second[0]), min(first[1], second[1])
+    if low > high:
+        raise ArithmeticError(f"certified intervals {first} and {second} do not meet")
+    return low, high
