@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -23,8 +22,8 @@ from dpbudget._numerics import ELEMENTARY, UNIT, exp_up, log_expm1
 from dpbudget.accountants._law import Array, Law
 from dpbudget.accountants._tilted_step import Complex, Moments, TiltedStep
 
-_CHUNK = 1 << 18
-_FIRST_BLOCK = 64
+# Pairs of node and output up to which moments are summed directly.
+_DIRECT = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -145,28 +144,15 @@ def step_moments(law: Law, count: int, tilt: float, u: Array) -> Moments | None:
         t = tilt + 1j * u
         exact = np.asarray(0.5 * t * (t + 1.0) * law.square_distance, dtype=np.complex128)
         return Moments(exact, 16.0 * UNIT * np.abs(t) * np.abs(t + 1.0) * law.square_distance)
-    parts = []
-    for start, stop in _blocks(len(u)):
-        step = TiltedStep(law, tilt, float(u[stop - 1]), step_accuracy(count))
-        if not step.usable:
-            return None
-        piece = max(_CHUNK // len(step.grid.nodes), 1)
-        parts += [step.moments(u[first : min(first + piece, stop)]) for first in range(start, stop, piece)]
-    if len(parts) == 1:
-        return parts[0]
-    return Moments(np.concatenate([p.log_moment for p in parts]), np.concatenate([p.error for p in parts]))
+    accuracy = step_accuracy(count)
+    whole = TiltedStep(law, tilt, float(u[-1]), accuracy)
+    if not whole.usable:
+        return None
+    if len(u) * len(whole.grid.nodes) > _DIRECT:
+        return whole.moments_along(float(u[1]), len(u) - 1)
+    return whole.moments(u)
 
 
 def step_accuracy(count: int) -> float:
     """Nats of quadrature accuracy at which ``count`` steps lose nothing that double precision could hold."""
     return 40.0 + math.log(count)
-
-
-def _blocks(count: int) -> list[tuple[int, int]]:
-    """Ranges of nodes that share a grid: the first 64, then each as long as all before it."""
-    edges = [0]
-    size = _FIRST_BLOCK
-    while edges[-1] < count:
-        edges.append(min(size, count))
-        size *= 2
-    return list(pairwise(edges))

@@ -11,15 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpbudget._numerics import truncate_mantissa
-from dpbudget.accountants._contour import Contour, Line, step_accuracy
+from dpbudget.accountants._contour import Contour, Line
 from dpbudget.accountants._decay import Decay
 from dpbudget.accountants._law import Array, Law
 from dpbudget.accountants._moment_table import MomentTable, Rows, join
-from dpbudget.accountants._quadrature import choose_grid
 
-#: Most nodes on the line, and most (node, output) pairs over all steps, that a contour may use.
-MAX_LINE_NODES = 1 << 16
-MAX_WORK = 1 << 23
+#: Most nodes on the line that a contour may use.
+MAX_LINE_NODES = 1 << 17
 # Nats of amplitude between neighbouring tilts beyond which the table is made finer there.
 _STEEP = 2.0
 _FINER = 12
@@ -74,8 +72,6 @@ def plan_contour(
     uses = [(law, phase.count) for law, phase in zip(table.laws, table.phases, strict=True)]
     gap = log_top - tilt * epsilon - target
     cut = _cut(uses, tilt, step, gap, rows.take(np.array([best])))
-    if cut is None:
-        return None
     below, above = _witnesses(rows, best, epsilon, period)
     contour = Contour(uses, Line(tilt, step, cut[0], log_top, cut[1], below, above))
     return contour if contour.usable else None
@@ -135,7 +131,7 @@ def _witnesses(
 
 def _cut(
     uses: Sequence[tuple[Law, int]], tilt: float, step: float, gap: float, row: Rows
-) -> tuple[int, float] | None:
+) -> tuple[int, float]:
     """The last kept node and a log bound of |M / M(c)| beyond it: the earliest cut below exp(-gap), or the last."""
     decays = [
         None if law.plain else Decay(law, tilt, float(top))
@@ -159,18 +155,4 @@ def _cut(
         candidates = np.unique(np.ceil(1.15 ** np.arange(10, int(math.log(MAX_LINE_NODES) / math.log(1.15)) + 1)))
         total, enough = fall(candidates)
     best = int(np.argmax(enough)) if enough.any() else len(candidates) - 1
-    while best >= 0 and _work(uses, tilt, step, int(candidates[best])) > MAX_WORK:
-        best -= 2
-    return None if best < 0 else (max(int(candidates[best]) - 1, 1), float(total[best]))
-
-
-def _work(uses: Sequence[tuple[Law, int]], tilt: float, step: float, count: int) -> float:
-    total = 0.0
-    for law, uses_of_it in uses:
-        if law.plain or count < 300:
-            continue
-        grid = choose_grid(law, tilt, step * count, step_accuracy(uses_of_it))
-        if grid is None:
-            return math.inf
-        total += 0.7 * count * len(grid.nodes)
-    return total
+    return max(int(candidates[best]) - 1, 1), float(total[best])

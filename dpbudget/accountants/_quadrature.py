@@ -15,8 +15,8 @@ import numpy as np
 from dpbudget._numerics import truncate_mantissa
 from dpbudget.accountants._law import Array, Law, losses_at, posterior, posteriors
 
-#: A grid with more nodes is refused; no useful tilt needs one.
-MAX_NODES = 1 << 14
+#: A grid with more nodes is refused.
+MAX_NODES = 1 << 18
 _ANGLES = np.linspace(0.1, 3.1, 31)
 _LOG_COS = np.log(np.cos(_ANGLES / 2.0))
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)

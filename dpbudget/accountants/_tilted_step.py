@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpbudget._numerics import ELEMENTARY, UNIT, exp_or_inf
+from dpbudget.accountants._fourier import turn_along
 from dpbudget.accountants._law import EXPONENT_CAP, Array, Law, losses_at
 from dpbudget.accountants._quadrature import Grid, choose_grid, correction_tails, moment_tails, shrink_of
 
@@ -29,6 +30,8 @@ _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 _SAFETY = 1.25
 # Below this log of the largest tilted weight, M - 1 is summed; above it, M itself, scaled.
 _PLAIN_ABOVE = 20.0
+# numpy.sum adds blocks of 128 with eight accumulators and the blocks pairwise: fewer roundings than this.
+_PAIRWISE = 64.0
 # Outputs are summed in pieces of so many: fewer roundings, and the piece stays in the cache.
 _PIECE = 256
 
@@ -75,13 +78,22 @@ class TiltedStep:
             self._prepare_centred()
 
     def moments(self, u: Array) -> Moments:
-        """Logarithm of M(c + iu); u of shape [N], finite, |u| <= u_max."""
+        """Logarithm of M(c + iu); u of shape [N], finite, |u| <= u_max. Costs N times the nodes of the grid."""
         moment = self._base + self._oscillation(u)
-        return self._logarithm(moment, self._moment_error(u))
+        return self._logarithm(moment, self._moment_error(u, self._turning_error(u)))
+
+    def moments_along(self, step: float, count: int) -> Moments:
+        """Logarithm of M(c + i k step) for k = 0 .. count, count * step <= u_max, by fast Fourier transforms."""
+        one = self._losses
+        transform = turn_along(one.loss, self._tilted, self._relative, step, count)
+        u = np.arange(count + 1, dtype=np.float64) * step
+        drift = u * float(self._tilted @ (one.loss_error + 4.0 * UNIT * np.abs(one.loss)))
+        error = (2.0 * _SAFETY) * (drift + transform.linear * u + transform.constant)
+        return self._logarithm(self._base + transform.value, self._moment_error(u, error))
 
     def log_moment(self) -> tuple[float, float]:
         """(log M(c), error) at real tilt; M_true = exp(value) (1 + x), |x| <= error."""
-        answer = self._logarithm(np.array([complex(self._base)]), self._moment_error(np.zeros(1)))
+        answer = self._logarithm(np.array([complex(self._base)]), self._moment_error(np.zeros(1), np.zeros(1)))
         return float(answer.log_moment[0].real), float(answer.error[0])
 
     # -- M - 1, free of cancellation ------------------------------------------------------------------------------
@@ -95,16 +107,16 @@ class TiltedStep:
         weights = density * one.weight
         bulge = growth + 1.0
         self._tilted = weights * bulge
-        mean = float(density @ one.deviation)
-        self._base = c * mean + float(weights @ _expm1_minus(alpha, growth))
+        mean = float((density * one.deviation).sum())
+        self._base = c * mean + float((weights * _expm1_minus(alpha, growth)).sum())
         rounding = square * UNIT + one.weight_error
-        roundoff = rounding + (320.0 + len(x)) * UNIT
+        roundoff = rounding + (320.0 + _PAIRWISE) * UNIT
         size = np.abs(one.loss)
         # M(c) itself: either term bounds the error of e^{cL} - 1 - cL; the second is small where the loss is.
         flat = weights * (roundoff * (2.0 + growth) + c * one.loss_error * (2.0 + growth) + c * roundoff * size)
         steep = weights * np.maximum(bulge, 1.0) * (c * c) * size * (one.loss_error + roundoff * size)
         error = float(np.minimum(flat, steep).sum())
-        mean_error = float(density @ (one.deviation_error + (square + len(x) + 22.0) * UNIT * one.deviation))
+        mean_error = float(density @ (one.deviation_error + (square + _PAIRWISE + 22.0) * UNIT * one.deviation))
         self._base_error = (error + c * (mean_error + 8.0 * UNIT * mean)) * _SAFETY
         self._set_turning_errors(rounding + c * one.loss_error)
         self._set_quadrature(self._base + 1.0 + self._base_error + 4.0 * UNIT * (self._base + 1.0))
@@ -120,7 +132,7 @@ class TiltedStep:
             + one.weight_error
             + (x * x + 8.0 * np.abs(one.log_weight) + 4.0 * np.abs(c * one.loss) + 4.0 * abs(self._log_scale)) * UNIT
         )
-        self._base_error = float(self._tilted @ (exponent_error + (len(x) + 120.0) * UNIT)) * _SAFETY
+        self._base_error = float(self._tilted @ (exponent_error + (_PAIRWISE + 120.0) * UNIT)) * _SAFETY
         self._set_turning_errors(exponent_error)
         self._set_quadrature(self._base + self._base_error)
 
@@ -147,11 +159,12 @@ class TiltedStep:
         ``roundoff`` bounds the relative error of the tilted weights, sums excluded.
         """
         size = np.abs(self._losses.loss)
+        self._relative = roundoff
         count = len(self._tilted)
         sums = min(count, _PIECE) + count / _PIECE + 1.0
         rounded = self._tilted * (roundoff + (160.0 + sums) * UNIT)
         self._loss_error = float(self._tilted @ self._losses.loss_error)
-        self._linear, self._constant = float(rounded @ size), float(rounded.sum())
+        self._linear, self._constant = float(rounded @ np.abs(self._losses.loss)), float(rounded.sum())
 
     def _turning_error(self, u: Array) -> Array:
         # |e^{iuL} - 1| <= min(2, |u L|); a relative error of L turns the phase by |u| times its absolute error.
@@ -178,12 +191,12 @@ class TiltedStep:
             return
         self._log_bound = math.log((moment + rest) / (1.0 - math.exp(at_zero))) + 1e-9 + self._log_scale
 
-    def _moment_error(self, u: Array) -> Array:
+    def _moment_error(self, u: Array, turning: Array) -> Array:
         """Bound of |computed M - true M|, scaled: rounding, quadrature on the strip, and the dropped tails."""
         log_strip = self.grid.log_strip(self.law, u, self._log_bound) + (self._log_shrink - self._log_scale)
         strip = np.exp(np.minimum(log_strip, 700.0))
         power = np.hypot(1.0 + self.tilt, u)
-        total: Array = self._base_error + self._turning_error(u) + strip + self._flat + power * self._per_power
+        total: Array = self._base_error + turning + strip + self._flat + power * self._per_power
         return total * (1.0 + 1e-9)
 
     def _logarithm(self, moment: Complex, error: Array) -> Moments:
