@@ -19,11 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpbudget._numerics import ELEMENTARY, UNIT, exp_up, log_expm1
+from dpbudget.accountants._fourier import PAIRWISE
 from dpbudget.accountants._law import Array, Law
 from dpbudget.accountants._tilted_step import Complex, Moments, TiltedStep
 
 # Pairs of node and output up to which moments are summed directly.
 _DIRECT = 1 << 17
+_FIRST = 32
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Line:
         log_decay: proved bound of log |M(c + iu) / M(c)| for all u >= (count + 1) step.
         below: (c', K(c') + log kappa(c')) for tilts c' < c that bound the aliases m >= 1; may be empty.
         above: the same for tilts c' > c, which bound m <= -1.
+        lost: upper bound of what the cuts of the laws drop; added to delta's upper end.
     """
 
     tilt: float
@@ -47,6 +50,7 @@ class Line:
     log_decay: float
     below: tuple[tuple[float, float], ...]
     above: tuple[tuple[float, float], ...]
+    lost: float = 0.0
 
 
 class Contour:
@@ -79,7 +83,7 @@ class Contour:
         """Certified (lower, upper) bounds of one direction's delta at ``epsilon`` >= 0."""
         angle = epsilon * self._u
         # Relative to exp(K(c) - c epsilon); the weights hold h / pi and the half weight of node 0.
-        value = float(self._real @ np.cos(angle) + self._imag @ np.sin(angle))
+        value = float((self._real * np.cos(angle) + self._imag * np.sin(angle)).sum())
         log_top = self._line.log_top
         log_scale = log_top - self.tilt * epsilon
         error = self._error + self._error_per_epsilon * epsilon
@@ -87,7 +91,8 @@ class Contour:
         error = 1.01 * error + self._cut
         alias = exp_up(min(self.log_alias(epsilon) - log_scale, 700.0))
         upper, lower = value + error, (value - error - alias) * (1.0 - 1e-15)
-        high = 1.0 if upper <= 0.0 else min(exp_up(min(log_scale + math.log(upper), 0.0)), 1.0)
+        high = 1.0 if upper <= 0.0 else exp_up(min(log_scale + math.log(upper), 0.0))
+        high = min((high + self._line.lost) * (1.0 + 2.0 * UNIT), 1.0)
         low = 0.0 if lower <= 0.0 else math.exp(min(log_scale + math.log(lower), 0.0)) * (1.0 - 4.0 * ELEMENTARY)
         return max(low - 5e-324, 0.0), high
 
@@ -129,7 +134,7 @@ class Contour:
         self._real, self._imag = np.ascontiguousarray(values.real), np.ascontiguousarray(values.imag)
         self._turning_real, self._turning_imag = u * self._real, u * self._imag
         size = np.abs(factor)
-        relative = rounding + (len(u) + 100.0 + 4.0 * abs(log_top)) * UNIT
+        relative = rounding + (PAIRWISE + 100.0 + 4.0 * abs(log_top)) * UNIT
         # (|m| + e)^n - |m|^n, in logarithms
         swell = growth + relative
         wide = np.exp(np.minimum(real + swell, 700.0))
@@ -148,9 +153,16 @@ def step_moments(law: Law, count: int, tilt: float, u: Array) -> Moments | None:
     whole = TiltedStep(law, tilt, float(u[-1]), accuracy)
     if not whole.usable:
         return None
-    if len(u) * len(whole.grid.nodes) > _DIRECT:
-        return whole.moments_along(float(u[1]), len(u) - 1)
-    return whole.moments(u)
+    if len(u) <= _FIRST or len(u) * len(whole.grid.nodes) <= _DIRECT:
+        return whole.moments(u)
+    # Near the real axis direct sums have the smaller errors, and a coarser grid serves them.
+    first = TiltedStep(law, tilt, float(u[_FIRST - 1]), accuracy)
+    if not first.usable:
+        return None
+    near, far = first.moments(u[:_FIRST]), whole.moments_along(float(u[1]), len(u) - 1)
+    return Moments(
+        np.concatenate([near.log_moment, far.log_moment[_FIRST:]]), np.concatenate([near.error, far.error[_FIRST:]])
+    )
 
 
 def step_accuracy(count: int) -> float:

@@ -33,8 +33,8 @@ class Decay:
 
     def __init__(self, law: Law, tilt: float, log_moment: float) -> None:
         self._law, self._tilt = law, tilt
-        if law.side == "replace":
-            heights, widths = self._replace_minorant(log_moment)
+        if law.side == "replace" or law.cut is not None:
+            heights, widths = self._rugged_minorant(log_moment)
             cuts = _valleys(heights)
         else:
             self._power = 1.0 + tilt if law.side == "remove" else -tilt
@@ -78,8 +78,8 @@ class Decay:
         heights = np.exp(np.minimum(np.minimum(log_density[:-1], log_density[1:]), 700.0))
         return heights * _SHRINK, widths * _SHRINK
 
-    def _replace_minorant(self, log_moment: float) -> tuple[Array, Array]:
-        """The same where a record is replaced: minima by a bound of the slope, since valleys are not located."""
+    def _rugged_minorant(self, log_moment: float) -> tuple[Array, Array]:
+        """The same for any law: minima by a bound of the slope, since valleys are not located."""
         law, c = self._law, self._tilt
         low, high = window(law, c, 0.5 * _RADIUS**2)
         x = np.linspace(low, high, int(min(max(4 * _MIN_CELLS, (high - low) * 40.0), 2 * _MAX_CELLS)) + 1)
@@ -88,9 +88,13 @@ class Decay:
         rise = law.shift * (near + far)  # dL/dx
         log_density = -0.5 * x * x - _LOG_SQRT_2PI + losses.log_weight + c * losses.loss - np.log(rise) - log_moment
         width = float(x[1] - x[0])
-        # d log f / dx = -x + m (1 + c) p+ + m c p- - (log rise)', the last within [-m, m]; p+ rises and p- falls.
-        highest = -x[:-1] + law.shift * ((1.0 + c) * near[1:] + c * far[:-1] + 1.0)
-        lowest = -x[1:] + law.shift * ((1.0 + c) * near[:-1] + c * far[1:] - 1.0)
+        # d log f / dx = -x + m (1 + c) p+ + m c p- - (log rise)' - (1 - omega) / width of the cut. p+ rises and p- falls;
+        # (log rise)' lies in [-m, m], and is m (1 - p+) where no record is replaced.
+        drop = np.zeros_like(x) if law.cut is None else law.cut.kept(x)[1] / law.cut.width
+        spread = law.shift if law.side == "replace" else 0.0
+        bend = 0.0 if law.side == "replace" else 1.0
+        highest = -x[:-1] + law.shift * ((1.0 + c + bend) * near[1:] + c * far[:-1] - bend) + spread - drop[:-1]
+        lowest = -x[1:] + law.shift * ((1.0 + c + bend) * near[:-1] + c * far[1:] - bend) - spread - drop[1:]
         from_left = log_density[:-1] + np.minimum(lowest, 0.0) * width
         from_right = log_density[1:] - np.maximum(highest, 0.0) * width
         heights = np.exp(np.minimum(np.maximum(from_left, from_right), 700.0))

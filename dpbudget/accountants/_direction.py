@@ -10,6 +10,7 @@ import numpy as np
 from dpbudget._numerics import UNIT, exp_up
 from dpbudget.accountants._closed_form import gaussian_delta, one_step_delta
 from dpbudget.accountants._contour import Contour
+from dpbudget.accountants._cutting import COSTS, cut_laws
 from dpbudget.accountants._law import Array
 from dpbudget.accountants._moment_table import MomentTable, Rows
 from dpbudget.accountants._phases import Phase
@@ -22,7 +23,9 @@ Interval = tuple[float, float]
 # Aimed at, relative to delta: sums in double precision gain nothing from less. A comparison needs far less.
 _LOG_TOLERANCE, _ROUGH_TOLERANCE = math.log(1e-14), math.log(1e-3)
 # A bracket of this relative width is not refined, one wider than the second is intersected with the fallback.
-_GOOD, _POOR = 1e-11, 1e-6
+_GOOD, _FAIR, _POOR = 1e-11, 3e-10, 1e-6
+# One narrower than this shows where epsilon is.
+_ROUGH = 0.01
 _PASSES = 4
 # Below exp(-746) no float but 0 and the smallest one is left.
 _VANISHED = -746.0
@@ -55,18 +58,20 @@ class DirectionCurve:
 
     def epsilon(self, delta: float) -> Interval:
         """Certified bounds of this direction's epsilon at ``delta``."""
-        rows, chernoff = self._rows_at_delta(math.log(delta))
+        rows, chernoff = self._rows_at_delta(self._table, math.log(delta))
         ceiling = min(chernoff, self._largest_loss())
         if ceiling <= 0.0:
             return 0.0, 0.0
         if self._closed is not None:
             return bracket_epsilon(self._closed, delta, ceiling)
-        answer = self._refine(rows, delta, (0.0, ceiling))
+        answer = self._refine(self._table, rows, delta, (0.0, ceiling))
+        if _is_wider(answer, _FAIR):
+            answer = self._refine_cut(delta, answer)
         if _is_wider(answer, _POOR):
             answer = _intersect(answer, self._fallback_epsilon(delta, answer[1]))
         return answer
 
-    def _rows_at_delta(self, log_delta: float) -> tuple[Rows, float]:
+    def _rows_at_delta(self, table: MomentTable, log_delta: float) -> tuple[Rows, float]:
         """Tilts around the best one for ``log_delta``, and the Renyi bound of epsilon over them."""
 
         def bound(rows: Rows) -> Array:
@@ -75,15 +80,34 @@ class DirectionCurve:
             value: Array = (rows.upper + kappa - log_delta + _PAD * size) / rows.tilts
             return value
 
-        rows = self._table.around(self._table.start(log_delta), bound)
+        rows = table.around(table.start(log_delta), bound)
         return rows, float(bound(rows).min())
 
-    def _refine(self, rows: Rows, delta: float, answer: Interval) -> Interval:
+    def _refine_cut(self, delta: float, answer: Interval) -> Interval:
+        """The same with rare outputs dropped and charged, which allows tilts that suit a rare large loss."""
+        middle = 0.5 * sum(answer)
+        if _is_wider(answer, _POOR):
+            middle = max(answer[0], 1e-2 * answer[1])
+        counts = [phase.count for phase in self._phases]
+        for cost in (COSTS[0], *COSTS):
+            laws = cut_laws(self._table.laws, counts, middle, delta, cost)
+            if laws is None:
+                break
+            table = MomentTable(self._phases, self._direction, laws)
+            rows, _ = self._rows_at_delta(table, math.log(delta))
+            answer = self._refine(table, rows, delta, answer)
+            if not _is_wider(answer, 3.0 * cost):
+                break
+            if not _is_wider(answer, _ROUGH):
+                middle = 0.5 * sum(answer)
+        return answer
+
+    def _refine(self, table: MomentTable, rows: Rows, delta: float, answer: Interval) -> Interval:
         """Contours, each planned at the last one's answer, until the bracket is good or stops improving."""
         ceiling, log_delta = answer[1], math.log(delta)
         guess = min(max(guess_epsilon(rows, log_delta), 1e-3 * ceiling), ceiling)
         for _ in range(_PASSES):
-            contour = plan_contour(self._table, rows, guess, log_delta, _LOG_TOLERANCE)
+            contour = plan_contour(table, rows, guess, log_delta, _LOG_TOLERANCE)
             if contour is None:
                 break
             before = answer[1] - answer[0]

@@ -31,6 +31,22 @@ EXPONENT_CAP = 600.0
 
 
 @dataclass(frozen=True)
+class Cut:
+    """Keeps an output x with probability omega(x) = 1 / (1 + e^{(x - at) / width}) and drops it otherwise.
+
+    What is left of a step is a smaller measure; the dropped mass is charged to delta in full.
+    """
+
+    at: float
+    width: float
+
+    def kept(self, x: Array) -> tuple[Array, Array]:
+        """(omega, 1 - omega), each within 20 roundoffs plus those of (x - at) / width, relative."""
+        exponent = np.clip((x - self.at) / self.width, -700.0, 700.0)
+        return 1.0 / (1.0 + np.exp(exponent)), 1.0 / (1.0 + np.exp(-exponent))
+
+
+@dataclass(frozen=True)
 class Law:
     """One use of a pair in one direction.
 
@@ -38,11 +54,13 @@ class Law:
         rate: q in (0, 1]; 1 is a plain Gaussian step ("remove" only).
         shift: m = 1 / sigma.
         side: which loss.
+        cut: outputs beyond which are dropped; None keeps all. Not for "add", whose losses are bounded.
     """
 
     rate: float
     shift: float
     side: Side
+    cut: Cut | None = None
 
     @property
     def plain(self) -> bool:
@@ -98,7 +116,8 @@ class Losses:
         log_weight: log of P's density against the reference, error below 8 roundoffs of it plus ``weight_error``.
         weight: P's density itself, not used where it would overflow.
         loss: L.
-        deviation: an integrand >= 0 whose mean under the reference is E L.
+        deviation: an integrand whose mean under the reference is E L; it is >= 0 where nothing is cut.
+        lost: density of what the cut drops; None where there is no cut.
         loss_error: absolute.
         weight_error: relative.
         deviation_error: absolute.
@@ -111,10 +130,31 @@ class Losses:
     loss_error: Array
     weight_error: Array
     deviation_error: Array
+    lost: Array | None = None
 
 
 def losses_at(law: Law, x: Array) -> Losses:
     """The losses at ``x``; error analysis in docs/accounting.md, "Rounding"."""
+    whole = _all_losses(law, x)
+    if law.cut is None:
+        return whole
+    kept, dropped = law.cut.kept(x)
+    exponent_error = 6.0 * UNIT * (np.abs(x) + abs(law.cut.at)) / law.cut.width
+    lost = whole.weight * dropped
+    shift_error = (whole.weight_error + exponent_error + 80.0 * UNIT) * np.abs(whole.loss) + whole.loss_error
+    return Losses(
+        whole.log_weight + np.log(kept),
+        whole.weight * kept,
+        whole.loss,
+        whole.deviation - lost * whole.loss,
+        whole.loss_error,
+        whole.weight_error + dropped * exponent_error + 40.0 * UNIT,
+        whole.deviation_error + lost * shift_error + 4.0 * UNIT * np.abs(whole.deviation),
+        lost,
+    )
+
+
+def _all_losses(law: Law, x: Array) -> Losses:
     if law.side == "replace":
         return _replace_losses(law, x)
     q, m = law.rate, law.shift

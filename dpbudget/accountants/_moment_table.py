@@ -16,7 +16,7 @@ import numpy.typing as npt
 from dpbudget._numerics import UNIT, exp_or_inf
 from dpbudget.accountants._law import EXPONENT_CAP, Array, Law, Losses, law_of, losses_at
 from dpbudget.accountants._phases import Phase
-from dpbudget.accountants._quadrature import Grid, choose_grid, correction_tails, moment_tails
+from dpbudget.accountants._quadrature import Grid, choose_grid, correction_tails, moment_tails, shrink_of
 from dpbudget.mechanisms import Direction
 
 _SQRT_2PI = math.sqrt(2.0 * math.pi)
@@ -116,7 +116,7 @@ def _centred(law: Law, tilts: Array, grid: Grid, one: Losses) -> tuple[Array, Ar
     size = np.abs(loss)
     mean = float(density @ one.deviation)
     mean_error = float(density @ (one.deviation_error + (square + len(x) + 22.0) * UNIT * one.deviation))
-    linear = 40.0 * UNIT * float(weights @ size) + mean_error + 8.0 * UNIT * mean
+    linear = 40.0 * UNIT * float(weights @ size) + mean_error + 8.0 * UNIT * abs(mean)
     # |e^y - 1| <= (e^y - 1 - y) + |y|
     error = c * (drift + c * float((weights * size) @ one.loss_error)) + 20.0 * UNIT * value + rounded + c * linear
     value = value + c * mean
@@ -160,8 +160,7 @@ def _quadrature_error(law: Law, c: Array, grid: Grid, one: Losses, moment: Array
     of_one, of_ratio = correction_tails(law, grid)
     correction = strip + of_one + (1.0 + c) * (2.0 * law.rate * strip + of_ratio)
     rest = rest + correction * np.exp(-np.minimum(scale, 700.0))
-    shrink = 0.0 if law.side == "remove" else c * (1e-12 - math.log(math.cos(0.5 * grid.angle)))
-    factor = np.exp(np.minimum(grid.log_strip_factor() + shrink, 0.0))
+    factor = np.exp(np.minimum(grid.log_strip_factor() + shrink_of(law, c, grid.angle), 0.0))
     usable = factor < 0.3
     safe = np.where(usable, factor, 0.0)
     answer: Array = np.where(usable, rest + safe * (moment + rest) / (1.0 - safe), np.inf)
@@ -169,11 +168,17 @@ def _quadrature_error(law: Law, c: Array, grid: Grid, one: Losses, moment: Array
 
 
 class MomentTable:
-    """Upper bounds K(c) >= log E exp(c L) of a composition in one direction, on the shared grid, remembered."""
+    """Upper bounds K(c) >= log E exp(c L) of a composition in one direction, on the shared grid, remembered.
 
-    def __init__(self, phases: Sequence[Phase], direction: Direction) -> None:
+    Args:
+        phases: the composition.
+        direction: which divergence.
+        laws: one law a phase, with a cut if wanted; made from the phases if not given.
+    """
+
+    def __init__(self, phases: Sequence[Phase], direction: Direction, laws: Sequence[Law] | None = None) -> None:
         self.phases, self.direction = tuple(phases), direction
-        self.laws = tuple(law_of(phase.pair, direction) for phase in self.phases)
+        self.laws = tuple(laws or (law_of(phase.pair, direction) for phase in self.phases))
         self._counts = np.array([float(phase.count) for phase in self.phases])
         self._known: dict[tuple[int, int], Rows] = {}
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from dpbudget._numerics import truncate_mantissa
 from dpbudget.accountants._contour import Contour, Line
+from dpbudget.accountants._cutting import dropped_mass
 from dpbudget.accountants._decay import Decay
 from dpbudget.accountants._law import Array, Law
 from dpbudget.accountants._moment_table import MomentTable, Rows, join
@@ -73,7 +74,8 @@ def plan_contour(
     gap = log_top - tilt * epsilon - target
     cut = _cut(uses, tilt, step, gap, rows.take(np.array([best])))
     below, above = _witnesses(rows, best, epsilon, period)
-    contour = Contour(uses, Line(tilt, step, cut[0], log_top, cut[1], below, above))
+    lost = math.fsum(count * dropped_mass(law) for law, count in uses)
+    contour = Contour(uses, Line(tilt, step, cut[0], log_top, cut[1], below, above, lost))
     return contour if contour.usable else None
 
 

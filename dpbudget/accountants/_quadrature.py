@@ -18,7 +18,6 @@ from dpbudget.accountants._law import Array, Law, losses_at, posterior, posterio
 #: A grid with more nodes is refused.
 MAX_NODES = 1 << 18
 _ANGLES = np.linspace(0.1, 3.1, 31)
-_LOG_COS = np.log(np.cos(_ANGLES / 2.0))
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 # The few float operations of a bound cannot spoil more than this.
 _SLACK = 1.0 + 1e-9
@@ -72,9 +71,19 @@ def turns_of(law: Law) -> float:
     return 2.0 if law.side == "replace" else 1.0
 
 
-def shrink_of(law: Law, tilt: float, angle: float) -> float:
-    """Log of the factor by which negative powers of |1 + r| may exceed those on the real line: -c log cos(theta/2)."""
-    return 0.0 if law.side == "remove" else -tilt * math.log(math.cos(0.5 * angle)) + 1e-12 * tilt
+def shrink_of(law: Law, tilt: float | Array, angle: float | Array) -> Array:
+    """Log of the factor by which negative powers and the cut may exceed their values on the real line.
+
+    -c log cos(theta/2) for |1 + r|^{-c} and -log cos(v/2), v = theta / (m width), for the cut; infinite from v = pi on.
+    """
+    value = np.zeros(np.broadcast(tilt, angle).shape)
+    if law.side != "remove":
+        value = value - np.asarray(tilt) * (np.log(np.cos(0.5 * np.asarray(angle))) - 1e-12)
+    if law.cut is not None:
+        v = np.asarray(angle) / (law.shift * law.cut.width)
+        inside = v < 3.1
+        value = value + np.where(inside, -np.log(np.cos(0.5 * np.where(inside, v, 0.0))) + 1e-12, np.inf)
+    return value
 
 
 def choose_grid(law: Law, tilt: float, u_max: float, nats: float) -> Grid | None:
@@ -83,13 +92,12 @@ def choose_grid(law: Law, tilt: float, u_max: float, nats: float) -> Grid | None
     None where it would need more than MAX_NODES nodes. The choice is heuristic, the bound computed from it is not.
     """
     low, high = window(law, tilt, nats)
-    heights = _ANGLES / law.shift
-    growth = nats + 0.5 * heights * heights + u_max * turns_of(law) * _ANGLES
-    if law.side != "remove":
-        growth = growth - tilt * _LOG_COS
+    angles = _angles_of(law)
+    heights = angles / law.shift
+    growth = nats + 0.5 * heights * heights + u_max * turns_of(law) * angles + shrink_of(law, tilt, angles)
     steps = 2.0 * math.pi * heights / growth
     best = int(np.argmax(steps))
-    step, angle, swell = float(steps[best]), float(_ANGLES[best]), None
+    step, angle, swell = float(steps[best]), float(angles[best]), None
     if (high - low) / step > _FEW_NODES and u_max > 0.0:
         sharp = _sharp_step(law, tilt, u_max, nats)
         if sharp[0] > step:
@@ -104,9 +112,21 @@ def choose_grid(law: Law, tilt: float, u_max: float, nats: float) -> Grid | None
     return Grid(nodes, step, angle, law.shift, swell, math.inf if swell is None else u_max)
 
 
+def _angles_of(law: Law) -> Array:
+    """Angles to choose from; the cut has a pole at pi times its width."""
+    if law.cut is None:
+        return _ANGLES
+    return _ANGLES * min(1.0, law.shift * law.cut.width * 3.0 / 3.1)
+
+
 def window(law: Law, tilt: float, nats: float) -> tuple[float, float]:
     """Where the tilted density exceeds about exp(-nats) of its peak."""
     radius = math.sqrt(2.0 * nats)
+    if law.cut is not None:
+        at = law.cut.at
+        beyond = math.sqrt(at * at + 2.0 * nats) + 2.0 * law.cut.width
+        high = max(beyond, (1.0 + 2.0 * tilt) * law.shift - 1.0 / law.cut.width + radius)
+        return (-high if law.side == "replace" else -radius), high
     if law.side == "remove":
         return -radius, (1.0 + tilt) * law.shift + radius
     if law.side == "add":
@@ -127,7 +147,7 @@ def _sharp_step(law: Law, tilt: float, u_max: float, nats: float) -> tuple[float
     Upper Riemann sums of W e^{cL} e^{|u| arg} over cells: the weight of a cell is at most its larger end times
     exp(cell/2 * largest slope), the argument is taken at the end where it is larger.
     """
-    angles, turns = _SHARP_ANGLES, turns_of(law)
+    angles, turns = np.minimum(_SHARP_ANGLES, _angles_of(law)[-1]), turns_of(law)
     low, high = window(law, tilt, nats + 3.0 + min(0.5 * u_max * turns, 2000.0))
     edges = np.linspace(low, high, _SHARP_CELLS + 1)
     losses = losses_at(law, edges)
@@ -143,6 +163,8 @@ def _sharp_step(law: Law, tilt: float, u_max: float, nats: float) -> tuple[float
     if law.side == "replace":
         turned = turned + turn(far[None, :-1])
     slope = np.maximum(np.abs(edges[1:]), np.abs(edges[:-1])) + (1.0 + 2.0 * tilt) * law.shift
+    if law.cut is not None:
+        slope = slope + law.cut.kept(edges[1:])[1] / law.cut.width
     log_cell = np.maximum(log_w[1:], log_w[:-1]) + 0.5 * width * slope + math.log(width)
     swell = _log_sum(log_cell[None, :] + u_max * turned)
     # Beyond the ends the argument is at most the angle; on the left it falls with p unless a record is replaced.
@@ -154,9 +176,7 @@ def _sharp_step(law: Law, tilt: float, u_max: float, nats: float) -> tuple[float
     swell = np.logaddexp(np.logaddexp(swell, left + u_max * left_turn), right + u_max * turns * angles) + 1e-6
     heights = angles / law.shift
     log_mass = float(_log_sum(log_w[None, :])[0]) + math.log(width)
-    growth = nats + 0.5 * heights * heights + np.maximum(swell - log_mass, 0.0)
-    if law.side != "remove":
-        growth = growth - tilt * np.log(np.cos(0.5 * angles))
+    growth = nats + 0.5 * heights * heights + np.maximum(swell - log_mass, 0.0) + shrink_of(law, tilt, angles)
     steps = 2.0 * math.pi * heights / growth
     best = int(np.argmax(steps))
     return float(steps[best]), float(angles[best]), float(swell[best])
@@ -218,6 +238,8 @@ def moment_tails(
     else:
         slope_left = -left + 0.0 * c
         slope_right = right - law.shift - pull - pull * posterior(law.rate, -law.shift, right)
+    if law.cut is not None:  # d log omega / dx = -(1 - omega) / width
+        slope_right = slope_right + float(law.cut.kept(np.array([right]))[1][0]) / law.cut.width
     fine = (slope_left > 1e-3) & (slope_right > 1e-3)
     # Log-concave with curvature >= 1 beyond the edge (or under a majorant that is), hence <= w / slope.
     tails = np.exp(np.minimum(log_edges[0], 700.0)) / np.maximum(slope_left, 1e-3)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpbudget._numerics import ELEMENTARY, UNIT, exp_or_inf
-from dpbudget.accountants._fourier import turn_along
+from dpbudget.accountants._fourier import PAIRWISE, turn_along
 from dpbudget.accountants._law import EXPONENT_CAP, Array, Law, losses_at
 from dpbudget.accountants._quadrature import Grid, choose_grid, correction_tails, moment_tails, shrink_of
 
@@ -30,8 +30,6 @@ _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 _SAFETY = 1.25
 # Below this log of the largest tilted weight, M - 1 is summed; above it, M itself, scaled.
 _PLAIN_ABOVE = 20.0
-# numpy.sum adds blocks of 128 with eight accumulators and the blocks pairwise: fewer roundings than this.
-_PAIRWISE = 64.0
 # Outputs are summed in pieces of so many: fewer roundings, and the piece stays in the cache.
 _PIECE = 256
 
@@ -88,7 +86,7 @@ class TiltedStep:
         transform = turn_along(one.loss, self._tilted, self._relative, step, count)
         u = np.arange(count + 1, dtype=np.float64) * step
         drift = u * float(self._tilted @ (one.loss_error + 4.0 * UNIT * np.abs(one.loss)))
-        error = (2.0 * _SAFETY) * (drift + transform.linear * u + transform.constant)
+        error = _SAFETY * (2.0 * drift + 2.0 * transform.linear * u + transform.constant)
         return self._logarithm(self._base + transform.value, self._moment_error(u, error))
 
     def log_moment(self) -> tuple[float, float]:
@@ -109,15 +107,17 @@ class TiltedStep:
         self._tilted = weights * bulge
         mean = float((density * one.deviation).sum())
         self._base = c * mean + float((weights * _expm1_minus(alpha, growth)).sum())
+        lost = 0.0 if one.lost is None else float((density * one.lost).sum())
+        self._base -= lost
         rounding = square * UNIT + one.weight_error
-        roundoff = rounding + (320.0 + _PAIRWISE) * UNIT
+        roundoff = rounding + (320.0 + PAIRWISE) * UNIT
         size = np.abs(one.loss)
         # M(c) itself: either term bounds the error of e^{cL} - 1 - cL; the second is small where the loss is.
         flat = weights * (roundoff * (2.0 + growth) + c * one.loss_error * (2.0 + growth) + c * roundoff * size)
         steep = weights * np.maximum(bulge, 1.0) * (c * c) * size * (one.loss_error + roundoff * size)
         error = float(np.minimum(flat, steep).sum())
-        mean_error = float(density @ (one.deviation_error + (square + _PAIRWISE + 22.0) * UNIT * one.deviation))
-        self._base_error = (error + c * (mean_error + 8.0 * UNIT * mean)) * _SAFETY
+        mean_error = float(density @ (one.deviation_error + (square + PAIRWISE + 22.0) * UNIT * one.deviation))
+        self._base_error = (error + c * (mean_error + 8.0 * UNIT * abs(mean))) * _SAFETY + 1e-9 * lost
         self._set_turning_errors(rounding + c * one.loss_error)
         self._set_quadrature(self._base + 1.0 + self._base_error + 4.0 * UNIT * (self._base + 1.0))
 
@@ -132,7 +132,7 @@ class TiltedStep:
             + one.weight_error
             + (x * x + 8.0 * np.abs(one.log_weight) + 4.0 * np.abs(c * one.loss) + 4.0 * abs(self._log_scale)) * UNIT
         )
-        self._base_error = float(self._tilted @ (exponent_error + (_PAIRWISE + 120.0) * UNIT)) * _SAFETY
+        self._base_error = float(self._tilted @ (exponent_error + (PAIRWISE + 120.0) * UNIT)) * _SAFETY
         self._set_turning_errors(exponent_error)
         self._set_quadrature(self._base + self._base_error)
 
@@ -178,7 +178,7 @@ class TiltedStep:
         ends = (float(grid.nodes[0]), float(grid.nodes[-1]))
         edges = (float(self._log_weight[0]) - self._log_scale, float(self._log_weight[-1]) - self._log_scale)
         self._flat, self._per_power = float(moment_tails(law, ends, c, edges)), 0.0
-        self._log_shrink = shrink_of(law, c, grid.angle)
+        self._log_shrink = float(shrink_of(law, c, grid.angle))
         if not self.plain:
             of_one, of_ratio = correction_tails(law, grid)
             strip = exp_or_inf(max(grid.log_strip_factor(), -700.0))
