@@ -41,6 +41,7 @@ class Line:
         below: (c', K(c') + log kappa(c')) for tilts c' < c that bound the aliases m >= 1; may be empty.
         above: the same for tilts c' > c, which bound m <= -1.
         lost: upper bound of what the cuts of the laws drop; added to delta's upper end.
+        log_mass: upper bound of log M(0), 0 for probabilities; no delta exceeds it.
     """
 
     tilt: float
@@ -51,6 +52,7 @@ class Line:
     below: tuple[tuple[float, float], ...]
     above: tuple[tuple[float, float], ...]
     lost: float = 0.0
+    log_mass: float = 0.0
 
 
 class Contour:
@@ -99,7 +101,7 @@ class Contour:
     def log_alias(self, epsilon: float) -> float:
         """Log of an upper bound of the sum of all terms m != 0."""
         line, period = self._line, self._period
-        below, above = -log_expm1(period * self.tilt), math.inf  # delta <= 1
+        below, above = line.log_mass - log_expm1(period * self.tilt), math.inf
         for other, bound in line.below:
             below = min(below, bound - other * epsilon - log_expm1(period * (self.tilt - other)))
         for other, bound in line.above:
@@ -131,8 +133,7 @@ class Contour:
         real = np.minimum(log_value.real - log_top, 700.0)
         factor = weight / (t * (t + 1.0))
         values = np.exp(real + 1j * log_value.imag) * factor
-        self._real, self._imag = np.ascontiguousarray(values.real), np.ascontiguousarray(values.imag)
-        self._turning_real, self._turning_imag = u * self._real, u * self._imag
+        self._keep(values)
         size = np.abs(factor)
         relative = rounding + (PAIRWISE + 100.0 + 4.0 * abs(log_top)) * UNIT
         # (|m| + e)^n - |m|^n, in logarithms
@@ -141,6 +142,10 @@ class Contour:
         error = np.where(swell < 1.0, np.exp(real) * np.expm1(np.minimum(swell, 1.0)), wide)
         self._error = float(error @ size) * 1.001
         self._error_per_epsilon = float((wide * size) @ u) * 4.0 * UNIT
+
+    def _keep(self, values: Complex) -> None:
+        self._real, self._imag = np.ascontiguousarray(values.real), np.ascontiguousarray(values.imag)
+        self._turning_real, self._turning_imag = self._u * self._real, self._u * self._imag
 
 
 def step_moments(law: Law, count: int, tilt: float, u: Array) -> Moments | None:

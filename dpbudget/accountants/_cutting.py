@@ -15,7 +15,7 @@ from dataclasses import replace
 from dpbudget.accountants._law import Cut, Law
 
 #: Widths of epsilon, relative to max(1, epsilon), that cuts may cost; the first that is good enough counts.
-COSTS = (3e-10, 3e-8)
+COSTS = (3e-10, 3e-8, 3e-7)
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 _LARGEST_TILT = 3000.0
 

@@ -10,7 +10,8 @@ import numpy as np
 from dpbudget._numerics import UNIT, exp_up
 from dpbudget.accountants._closed_form import gaussian_delta, one_step_delta
 from dpbudget.accountants._contour import Contour
-from dpbudget.accountants._cutting import COSTS, cut_laws
+from dpbudget.accountants._cutting import COSTS, cut_laws, dropped_mass
+from dpbudget.accountants._jump import log_delta_without_jumps, plan_jumps, split_at
 from dpbudget.accountants._law import Array
 from dpbudget.accountants._moment_table import MomentTable, Rows
 from dpbudget.accountants._phases import Phase
@@ -26,6 +27,10 @@ _LOG_TOLERANCE, _ROUGH_TOLERANCE = math.log(1e-14), math.log(1e-3)
 _GOOD, _FAIR, _POOR = 1e-11, 3e-10, 1e-6
 # One narrower than this shows where epsilon is.
 _ROUGH = 0.01
+# Shares of epsilon that one step must lose to count as a jump.
+_SPLITS = (0.5, 0.35, 0.25, 0.15, 0.1)
+# What has no jump must be this much less than delta.
+_LOG_NEGLIGIBLE = -9.0
 _PASSES = 4
 # Below exp(-746) no float but 0 and the smallest one is left.
 _VANISHED = -746.0
@@ -100,6 +105,27 @@ class DirectionCurve:
                 break
             if not _is_wider(answer, _ROUGH):
                 middle = 0.5 * sum(answer)
+                answer = self._refine_jumps(table, delta, answer)
+                if not _is_wider(answer, 3.0 * cost):
+                    break
+        return answer
+
+    def _refine_jumps(self, table: MomentTable, delta: float, answer: Interval) -> Interval:
+        """The contour of at least one rare large loss, for one phase with a cut."""
+        if len(table.laws) > 1 or table.laws[0].side != "remove":
+            return answer
+        (law,), (phase,) = table.laws, table.phases
+        log_delta = math.log(delta)
+        low = answer[0]
+        moments = table.around(table.start(log_delta), lambda rows: rows.upper - rows.tilts * low)
+        splits = [split_at(law, share * low) for share in _SPLITS]
+        log_rest, index = min((log_delta_without_jumps(law, phase.count, s, low), k) for k, s in enumerate(splits))
+        if log_rest > log_delta + _LOG_NEGLIGIBLE:
+            return answer
+        rest = exp_up(log_rest) + phase.count * dropped_mass(law)
+        contour = plan_jumps(law, phase.count, splits[index], moments, low, log_delta + _LOG_TOLERANCE, rest)
+        if contour is not None:
+            answer = _intersect(answer, bracket_near(contour, delta, 0.5 * sum(answer), answer[1]))
         return answer
 
     def _refine(self, table: MomentTable, rows: Rows, delta: float, answer: Interval) -> Interval:
@@ -136,7 +162,7 @@ class DirectionCurve:
             return self._closed(epsilon)
         if epsilon >= self._largest_loss():
             return 0.0, 0.0
-        rows, chernoff = self._rows_at_epsilon(epsilon)
+        rows, chernoff = self._rows_at_epsilon(self._table, epsilon)
         answer = (0.0, exp_up(min(chernoff, 0.0)))
         if chernoff < _VANISHED:
             return answer
@@ -149,7 +175,7 @@ class DirectionCurve:
             answer = _intersect(answer, (lower, gaussian_delta(self._phases, epsilon)[1]))
         return answer
 
-    def _rows_at_epsilon(self, epsilon: float) -> tuple[Rows, float]:
+    def _rows_at_epsilon(self, table: MomentTable, epsilon: float) -> tuple[Rows, float]:
         """Tilts around the best one for ``epsilon``, and the Renyi bound of log delta over them."""
 
         def bound(rows: Rows) -> Array:
@@ -158,7 +184,7 @@ class DirectionCurve:
             value: Array = rows.upper + kappa - rows.tilts * epsilon + _PAD * size
             return value
 
-        rows = self._table.around(self._table.start(-0.5 * epsilon - 1.0), bound)
+        rows = table.around(table.start(-0.5 * epsilon - 1.0), bound)
         return rows, float(bound(rows).min())
 
     def is_within(self, epsilon: float, delta: float) -> bool:
@@ -167,7 +193,7 @@ class DirectionCurve:
             return self._closed(epsilon)[1] < delta
         if epsilon >= self._largest_loss():
             return True
-        rows, chernoff = self._rows_at_epsilon(epsilon)
+        rows, chernoff = self._rows_at_epsilon(self._table, epsilon)
         if chernoff < math.log(delta):
             return True
         log_delta = min(guess_log_delta(rows, epsilon), chernoff)

@@ -6,7 +6,7 @@ The one proved number made here is the decay beyond the cut, from ``_decay``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -64,7 +64,7 @@ def plan_contour(
     """
     rows = _refined(table, rows, epsilon)
     target = log_tolerance + log_delta
-    choice = _tilt_and_period(rows, epsilon, target)
+    choice = tilt_and_period(rows, epsilon, target)
     if choice is None:
         return None
     best, period = choice
@@ -73,7 +73,7 @@ def plan_contour(
     uses = [(law, phase.count) for law, phase in zip(table.laws, table.phases, strict=True)]
     gap = log_top - tilt * epsilon - target
     cut = _cut(uses, tilt, step, gap, rows.take(np.array([best])))
-    below, above = _witnesses(rows, best, epsilon, period)
+    below, above = witnesses(rows, best, epsilon, period)
     lost = math.fsum(count * dropped_mass(law) for law, count in uses)
     contour = Contour(uses, Line(tilt, step, cut[0], log_top, cut[1], below, above, lost))
     return contour if contour.usable else None
@@ -92,7 +92,7 @@ def _refined(table: MomentTable, rows: Rows, epsilon: float) -> Rows:
     return together.take(np.argsort(together.tilts, kind="stable"))
 
 
-def _tilt_and_period(rows: Rows, epsilon: float, log_target: float) -> tuple[int, float] | None:
+def tilt_and_period(rows: Rows, epsilon: float, log_target: float, log_mass: float = 0.0) -> tuple[int, float] | None:
     """Index of the tilt with the least period B at which both alias sums are bounded by exp(log_target), and B.
 
     At the saddle itself the moments may explode just above (a rare large loss begins to dominate them), which makes the
@@ -107,7 +107,7 @@ def _tilt_and_period(rows: Rows, epsilon: float, log_target: float) -> tuple[int
         periods = excess[None, :] / np.abs(distance)
     above = np.where(distance > 0.0, periods, np.inf).min(axis=1)
     below = np.where(distance < 0.0, periods, np.inf).min(axis=1)
-    below = np.minimum(below, np.logaddexp(0.0, -log_target) / c[candidates])
+    below = np.minimum(below, np.logaddexp(0.0, log_mass - log_target) / c[candidates])
     period = np.maximum(below, above)
     with np.errstate(invalid="ignore"):
         score = np.log(period) + _LOSS_PRICE * (amplitude - np.log(c) - np.log1p(c))[candidates]
@@ -115,7 +115,7 @@ def _tilt_and_period(rows: Rows, epsilon: float, log_target: float) -> tuple[int
     return (int(candidates[best]), float(period[best])) if math.isfinite(period[best]) else None
 
 
-def _witnesses(
+def witnesses(
     rows: Rows, best: int, epsilon: float, period: float
 ) -> tuple[tuple[tuple[float, float], ...], tuple[tuple[float, float], ...]]:
     """The tilts on either side whose moments bound the aliases best."""
@@ -140,21 +140,27 @@ def _cut(
         for (law, _), top in zip(uses, row.steps[:, 0], strict=True)
     ]
 
-    def fall(candidates: Array) -> tuple[Array, Array]:
+    def fall(candidates: Array) -> Array:
         total = np.zeros(len(candidates))
         for (law, count), decay in zip(uses, decays, strict=True):
             if decay is None:
                 total -= count * 0.5 * np.square(candidates * step) * law.square_distance * (1.0 - 1e-14)
             else:
                 total += count * decay.log_rho(candidates * step)
-        return total, total - np.log(math.pi * step * (candidates - 1.0)) < -gap
+        return total
 
-    guess = math.sqrt(2.0 * max(gap, 1.0) / max(float(row.bend[0]), 1e-300)) / step
-    first = min(max(guess, 4.0), MAX_LINE_NODES / 4.0)
-    candidates = np.unique(np.ceil(first * 1.08 ** np.arange(13)))
-    total, enough = fall(candidates)
+    return earliest_cut(fall, step, gap, float(row.bend[0]))
+
+
+def earliest_cut(fall: Callable[[Array], Array], step: float, gap: float, bend: float) -> tuple[int, float]:
+    """(last kept node, log of the bound beyond it) for a bound ``fall`` of log |M / M(c)| from node k on."""
+    guess = math.sqrt(2.0 * max(gap, 1.0) / max(bend, 1e-300)) / step
+    candidates = np.unique(np.ceil(min(max(guess, 4.0), MAX_LINE_NODES / 4.0) * 1.08 ** np.arange(13)))
+    total = fall(candidates)
+    enough = total - np.log(math.pi * step * (candidates - 1.0)) < -gap
     if not enough.any() or enough[0]:
         candidates = np.unique(np.ceil(1.15 ** np.arange(10, int(math.log(MAX_LINE_NODES) / math.log(1.15)) + 1)))
-        total, enough = fall(candidates)
+        total = fall(candidates)
+        enough = total - np.log(math.pi * step * (candidates - 1.0)) < -gap
     best = int(np.argmax(enough)) if enough.any() else len(candidates) - 1
     return max(int(candidates[best]) - 1, 1), float(total[best])

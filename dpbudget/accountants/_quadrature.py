@@ -86,7 +86,7 @@ def shrink_of(law: Law, tilt: float | Array, angle: float | Array) -> Array:
     return value
 
 
-def choose_grid(law: Law, tilt: float, u_max: float, nats: float) -> Grid | None:
+def choose_grid(law: Law, tilt: float, u_max: float, nats: float, sharp: bool = True) -> Grid | None:
     """The coarsest grid whose error bound is about exp(-nats) relative to M(tilt), for all |u| <= u_max.
 
     None where it would need more than MAX_NODES nodes. The choice is heuristic, the bound computed from it is not.
@@ -98,10 +98,10 @@ def choose_grid(law: Law, tilt: float, u_max: float, nats: float) -> Grid | None
     steps = 2.0 * math.pi * heights / growth
     best = int(np.argmax(steps))
     step, angle, swell = float(steps[best]), float(angles[best]), None
-    if (high - low) / step > _FEW_NODES and u_max > 0.0:
-        sharp = _sharp_step(law, tilt, u_max, nats)
-        if sharp[0] > step:
-            step, angle, swell = sharp
+    if sharp and (high - low) / step > _FEW_NODES and u_max > 0.0:
+        finer = _sharp_step(law, tilt, u_max, nats)
+        if finer[0] > step:
+            step, angle, swell = finer
     step = truncate_mantissa(step)
     first, last = math.floor(low / step), math.ceil(high / step)
     if law.side == "replace":

@@ -50,26 +50,30 @@ class TiltedStep:
         tilt: c > 0.
         u_max: largest |u| that will be asked for.
         nats: -log of the quadrature error aimed at, relative to M(c).
+        sharp: whether the grid may use a bound that is relative to M(c) only.
 
     Attributes:
         usable: False where the grid would be too large or the weights leave double precision; then nothing is answered.
+        grid, losses: the nodes and what is lost there.
+        tilted: weights W e^{cL} of the nodes over e^{log_scale}, and ``relative`` bounds their relative errors.
+        log_edges: log of the tilted density at both ends, less log_scale.
     """
 
-    def __init__(self, law: Law, tilt: float, u_max: float, nats: float) -> None:
+    def __init__(self, law: Law, tilt: float, u_max: float, nats: float, sharp: bool = True) -> None:
         self.law, self.tilt = law, tilt
-        grid = choose_grid(law, tilt, u_max, nats)
+        grid = choose_grid(law, tilt, u_max, nats, sharp)
         self.usable = grid is not None
         if grid is None:
             return
         self.grid = grid
         x = grid.nodes
-        self._losses = losses_at(law, x)
-        self._log_weight = -0.5 * x * x - _LOG_SQRT_2PI + self._losses.log_weight + tilt * self._losses.loss
+        self.losses = losses_at(law, x)
+        self._log_weight = -0.5 * x * x - _LOG_SQRT_2PI + self.losses.log_weight + tilt * self.losses.loss
         top = float(self._log_weight.max())
         highest = max(float(x[-1]), -float(x[0]) if law.side == "replace" else 0.0)
-        largest = max(tilt * float(self._losses.loss.max()), law.shift * (highest - 0.5 * law.shift))
+        largest = max(tilt * float(self.losses.loss.max()), law.shift * (highest - 0.5 * law.shift))
         self.plain = top > _PLAIN_ABOVE or largest >= EXPONENT_CAP
-        self._log_scale = top if self.plain else 0.0
+        self.log_scale = top if self.plain else 0.0
         if self.plain:
             self._prepare_plain()
         else:
@@ -82,10 +86,10 @@ class TiltedStep:
 
     def moments_along(self, step: float, count: int) -> Moments:
         """Logarithm of M(c + i k step) for k = 0 .. count, count * step <= u_max, by fast Fourier transforms."""
-        one = self._losses
-        transform = turn_along(one.loss, self._tilted, self._relative, step, count)
+        one = self.losses
+        transform = turn_along(one.loss, self.tilted, self.relative, step, count)
         u = np.arange(count + 1, dtype=np.float64) * step
-        drift = u * float(self._tilted @ (one.loss_error + 4.0 * UNIT * np.abs(one.loss)))
+        drift = u * float(self.tilted @ (one.loss_error + 4.0 * UNIT * np.abs(one.loss)))
         error = _SAFETY * (2.0 * drift + 2.0 * transform.linear * u + transform.constant)
         return self._logarithm(self._base + transform.value, self._moment_error(u, error))
 
@@ -97,14 +101,14 @@ class TiltedStep:
     # -- M - 1, free of cancellation ------------------------------------------------------------------------------
 
     def _prepare_centred(self) -> None:
-        one, x, c = self._losses, self.grid.nodes, self.tilt
+        one, x, c = self.losses, self.grid.nodes, self.tilt
         square = x * x
         density = np.exp(-0.5 * square) * (self.grid.step / _SQRT_2PI)
         alpha = c * one.loss
         growth = np.expm1(alpha)
         weights = density * one.weight
         bulge = growth + 1.0
-        self._tilted = weights * bulge
+        self.tilted = weights * bulge
         mean = float((density * one.deviation).sum())
         self._base = c * mean + float((weights * _expm1_minus(alpha, growth)).sum())
         lost = 0.0 if one.lost is None else float((density * one.lost).sum())
@@ -124,15 +128,15 @@ class TiltedStep:
     # -- M itself, scaled ------------------------------------------------------------------------------------------
 
     def _prepare_plain(self) -> None:
-        x, one, c = self.grid.nodes, self._losses, self.tilt
-        self._tilted = np.exp(self._log_weight - self._log_scale) * self.grid.step
-        self._base = float(self._tilted.sum())
+        x, one, c = self.grid.nodes, self.losses, self.tilt
+        self.tilted = np.exp(self._log_weight - self.log_scale) * self.grid.step
+        self._base = float(self.tilted.sum())
         exponent_error = (
             c * one.loss_error
             + one.weight_error
-            + (x * x + 8.0 * np.abs(one.log_weight) + 4.0 * np.abs(c * one.loss) + 4.0 * abs(self._log_scale)) * UNIT
+            + (x * x + 8.0 * np.abs(one.log_weight) + 4.0 * np.abs(c * one.loss) + 4.0 * abs(self.log_scale)) * UNIT
         )
-        self._base_error = float(self._tilted @ (exponent_error + (PAIRWISE + 120.0) * UNIT)) * _SAFETY
+        self._base_error = float(self.tilted @ (exponent_error + (PAIRWISE + 120.0) * UNIT)) * _SAFETY
         self._set_turning_errors(exponent_error)
         self._set_quadrature(self._base + self._base_error)
 
@@ -141,10 +145,10 @@ class TiltedStep:
     def _oscillation(self, u: Array) -> Complex:
         """M(c + iu) - M(c), scaled, without the error of subtracting nearly equal numbers."""
         answer = np.zeros(len(u), dtype=np.complex128)
-        for first in range(0, len(self._tilted), _PIECE):
+        for first in range(0, len(self.tilted), _PIECE):
             part = slice(first, first + _PIECE)
-            tilted = self._tilted[part]
-            half = np.multiply.outer(0.5 * u, self._losses.loss[part])
+            tilted = self.tilted[part]
+            half = np.multiply.outer(0.5 * u, self.losses.loss[part])
             sine = np.sin(half)
             cosine = np.cos(half, out=half)
             cosine *= sine
@@ -158,13 +162,13 @@ class TiltedStep:
 
         ``roundoff`` bounds the relative error of the tilted weights, sums excluded.
         """
-        size = np.abs(self._losses.loss)
-        self._relative = roundoff
-        count = len(self._tilted)
+        size = np.abs(self.losses.loss)
+        self.relative = roundoff
+        count = len(self.tilted)
         sums = min(count, _PIECE) + count / _PIECE + 1.0
-        rounded = self._tilted * (roundoff + (160.0 + sums) * UNIT)
-        self._loss_error = float(self._tilted @ self._losses.loss_error)
-        self._linear, self._constant = float(rounded @ np.abs(self._losses.loss)), float(rounded.sum())
+        rounded = self.tilted * (roundoff + (160.0 + sums) * UNIT)
+        self._loss_error = float(self.tilted @ self.losses.loss_error)
+        self._linear, self._constant = float(rounded @ np.abs(self.losses.loss)), float(rounded.sum())
 
     def _turning_error(self, u: Array) -> Array:
         # |e^{iuL} - 1| <= min(2, |u L|); a relative error of L turns the phase by |u| times its absolute error.
@@ -176,7 +180,8 @@ class TiltedStep:
         """Sets the parts of the quadrature error; ``moment`` bounds the computed M(c), scaled, from above."""
         grid, law, c = self.grid, self.law, self.tilt
         ends = (float(grid.nodes[0]), float(grid.nodes[-1]))
-        edges = (float(self._log_weight[0]) - self._log_scale, float(self._log_weight[-1]) - self._log_scale)
+        edges = (float(self._log_weight[0]) - self.log_scale, float(self._log_weight[-1]) - self.log_scale)
+        self.log_edges = edges
         self._flat, self._per_power = float(moment_tails(law, ends, c, edges)), 0.0
         self._log_shrink = float(shrink_of(law, c, grid.angle))
         if not self.plain:
@@ -189,11 +194,11 @@ class TiltedStep:
         if not math.isfinite(rest) or at_zero > -1.0:
             self.usable = False
             return
-        self._log_bound = math.log((moment + rest) / (1.0 - math.exp(at_zero))) + 1e-9 + self._log_scale
+        self._log_bound = math.log((moment + rest) / (1.0 - math.exp(at_zero))) + 1e-9 + self.log_scale
 
     def _moment_error(self, u: Array, turning: Array) -> Array:
         """Bound of |computed M - true M|, scaled: rounding, quadrature on the strip, and the dropped tails."""
-        log_strip = self.grid.log_strip(self.law, u, self._log_bound) + (self._log_shrink - self._log_scale)
+        log_strip = self.grid.log_strip(self.law, u, self._log_bound) + (self._log_shrink - self.log_scale)
         strip = np.exp(np.minimum(log_strip, 700.0))
         power = np.hypot(1.0 + self.tilt, u)
         total: Array = self._base_error + turning + strip + self._flat + power * self._per_power
@@ -204,8 +209,8 @@ class TiltedStep:
         real, imag = moment.real, moment.imag
         if self.plain:
             size = np.hypot(real, imag)
-            log_size = np.log(np.maximum(size, 1e-300)) + self._log_scale
-            rounding = np.full_like(real, 4.0 * UNIT * abs(self._log_scale))
+            log_size = np.log(np.maximum(size, 1e-300)) + self.log_scale
+            rounding = np.full_like(real, 4.0 * UNIT * abs(self.log_scale))
             angle = np.arctan2(imag, real)
         else:
             excess = 2.0 * real + (real * real + imag * imag)
