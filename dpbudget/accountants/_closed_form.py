@@ -15,8 +15,8 @@ from typing import Any
 
 import mpmath
 
-from dpbudget.accountants._phases import Phase
-from dpbudget.mechanisms import Direction, SubsampledGaussianPair
+from dpbudget.accountants._phases import GaussianPair, Phase
+from dpbudget.mechanisms import Direction, ReplaceOneGaussianPair
 
 _DIGITS = 60
 # Share of the terms that the difference may be wrong by, and the conversion to floats.
@@ -30,13 +30,15 @@ def gaussian_delta(phases: Sequence[Phase], epsilon: float) -> tuple[float, floa
     Exact where all rates are 1. Otherwise the upper end still holds: sampling post-processes the Gaussian pair.
     """
     with mpmath.workdps(_DIGITS):
-        mu = mpmath.sqrt(sum(phase.count / mpmath.mpf(phase.pair.sigma) ** 2 for phase in phases))
+        mu = mpmath.sqrt(sum(phase.count * _distance(phase.pair) ** 2 for phase in phases))
         return _profile(mu, mpmath.mpf(epsilon), mpmath.mpf(1))
 
 
-def one_step_delta(pair: SubsampledGaussianPair, epsilon: float, direction: Direction) -> tuple[float, float]:
+def one_step_delta(pair: GaussianPair, epsilon: float, direction: Direction) -> tuple[float, float]:
     """Certified (lower, upper) bounds of delta(epsilon) of one use of ``pair`` in one direction."""
     with mpmath.workdps(_DIGITS):
+        if isinstance(pair, ReplaceOneGaussianPair):
+            return _one_replacement(pair, mpmath.mpf(epsilon))
         q, mu, power = mpmath.mpf(pair.rate), 1 / mpmath.mpf(pair.sigma), mpmath.mpf(epsilon)
         if direction == "remove":
             return _profile(mu, mpmath.log1p(mpmath.expm1(power) / q), q)
@@ -44,6 +46,23 @@ def one_step_delta(pair: SubsampledGaussianPair, epsilon: float, direction: Dire
         if ratio <= 0:  # adding a record has losses below -log(1 - q) only
             return 0.0, 5e-324
         return _profile(mu, -mpmath.log(ratio), -mpmath.expm1(power + mpmath.log1p(-q)) if q < 1 else mpmath.mpf(1))
+
+
+def _distance(pair: GaussianPair) -> Any:
+    """Distance of the two means without sampling, in units of the noise."""
+    return (2 if isinstance(pair, ReplaceOneGaussianPair) else 1) / mpmath.mpf(pair.sigma)
+
+
+def _one_replacement(pair: ReplaceOneGaussianPair, epsilon: Any) -> tuple[float, float]:
+    """P(x > z) - e^eps Q(x > z), z = log(y) / m, where y solves q k y^2 - (1 - q)(e^eps - 1) y - e^eps q k = 0."""
+    q, m, growth = mpmath.mpf(pair.rate), 1 / mpmath.mpf(pair.sigma), mpmath.expm1(epsilon)
+    scaled = q * mpmath.exp(-m * m / 2)
+    half = (1 - q) * growth / 2
+    z = mpmath.log((half + mpmath.sqrt(half * half + scaled * scaled * (1 + growth))) / scaled) / m
+    first = q * _tail(z - m)
+    second = (1 - q) * growth * _tail(z) + (1 + growth) * q * _tail(z + m)
+    value, error = first - second, (first + second) * _ERROR
+    return _down(value - error), _up(value + error)
 
 
 def _profile(mu: Any, epsilon: Any, scale: Any) -> tuple[float, float]:

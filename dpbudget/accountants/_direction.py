@@ -15,7 +15,7 @@ from dpbudget.accountants._jump import log_delta_without_jumps, plan_jumps, spli
 from dpbudget.accountants._law import Array
 from dpbudget.accountants._moment_table import MomentTable, Rows
 from dpbudget.accountants._phases import Phase
-from dpbudget.accountants._plan_contour import guess_epsilon, guess_log_delta, log_kappas, plan_contour
+from dpbudget.accountants._plan_contour import HIGH_PRICE, LOSS_PRICE, guess_epsilon, guess_log_delta, log_kappas, plan_contour
 from dpbudget.accountants._solve import DeltaBounds, bracket_epsilon, bracket_near
 from dpbudget.mechanisms import Direction
 
@@ -27,6 +27,8 @@ _LOG_TOLERANCE, _ROUGH_TOLERANCE = math.log(1e-14), math.log(1e-3)
 _GOOD, _FAIR, _POOR = 1e-11, 3e-10, 1e-6
 # One narrower than this shows where epsilon is.
 _ROUGH = 0.01
+# One wider than this after a cut is tried without its bulk.
+_JUMPY = 2e-9
 # Shares of epsilon that one step must lose to count as a jump.
 _SPLITS = (0.5, 0.35, 0.25, 0.15, 0.1)
 # What has no jump must be this much less than delta.
@@ -94,20 +96,22 @@ class DirectionCurve:
         if _is_wider(answer, _POOR):
             middle = max(answer[0], 1e-2 * answer[1])
         counts = [phase.count for phase in self._phases]
-        for cost in (COSTS[0], *COSTS):
+        known = not _is_wider(answer, _ROUGH)
+        for cost in COSTS if known else (COSTS[0], *COSTS):
             laws = cut_laws(self._table.laws, counts, middle, delta, cost)
             if laws is None:
                 break
             table = MomentTable(self._phases, self._direction, laws)
             rows, _ = self._rows_at_delta(table, math.log(delta))
+            before = answer
             answer = self._refine(table, rows, delta, answer)
-            if not _is_wider(answer, 3.0 * cost):
-                break
-            if not _is_wider(answer, _ROUGH):
+            known = not _is_wider(answer, _ROUGH)
+            if known and _is_wider(answer, _JUMPY):
                 middle = 0.5 * sum(answer)
                 answer = self._refine_jumps(table, delta, answer)
-                if not _is_wider(answer, 3.0 * cost):
-                    break
+            # What a larger cost could still gain is not worth it below a thousandth of the tolerated width.
+            if not _is_wider(answer, max(3.0 * cost, _JUMPY)) or (known and answer == before):
+                break
         return answer
 
     def _refine_jumps(self, table: MomentTable, delta: float, answer: Interval) -> Interval:
@@ -133,7 +137,8 @@ class DirectionCurve:
         ceiling, log_delta = answer[1], math.log(delta)
         guess = min(max(guess_epsilon(rows, log_delta), 1e-3 * ceiling), ceiling)
         for _ in range(_PASSES):
-            contour = plan_contour(table, rows, guess, log_delta, _LOG_TOLERANCE)
+            price = LOSS_PRICE if table is self._table else HIGH_PRICE
+            contour = plan_contour(table, rows, guess, log_delta, _LOG_TOLERANCE, price)
             if contour is None:
                 break
             before = answer[1] - answer[0]

@@ -20,7 +20,7 @@ Complex = npt.NDArray[np.complex128]
 
 _REMAINDER = 2e-17
 #: numpy.add.reduce and reduceat add blocks of 128 with eight accumulators and the blocks pairwise: fewer roundings.
-PAIRWISE = 64.0
+PAIRWISE = 40.0
 
 
 @dataclass(frozen=True)

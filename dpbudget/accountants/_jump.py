@@ -59,7 +59,7 @@ def jumps_of(step: TiltedStep, split: Cut, h: float, count: int) -> Jumps:
     if count:
         turned = turn_along(step.losses.loss, weights, relative, h, count)
         drift = u * float(weights @ (step.losses.loss_error + 4.0 * UNIT * np.abs(step.losses.loss)))
-        error += _SAFETY * (2.0 * drift + 2.0 * turned.linear * u + turned.constant)
+        error += _SAFETY * (drift + 1.5 * turned.linear * u + turned.constant)
         value += turned.value
     # The split function obeys the same bound in the strip as the cut: 1 / cos(v / 2) of its value on the real line.
     v = grid.angle / (law.shift * split.width)

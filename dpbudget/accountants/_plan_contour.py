@@ -22,8 +22,9 @@ MAX_LINE_NODES = 1 << 17
 # Nats of amplitude between neighbouring tilts beyond which the table is made finer there.
 _STEEP = 2.0
 _FINER = 12
-# A tilt may lose so many nats of amplitude against the saddle for the sake of a larger step, at this price a nat.
-_MAX_LOSS, _LOSS_PRICE = 7.0, 0.2
+# A tilt may lose so many nats of amplitude against the saddle for the sake of a larger step, at this price a nat; the
+# second price is that of hard cases, where amplitude is rounding.
+_MAX_LOSS, LOSS_PRICE, HIGH_PRICE = 7.0, 0.2, 2.0
 # How many tilts on each side bound the aliases.
 _WITNESSES = 2
 
@@ -56,7 +57,7 @@ def guess_log_delta(rows: Rows, epsilon: float) -> float:
 
 
 def plan_contour(
-    table: MomentTable, rows: Rows, epsilon: float, log_delta: float, log_tolerance: float
+    table: MomentTable, rows: Rows, epsilon: float, log_delta: float, log_tolerance: float, price: float = LOSS_PRICE
 ) -> Contour | None:
     """A contour whose errors are about ``log_tolerance`` relative to delta near (epsilon, exp(log_delta)), or None.
 
@@ -64,7 +65,7 @@ def plan_contour(
     """
     rows = _refined(table, rows, epsilon)
     target = log_tolerance + log_delta
-    choice = tilt_and_period(rows, epsilon, target)
+    choice = tilt_and_period(rows, epsilon, target, price=price)
     if choice is None:
         return None
     best, period = choice
@@ -92,7 +93,9 @@ def _refined(table: MomentTable, rows: Rows, epsilon: float) -> Rows:
     return together.take(np.argsort(together.tilts, kind="stable"))
 
 
-def tilt_and_period(rows: Rows, epsilon: float, log_target: float, log_mass: float = 0.0) -> tuple[int, float] | None:
+def tilt_and_period(
+    rows: Rows, epsilon: float, log_target: float, log_mass: float = 0.0, price: float = LOSS_PRICE
+) -> tuple[int, float] | None:
     """Index of the tilt with the least period B at which both alias sums are bounded by exp(log_target), and B.
 
     At the saddle itself the moments may explode just above (a rare large loss begins to dominate them), which makes the
@@ -110,7 +113,7 @@ def tilt_and_period(rows: Rows, epsilon: float, log_target: float, log_mass: flo
     below = np.minimum(below, np.logaddexp(0.0, log_mass - log_target) / c[candidates])
     period = np.maximum(below, above)
     with np.errstate(invalid="ignore"):
-        score = np.log(period) + _LOSS_PRICE * (amplitude - np.log(c) - np.log1p(c))[candidates]
+        score = np.log(period) + price * (amplitude - np.log(c) - np.log1p(c))[candidates]
     best = int(np.argmin(score))
     return (int(candidates[best]), float(period[best])) if math.isfinite(period[best]) else None
 

@@ -30,8 +30,8 @@ _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 _SAFETY = 1.25
 # Below this log of the largest tilted weight, M - 1 is summed; above it, M itself, scaled.
 _PLAIN_ABOVE = 20.0
-# Outputs are summed in pieces of so many: fewer roundings, and the piece stays in the cache.
-_PIECE = 256
+# Outputs are summed in pieces of so many, which stay in the cache.
+_PIECE = 512
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class TiltedStep:
         transform = turn_along(one.loss, self.tilted, self.relative, step, count)
         u = np.arange(count + 1, dtype=np.float64) * step
         drift = u * float(self.tilted @ (one.loss_error + 4.0 * UNIT * np.abs(one.loss)))
-        error = _SAFETY * (2.0 * drift + 2.0 * transform.linear * u + transform.constant)
+        error = _SAFETY * (drift + 1.5 * transform.linear * u + transform.constant)
         return self._logarithm(self._base + transform.value, self._moment_error(u, error))
 
     def log_moment(self) -> tuple[float, float]:
@@ -107,7 +107,7 @@ class TiltedStep:
         alpha = c * one.loss
         growth = np.expm1(alpha)
         weights = density * one.weight
-        bulge = growth + 1.0
+        bulge = np.where(growth < -0.5, np.exp(alpha), growth + 1.0)
         self.tilted = weights * bulge
         mean = float((density * one.deviation).sum())
         self._base = c * mean + float((weights * _expm1_minus(alpha, growth)).sum())
@@ -153,8 +153,10 @@ class TiltedStep:
             cosine = np.cos(half, out=half)
             cosine *= sine
             sine *= sine
-            answer.real -= 2.0 * (sine @ tilted)
-            answer.imag += 2.0 * (cosine @ tilted)
+            sine *= tilted
+            cosine *= tilted
+            answer.real -= 2.0 * sine.sum(axis=1)
+            answer.imag += 2.0 * cosine.sum(axis=1)
         return answer
 
     def _set_turning_errors(self, roundoff: Array) -> None:
@@ -164,17 +166,16 @@ class TiltedStep:
         """
         size = np.abs(self.losses.loss)
         self.relative = roundoff
-        count = len(self.tilted)
-        sums = min(count, _PIECE) + count / _PIECE + 1.0
-        rounded = self.tilted * (roundoff + (160.0 + sums) * UNIT)
+        sums = PAIRWISE + len(self.tilted) / _PIECE
+        rounded = self.tilted * (roundoff + (100.0 + sums) * UNIT)
         self._loss_error = float(self.tilted @ self.losses.loss_error)
         self._linear, self._constant = float(rounded @ np.abs(self.losses.loss)), float(rounded.sum())
 
     def _turning_error(self, u: Array) -> Array:
         # |e^{iuL} - 1| <= min(2, |u L|); a relative error of L turns the phase by |u| times its absolute error.
         size = np.abs(u)
-        value: Array = size * self._loss_error + np.minimum(size * self._linear, 2.0 * self._constant)
-        return value * (2.0 * _SAFETY)
+        value: Array = size * self._loss_error + 1.5 * np.minimum(size * self._linear, 2.0 * self._constant)
+        return value * _SAFETY
 
     def _set_quadrature(self, moment: float) -> None:
         """Sets the parts of the quadrature error; ``moment`` bounds the computed M(c), scaled, from above."""

@@ -66,10 +66,10 @@ def test_a_count_that_is_no_natural_number_is_refused(accountant, count):
     assert caught.value.code == "DP009"
 
 
-def test_replace_one_is_not_computable_yet(accountant):
-    with pytest.raises(NotComputable) as caught:
-        accountant.curve([sampled(0.01, 1.0, 10)], Adjacency.REPLACE_ONE)
-    assert caught.value.code == "DP062"
+def test_replacing_a_record_costs_more_than_removing_one(accountant):
+    charges = [sampled(0.01, 1.0, 10)]
+    replaced = accountant.curve(charges, Adjacency.REPLACE_ONE).epsilon(1e-5)
+    assert replaced.upper > accountant.curve(charges, ADD_REMOVE).epsilon(1e-5).upper
 
 
 @pytest.mark.parametrize("charges", [[], [sampled(0.01, 1.0, 0)]])

@@ -11,6 +11,7 @@ import pytest
 
 from dpbudget.accountants import exact
 from dpbudget.accountants._decay import _LOBE, Decay, _layers, _one_minus_envelope
+from dpbudget.accountants._law import Law
 from dpbudget.accountants._tilted_step import TiltedStep
 
 
@@ -31,11 +32,12 @@ def random_steps():
 def test_the_bound_is_above_the_modulus_at_every_later_frequency(rate, sigma, tilt, direction):
     spread = 1.0 / max(rate * math.sqrt(math.expm1(min(sigma**-2, 10.0))), 1e-3)
     u = np.geomspace(0.01 * spread, 3.0 * spread, 40)
-    step = TiltedStep(rate, sigma, tilt, direction, float(u[-1]), 45.0)
+    law = Law(rate, 1.0 / sigma, direction)
+    step = TiltedStep(law, tilt, float(u[-1]), 45.0)
     if not step.usable:
         pytest.fail("the case has no grid")
     top = step.log_moment()[0]
-    log_rho = Decay(rate, sigma, tilt, direction, top + 1e-12).log_rho(u)
+    log_rho = Decay(law, tilt, top + 1e-12).log_rho(u)
     modulus = step.moments(u).log_moment.real - top
     later = np.maximum.accumulate(modulus[::-1])[::-1]
     assert np.all(later <= log_rho + 1e-9)
@@ -44,17 +46,18 @@ def test_the_bound_is_above_the_modulus_at_every_later_frequency(rate, sigma, ti
 
 def test_the_bound_is_close_to_the_gaussian_decay_at_small_frequencies():
     rate, sigma, tilt = 0.1, 3.0, 3.0
-    step = TiltedStep(rate, sigma, tilt, "remove", 1.0, 45.0)
+    law = Law(rate, 1.0 / sigma, "remove")
+    step = TiltedStep(law, tilt, 1.0, 45.0)
     top = step.log_moment()[0]
     modulus = step.moments(np.array([1.0])).log_moment.real[0] - top
-    assert Decay(rate, sigma, tilt, "remove", top).log_rho(np.array([1.0]))[0] < 0.5 * modulus
+    assert Decay(law, tilt, top).log_rho(np.array([1.0]))[0] < 0.5 * modulus
 
 
 def test_a_loss_with_two_peaks_has_its_valley_found():
     # Rare and large: most mass near l = 0, some near l = 12, almost none between.
     rate, sigma, tilt = 1e-3, 0.25, 1.0
     top = float(exact.log_moment(rate, sigma, tilt, "remove", 20))
-    decay = Decay(rate, sigma, tilt, "remove", top)
+    decay = Decay(Law(rate, 1.0 / sigma, "remove"), tilt, top)
     valley = decay._valley()
     assert 1.0 < valley < 5.0
 

@@ -12,8 +12,9 @@ import pytest
 from dpbudget.accountants import exact
 from dpbudget.accountants._moment_bound import MomentBound, log_moment_bounds
 from dpbudget.accountants._phases import Phase
+from dpbudget.accountants._law import Law
 from dpbudget.accountants._quadrature import choose_grid
-from dpbudget.accountants._tilted_step import TiltedStep, _expm1_minus, _sine_minus
+from dpbudget.accountants._tilted_step import TiltedStep, _expm1_minus
 from dpbudget.mechanisms import SubsampledGaussianPair
 
 ORDERS = (1.001, 1.01, 1.1, 1.5, 2.0, 3.3, 8.0, 30.0, 200.0)
@@ -72,7 +73,7 @@ def test_an_integer_order_agrees_with_the_binomial_sum():
     ],
 )
 def test_complex_moments_lie_within_their_error_bounds(rate, sigma, tilt, u_max, direction):
-    step = TiltedStep(rate, sigma, tilt, direction, u_max, 45.0)
+    step = TiltedStep(Law(rate, 1.0 / sigma, direction), tilt, u_max, 45.0)
     u = np.linspace(0.0, u_max, 9)
     answer = step.moments(u)
     for at, value, error in zip(u, answer.log_moment, answer.error, strict=True):
@@ -86,7 +87,7 @@ def test_complex_moments_lie_within_their_error_bounds(rate, sigma, tilt, u_max,
 @pytest.mark.parametrize("direction", ["remove", "add"])
 def test_the_scaled_path_and_the_centred_path_bound_the_same_moment(direction):
     pair = (0.02, 0.5)
-    step = TiltedStep(*pair, 9.0, direction, 0.0, 45.0)
+    step = TiltedStep(Law(pair[0], 1.0 / pair[1], direction), 9.0, 0.0, 45.0)
     true = exact.log_moment(*pair, 9.0, direction, 30)
     value, error = step.log_moment()
     assert step.plain == (direction == "remove")
@@ -94,7 +95,7 @@ def test_the_scaled_path_and_the_centred_path_bound_the_same_moment(direction):
 
 
 def test_a_grid_that_would_be_too_large_is_refused():
-    assert choose_grid(0.1, 1000.0, 1e4, "remove", 0.0, 50.0) is None
+    assert choose_grid(Law(0.1, 1000.0, "remove"), 1e4, 0.0, 50.0) is None
 
 
 def test_where_no_grid_exists_convexity_in_the_rate_still_bounds_the_moment():
@@ -134,12 +135,9 @@ def test_moments_of_phases_add_up():
 
 def test_differences_that_cancel_are_computed_to_full_relative_accuracy():
     alpha = np.array([-700.0, -3.0, -0.5, -1e-3, -1e-9, 1e-12, 1e-5, 0.49, 0.51, 30.0])
-    beta = np.array([-50.0, -1.0, -1e-4, 1e-9, 0.3, 0.999, 1.001, 4.0])
     with mpmath.workdps(60):
         growth = [float(mpmath.expm1(a) - a) for a in map(mpmath.mpf, alpha)]
-        sines = [float(mpmath.sin(b) - b) for b in map(mpmath.mpf, beta)]
     np.testing.assert_allclose(_expm1_minus(alpha, np.expm1(alpha)), growth, rtol=2e-15)
-    np.testing.assert_allclose(_sine_minus(beta, np.sin(beta)), sines, rtol=2e-15)
 
 
 @pytest.mark.parametrize("name", ["exp", "expm1", "log", "log1p", "sin", "cos"])
