@@ -8,7 +8,7 @@ R_t = 1 / sigma_t, CAP - R_t >= sqrt(3) and n_t uses,
     delta_total <= F * delta_ideal + sum_t n_t q_t [ CAP exp(-CAP^2/2) sqrt(ceil(d/2)) R_t + exp(-(CAP - R_t)^2/2) ],
     F = (1 - 2^-64)^(-ceil(d/2) * T).
 
-``docs/accounting.md``, section "Truncated noise", has the proof. The ideal mechanism is in real arithmetic.
+Where a record is replaced, R_t = 2 / sigma_t and the sum counts three times. ``docs/accounting.md``, section "Truncated noise", has the proof. The ideal mechanism is in real arithmetic.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ MAX_SHARE = 0.01
 _PAD = 1.0 + 1e-12
 
 
-def truncation_delta(steps: Iterable[tuple[float, float, int]], max_parameters: int) -> float:
-    """Upper bound of the additive part, over ``(rate, noise_multiplier, count)`` phases; infinite where unproved."""
+def truncation_delta(steps: Iterable[tuple[float, float, int]], max_parameters: int, replace: bool = False) -> float:
+    """Upper bound of the additive part, over ``(rate, noise_multiplier, count)`` phases; infinite where unproved.
+
+    ``replace``: neighbours differ by the replacement of a record instead of its presence.
+    """
     pairs = (max_parameters + 1) // 2
     total = 0.0
     for rate, sigma, count in steps:
-        shift = 1.0 / sigma
+        shift = (2.0 if replace else 1.0) / sigma
         if CAP - shift < math.sqrt(3.0) * _PAD:
             return math.inf
         spread = CAP * math.exp(-0.5 * CAP * CAP) * math.sqrt(pairs) * shift
         lump = math.exp(-0.5 * (CAP - shift) ** 2)
-        total += count * rate * (spread + lump)
+        total += (3 if replace else 1) * count * rate * (spread + lump)
     return total * _PAD
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
@@ -160,9 +161,21 @@ def joint_ideal_delta(plans: tuple[Plan, ...], delta: float) -> float:
     additive = log_factor = 0.0
     for plan in plans:
         phases = [(phase.rate, phase.noise_multiplier, phase.steps) for phase in plan.phases]
-        additive += truncation_delta(phases, plan.max_parameters)
+        additive += truncation_delta(phases, plan.max_parameters, plan.adjacency is Adjacency.REPLACE_ONE)
         log_factor += truncation_factor_log(plan.steps, plan.max_parameters)
     return _left_of(delta, additive, log_factor)
+
+
+def ideal_delta_of(
+    phases: Sequence[tuple[float, float, int]], max_parameters: int, delta: float, adjacency: Adjacency
+) -> float:
+    """What :func:`joint_ideal_delta` leaves for (rate, noise multiplier, steps) phases of one plan; 0 where it refuses."""
+    steps = sum(count for _, _, count in phases)
+    try:
+        additive = truncation_delta(phases, max_parameters, adjacency is Adjacency.REPLACE_ONE)
+        return _left_of(delta, additive, truncation_factor_log(steps, max_parameters))
+    except InvalidParameter:
+        return 0.0
 
 
 def _left_of(delta: float, additive: float, log_factor: float) -> float:

@@ -13,16 +13,24 @@ from dpbudget.accountants._contour import Contour
 from dpbudget.accountants._cutting import COSTS, cut_laws, dropped_mass
 from dpbudget.accountants._jump import log_delta_without_jumps, plan_jumps, split_at
 from dpbudget.accountants._law import Array
+from dpbudget.accountants._moment_bound import MomentBound
 from dpbudget.accountants._moment_table import MomentTable, Rows
 from dpbudget.accountants._phases import Phase
-from dpbudget.accountants._plan_contour import HIGH_PRICE, LOSS_PRICE, guess_epsilon, guess_log_delta, log_kappas, plan_contour
+from dpbudget.accountants._plan_contour import (
+    HIGH_PRICE,
+    LOSS_PRICE,
+    guess_epsilon,
+    guess_log_delta,
+    log_kappas,
+    plan_contour,
+)
 from dpbudget.accountants._solve import DeltaBounds, bracket_epsilon, bracket_near
 from dpbudget.mechanisms import Direction
 
 Interval = tuple[float, float]
 
 # Aimed at, relative to delta: sums in double precision gain nothing from less. A comparison needs far less.
-_LOG_TOLERANCE, _ROUGH_TOLERANCE = math.log(1e-14), math.log(1e-3)
+_LOG_TOLERANCE, _ESTIMATE_TOLERANCE, _ROUGH_TOLERANCE = math.log(1e-14), math.log(1e-11), math.log(1e-3)
 # A bracket of this relative width is not refined, one wider than the second is intersected with the fallback.
 _GOOD, _FAIR, _POOR = 1e-11, 3e-10, 1e-6
 # One narrower than this shows where epsilon is.
@@ -65,18 +73,43 @@ class DirectionCurve:
 
     def epsilon(self, delta: float) -> Interval:
         """Certified bounds of this direction's epsilon at ``delta``."""
+        return self.epsilon_between(delta, delta)
+
+    def epsilon_between(self, smaller: float, delta: float) -> Interval:
+        """(lower end at ``delta``, upper end at ``smaller`` <= delta), for little more than the price of one."""
+        answer, contour = self._solve(smaller)
+        if smaller == delta:
+            return answer
+        if contour is None or _is_wider(answer, _GOOD):
+            return self._solve(delta)[0][0], answer[1]
+        return bracket_near(contour, delta, answer[0], answer[1])[0], answer[1]
+
+    def _solve(self, delta: float) -> tuple[Interval, Contour | None]:
+        """Bounds of epsilon at ``delta``, and the last plain contour they come from."""
         rows, chernoff = self._rows_at_delta(self._table, math.log(delta))
         ceiling = min(chernoff, self._largest_loss())
         if ceiling <= 0.0:
-            return 0.0, 0.0
+            return (0.0, 0.0), None
         if self._closed is not None:
-            return bracket_epsilon(self._closed, delta, ceiling)
-        answer = self._refine(self._table, rows, delta, (0.0, ceiling))
+            return bracket_epsilon(self._closed, delta, ceiling), None
+        answer, contour = self._refine(self._table, rows, delta, (0.0, ceiling))
         if _is_wider(answer, _FAIR):
             answer = self._refine_cut(delta, answer)
         if _is_wider(answer, _POOR):
             answer = _intersect(answer, self._fallback_epsilon(delta, answer[1]))
-        return answer
+        return answer, contour
+
+    def rough_epsilon(self, delta: float) -> float:
+        """Saddle-point estimate of epsilon, no bound."""
+        rows, chernoff = self._rows_at_delta(self._table, math.log(delta))
+        return min(max(guess_epsilon(rows, math.log(delta)), 1e-3 * chernoff), max(chernoff, 0.0))
+
+    def estimate_log_delta(self, epsilon: float) -> tuple[float, float]:
+        """Estimates of log delta and of its derivative, good to 1e-9 where a plain contour works; no bound."""
+        rows, chernoff = self._rows_at_epsilon(self._table, epsilon)
+        log_delta = min(guess_log_delta(rows, epsilon), chernoff)
+        contour = plan_contour(self._table, rows, epsilon, log_delta, _ESTIMATE_TOLERANCE)
+        return (-math.inf, -1.0) if contour is None else contour.log_delta(epsilon)
 
     def _rows_at_delta(self, table: MomentTable, log_delta: float) -> tuple[Rows, float]:
         """Tilts around the best one for ``log_delta``, and the Renyi bound of epsilon over them."""
@@ -104,7 +137,7 @@ class DirectionCurve:
             table = MomentTable(self._phases, self._direction, laws)
             rows, _ = self._rows_at_delta(table, math.log(delta))
             before = answer
-            answer = self._refine(table, rows, delta, answer)
+            answer, _ = self._refine(table, rows, delta, answer)
             known = not _is_wider(answer, _ROUGH)
             if known and _is_wider(answer, _JUMPY):
                 middle = 0.5 * sum(answer)
@@ -132,16 +165,18 @@ class DirectionCurve:
             answer = _intersect(answer, bracket_near(contour, delta, 0.5 * sum(answer), answer[1]))
         return answer
 
-    def _refine(self, table: MomentTable, rows: Rows, delta: float, answer: Interval) -> Interval:
+    def _refine(
+        self, table: MomentTable, rows: Rows, delta: float, answer: Interval
+    ) -> tuple[Interval, Contour | None]:
         """Contours, each planned at the last one's answer, until the bracket is good or stops improving."""
-        ceiling, log_delta = answer[1], math.log(delta)
+        ceiling, log_delta, used = answer[1], math.log(delta), None
+        price = LOSS_PRICE if table is self._table else HIGH_PRICE
         guess = min(max(guess_epsilon(rows, log_delta), 1e-3 * ceiling), ceiling)
         for _ in range(_PASSES):
-            price = LOSS_PRICE if table is self._table else HIGH_PRICE
             contour = plan_contour(table, rows, guess, log_delta, _LOG_TOLERANCE, price)
             if contour is None:
                 break
-            before = answer[1] - answer[0]
+            before, used = answer[1] - answer[0], contour
             answer = _intersect(answer, bracket_near(contour, delta, guess, ceiling))
             if not _is_wider(answer, _GOOD) or answer[1] - answer[0] > 0.5 * before:
                 break
@@ -149,7 +184,7 @@ class DirectionCurve:
             if abs(moved - guess) <= 1e-3 * moved:
                 break
             guess = moved
-        return answer
+        return answer, used
 
     def _fallback_epsilon(self, delta: float, ceiling: float) -> Interval:
         """Post-processing: no better than its worst step alone, no worse than without sampling."""
@@ -157,7 +192,9 @@ class DirectionCurve:
         for phase in self._phases:
             step = partial(one_step_delta, phase.pair, direction=self._direction)
             lower = max(lower, bracket_epsilon(step, delta, ceiling)[0])
-        return lower, bracket_epsilon(partial(gaussian_delta, self._phases), delta, ceiling)[1]
+        upper = bracket_epsilon(partial(gaussian_delta, self._phases), delta, ceiling)[1]
+        finest = MomentBound(self._phases, self._direction).best_epsilon(math.log(delta))[0]
+        return lower, max(min(upper, finest), lower)
 
     # -- delta -----------------------------------------------------------------------------------------------------
 

@@ -174,9 +174,7 @@ def _all_losses(law: Law, x: Array) -> Losses:
     loss_error = slope_error + 61.0 * UNIT * size
     if law.side == "remove":
         deviation_error += size * jump * exponent_error
-        return Losses(
-            log_ratio, one_plus, log_ratio, deviation, loss_error, slope_error + 45.0 * UNIT, deviation_error
-        )
+        return Losses(log_ratio, one_plus, log_ratio, deviation, loss_error, slope_error + 45.0 * UNIT, deviation_error)
     deviation_error += np.abs(ratio) / one_plus * jump * exponent_error
     zero = np.zeros_like(x)
     return Losses(zero, np.ones_like(x), -log_ratio, deviation, loss_error, zero, deviation_error)

@@ -90,8 +90,7 @@ class MomentBound:
     def _start(self, log_delta: float) -> float:
         """The best tilt if the composition were Gaussian with its variance at tilt 0, within sane limits."""
         variance = sum(
-            phase.count * phase.pair.rate**2 * math.expm1(min(phase.pair.sigma**-2, 3.0))
-            for phase in self.phases
+            phase.count * phase.pair.rate**2 * math.expm1(min(phase.pair.sigma**-2, 3.0)) for phase in self.phases
         )
         return min(max(math.sqrt(-2.0 * log_delta / variance), 1e-4), 30.0)
 

@@ -49,8 +49,7 @@ class Rows:
 
     def take(self, index: npt.NDArray[np.intp]) -> Rows:
         """The chosen tilts."""
-        columns = (self.tilts, self.upper, self.slope, self.bend)
-        return Rows(*(column[index] for column in columns), self.steps[:, index])
+        return Rows(self.tilts[index], self.upper[index], self.slope[index], self.bend[index], self.steps[:, index])
 
 
 def step_rows(law: Law, tilts: Array) -> tuple[Array, Array, Array]:
@@ -184,7 +183,9 @@ class MomentTable:
 
     def rows(self, tilts: Array) -> Rows:
         """The composition at any increasing tilts."""
-        uppers, slopes, bends = (np.stack(part) for part in zip(*(step_rows(law, tilts) for law in self.laws), strict=True))
+        uppers, slopes, bends = (
+            np.stack(part) for part in zip(*(step_rows(law, tilts) for law in self.laws), strict=True)
+        )
         upper = (self._counts @ uppers) * (1.0 + (64.0 + len(self.laws)) * UNIT)
         return Rows(tilts, upper, self._counts @ slopes, self._counts @ bends, uppers)
 
@@ -224,5 +225,7 @@ def join(parts: Sequence[Rows]) -> Rows:
     """Rows one after the other."""
     if len(parts) == 1:
         return parts[0]
-    columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("tilts", "upper", "slope", "bend"))
-    return Rows(*columns, np.concatenate([part.steps for part in parts], axis=1))
+    tilts, upper, slope, bend = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("tilts", "upper", "slope", "bend")
+    )
+    return Rows(tilts, upper, slope, bend, np.concatenate([part.steps for part in parts], axis=1))

@@ -13,7 +13,6 @@ from dpbudget.mechanisms import Adjacency, Charge, DominatingPair, ReplaceOneGau
 GaussianPair = SubsampledGaussianPair | ReplaceOneGaussianPair
 
 
-
 @dataclass(frozen=True)
 class Phase:
     """``count`` >= 1 uses of one dominating pair."""

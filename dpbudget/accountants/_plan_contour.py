@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from dpbudget._numerics import truncate_mantissa
 from dpbudget.accountants._contour import Contour, Line
@@ -126,7 +127,7 @@ def witnesses(
     bounds += 64.0 * 2.0**-53 * (np.abs(rows.upper) + np.abs(bounds))
     terms = bounds - rows.tilts * epsilon - period * np.abs(rows.tilts - rows.tilts[best])
 
-    def pick(indices: Array) -> tuple[tuple[float, float], ...]:
+    def pick(indices: npt.NDArray[np.intp]) -> tuple[tuple[float, float], ...]:
         order = indices[np.argsort(terms[indices], kind="stable")[:_WITNESSES]]
         return tuple((float(rows.tilts[k]), float(bounds[k])) for k in order)
 
@@ -134,13 +135,10 @@ def witnesses(
     return pick(index[:best]), pick(index[best + 1 :])
 
 
-def _cut(
-    uses: Sequence[tuple[Law, int]], tilt: float, step: float, gap: float, row: Rows
-) -> tuple[int, float]:
+def _cut(uses: Sequence[tuple[Law, int]], tilt: float, step: float, gap: float, row: Rows) -> tuple[int, float]:
     """The last kept node and a log bound of |M / M(c)| beyond it: the earliest cut below exp(-gap), or the last."""
     decays = [
-        None if law.plain else Decay(law, tilt, float(top))
-        for (law, _), top in zip(uses, row.steps[:, 0], strict=True)
+        None if law.plain else Decay(law, tilt, float(top)) for (law, _), top in zip(uses, row.steps[:, 0], strict=True)
     ]
 
     def fall(candidates: Array) -> Array:

@@ -72,9 +72,7 @@ def _root(bounds: DeltaBounds, delta: float, ceiling: float) -> tuple[float, flo
     return point, max(slope, 1e-300)
 
 
-def _widen(
-    root: float, width: float, limit: float, holds: Callable[[float], bool], beyond: bool = False
-) -> float:
+def _widen(root: float, width: float, limit: float, holds: Callable[[float], bool], beyond: bool = False) -> float:
     """The first of root, root + width, root + 2 width, ... (doubling) at which ``holds``; ``limit`` if none does.
 
     ``beyond`` leaves out the root itself.

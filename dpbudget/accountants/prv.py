@@ -8,6 +8,7 @@ worst single step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from dpbudget.accountants._direction import DirectionCurve, Interval
@@ -49,6 +50,24 @@ class PRVCurve:
         """Smallest epsilon >= 0 at ``delta``; raises InvalidParameter (DP002) for delta outside (0, 1)."""
         delta = check_delta(delta)
         return self._larger(lambda one: one.epsilon(delta), lambda one, low: one.is_within(low, delta))
+
+    def epsilon_between(self, smaller: float, delta: float) -> Bounds:
+        """The lower end of epsilon at ``delta`` and the upper end at ``smaller`` <= delta.
+
+        These are the ends of a plan's epsilon, whose noise costs part of delta. Raises InvalidParameter (DP002).
+        """
+        smaller, delta = check_delta(smaller), check_delta(delta)
+        return self._larger(
+            lambda one: one.epsilon_between(smaller, delta), lambda one, low: one.is_within(low, smaller)
+        )
+
+    def rough_epsilon(self, delta: float) -> float:
+        """Saddle-point estimate of epsilon, typically within one percent; a start for searches and no bound."""
+        return self._directions[0].rough_epsilon(check_delta(delta)) if self._directions else 0.0
+
+    def estimate_log_delta(self, epsilon: float) -> tuple[float, float]:
+        """Estimates of log delta(epsilon) and its derivative from the costlier direction; for searches, no bound."""
+        return self._directions[0].estimate_log_delta(check_epsilon(epsilon)) if self._directions else (-math.inf, -1.0)
 
     def delta(self, epsilon: float) -> Bounds:
         """Smallest delta at ``epsilon``; raises InvalidParameter (DP001) unless epsilon is finite and >= 0."""
