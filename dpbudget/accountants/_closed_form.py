@@ -10,6 +10,7 @@ delta = 1e-300 and beyond. Assumes that mpmath's exp, log and erfc are right to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,33 @@ def gaussian_delta(phases: Sequence[Phase], epsilon: float) -> tuple[float, floa
     with mpmath.workdps(_DIGITS):
         mu = mpmath.sqrt(sum(phase.count * _distance(phase.pair) ** 2 for phase in phases))
         return _profile(mu, mpmath.mpf(epsilon), mpmath.mpf(1))
+
+
+def gaussian_guess(phases: Sequence[Phase], delta: float) -> float:
+    """Root of delta(epsilon) = delta of the unsampled composition in double precision; a guess, 0 where there is none."""
+    mu = math.sqrt(math.fsum(phase.count * float(_distance(phase.pair)) ** 2 for phase in phases))
+    if mu == 0.0 or not math.isfinite(mu):
+        return 0.0
+
+    def value(epsilon: float) -> float:
+        second = _log_tail(epsilon / mu + 0.5 * mu) + epsilon
+        first = _log_tail(epsilon / mu - 0.5 * mu)
+        return first + math.log1p(-math.exp(second - first)) if second < first else -math.inf
+
+    target, low, high = math.log(delta), 0.0, mu * (0.5 * mu + 40.0)
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        if not low < middle < high:
+            break
+        low, high = (middle, high) if value(middle) > target else (low, middle)
+    return high
+
+
+def _log_tail(z: float) -> float:
+    """log P(N(0, 1) > z), good to a few digits far out."""
+    if z < 25.0:
+        return math.log(0.5 * math.erfc(z / math.sqrt(2.0)))
+    return -0.5 * z * z - math.log(z * math.sqrt(2.0 * math.pi)) + math.log1p(-1.0 / (z * z))
 
 
 def one_step_delta(pair: GaussianPair, epsilon: float, direction: Direction) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from dpbudget._numerics import UNIT, exp_up
-from dpbudget.accountants._closed_form import gaussian_delta, one_step_delta
+from dpbudget.accountants._closed_form import gaussian_delta, gaussian_guess, one_step_delta
 from dpbudget.accountants._contour import Contour
 from dpbudget.accountants._cutting import COSTS, cut_laws, dropped_mass
 from dpbudget.accountants._jump import log_delta_without_jumps, plan_jumps, split_at
@@ -32,7 +32,7 @@ Interval = tuple[float, float]
 # Aimed at, relative to delta: sums in double precision gain nothing from less. A comparison needs far less.
 _LOG_TOLERANCE, _ESTIMATE_TOLERANCE, _ROUGH_TOLERANCE = math.log(1e-14), math.log(1e-11), math.log(1e-3)
 # A bracket of this relative width is not refined, one wider than the second is intersected with the fallback.
-_GOOD, _FAIR, _POOR = 1e-11, 3e-10, 1e-6
+_GOOD, _FAIR, _POOR = 1e-10, 3e-10, 1e-6
 # One narrower than this shows where epsilon is.
 _ROUGH = 0.01
 # One wider than this after a cut is tried without its bulk.
@@ -54,6 +54,8 @@ class DirectionCurve:
         self._phases, self._direction = phases, direction
         self._table = MomentTable(phases, direction)
         self._closed = self._closed_form()
+        #: The tilt of the last plain contour: a start for the other direction.
+        self.tilt: float | None = None
 
     def _closed_form(self) -> DeltaBounds | None:
         """delta(epsilon) where no contour is needed: no sampling at all, or a single step."""
@@ -91,7 +93,8 @@ class DirectionCurve:
         if ceiling <= 0.0:
             return (0.0, 0.0), None
         if self._closed is not None:
-            return bracket_epsilon(self._closed, delta, ceiling), None
+            guess = gaussian_guess(self._phases, delta) if self._table.laws[0].plain else 0.0
+            return bracket_epsilon(self._closed, delta, ceiling, guess), None
         answer, contour = self._refine(self._table, rows, delta, (0.0, ceiling))
         if _is_wider(answer, _FAIR):
             answer = self._refine_cut(delta, answer)
@@ -172,11 +175,13 @@ class DirectionCurve:
         ceiling, log_delta, used = answer[1], math.log(delta), None
         price = LOSS_PRICE if table is self._table else HIGH_PRICE
         guess = min(max(guess_epsilon(rows, log_delta), 1e-3 * ceiling), ceiling)
-        for _ in range(_PASSES):
+        # Where rare outputs may be cut, a first plain contour that is not good enough shows where to cut.
+        first_only = table is self._table and self._direction == "remove"
+        for _ in range(1 if first_only else _PASSES):
             contour = plan_contour(table, rows, guess, log_delta, _LOG_TOLERANCE, price)
             if contour is None:
                 break
-            before, used = answer[1] - answer[0], contour
+            before, used, self.tilt = answer[1] - answer[0], contour, contour.tilt
             answer = _intersect(answer, bracket_near(contour, delta, guess, ceiling))
             if not _is_wider(answer, _GOOD) or answer[1] - answer[0] > 0.5 * before:
                 break
@@ -211,13 +216,15 @@ class DirectionCurve:
         log_delta = min(guess_log_delta(rows, epsilon), chernoff)
         contour = plan_contour(self._table, rows, epsilon, log_delta, _LOG_TOLERANCE)
         if contour is not None:
-            answer = _intersect(answer, contour.delta(epsilon))
+            answer, self.tilt = _intersect(answer, contour.delta(epsilon)), contour.tilt
         if answer[1] - answer[0] > _POOR * answer[1]:
             lower = max(one_step_delta(phase.pair, epsilon, self._direction)[0] for phase in self._phases)
             answer = _intersect(answer, (lower, gaussian_delta(self._phases, epsilon)[1]))
         return answer
 
-    def _rows_at_epsilon(self, table: MomentTable, epsilon: float) -> tuple[Rows, float]:
+    def _rows_at_epsilon(
+        self, table: MomentTable, epsilon: float, start: float | None = None, enough: float = -math.inf
+    ) -> tuple[Rows, float]:
         """Tilts around the best one for ``epsilon``, and the Renyi bound of log delta over them."""
 
         def bound(rows: Rows) -> Array:
@@ -226,16 +233,19 @@ class DirectionCurve:
             value: Array = rows.upper + kappa - rows.tilts * epsilon + _PAD * size
             return value
 
-        rows = table.around(table.start(-0.5 * epsilon - 1.0), bound)
+        rows = table.around(start or table.start(-0.5 * epsilon - 1.0), bound, enough)
         return rows, float(bound(rows).min())
 
-    def is_within(self, epsilon: float, delta: float) -> bool:
-        """Whether this direction is proved (epsilon, delta)-DP by a few cheap bounds; False decides nothing."""
+    def is_within(self, epsilon: float, delta: float, start: float | None = None) -> bool:
+        """Whether this direction is proved (epsilon, delta)-DP by a few cheap bounds; False decides nothing.
+
+        ``start`` is a tilt near the best one, if known.
+        """
         if self._closed is not None:
             return self._closed(epsilon)[1] < delta
         if epsilon >= self._largest_loss():
             return True
-        rows, chernoff = self._rows_at_epsilon(self._table, epsilon)
+        rows, chernoff = self._rows_at_epsilon(self._table, epsilon, start, math.log(delta))
         if chernoff < math.log(delta):
             return True
         log_delta = min(guess_log_delta(rows, epsilon), chernoff)

@@ -189,13 +189,19 @@ class MomentTable:
         upper = (self._counts @ uppers) * (1.0 + (64.0 + len(self.laws)) * UNIT)
         return Rows(tilts, upper, self._counts @ slopes, self._counts @ bends, uppers)
 
-    def around(self, start: float, objective: Callable[[Rows], Array]) -> Rows:
-        """At least three blocks about the tilt at which ``objective`` is least, searched from ``start``."""
+    def around(self, start: float, objective: Callable[[Rows], Array], enough: float = -math.inf) -> Rows:
+        """At least three blocks about the tilt at which ``objective`` is least, searched from ``start``.
+
+        The search ends early where the objective falls below ``enough``.
+        """
         middle = math.floor(math.log(start) / math.log(GRID_RATIO) / BLOCK)
         first, last = middle - 1, middle + 1
         rows = self._blocks(first, last)
         while True:
-            best = int(np.argmin(objective(rows)))
+            heights = objective(rows)
+            best = int(np.argmin(heights))
+            if heights[best] < enough:
+                return rows
             if best < BLOCK and first * BLOCK > INDEX_RANGE[0]:
                 first -= 1
                 rows = join([self._blocks(first, first), rows])

@@ -156,12 +156,13 @@ def _cut(uses: Sequence[tuple[Law, int]], tilt: float, step: float, gap: float, 
 def earliest_cut(fall: Callable[[Array], Array], step: float, gap: float, bend: float) -> tuple[int, float]:
     """(last kept node, log of the bound beyond it) for a bound ``fall`` of log |M / M(c)| from node k on."""
     guess = math.sqrt(2.0 * max(gap, 1.0) / max(bend, 1e-300)) / step
-    candidates = np.unique(np.ceil(min(max(guess, 4.0), MAX_LINE_NODES / 4.0) * 1.08 ** np.arange(13)))
-    total = fall(candidates)
-    enough = total - np.log(math.pi * step * (candidates - 1.0)) < -gap
-    if not enough.any() or enough[0]:
-        candidates = np.unique(np.ceil(1.15 ** np.arange(10, int(math.log(MAX_LINE_NODES) / math.log(1.15)) + 1)))
+    first = min(max(guess, 4.0), MAX_LINE_NODES / 4.0)
+    for ratios in (1.1 ** np.arange(13), 1.2 ** np.arange(12, math.log(MAX_LINE_NODES) / math.log(1.2))):
+        candidates = np.unique(np.ceil(first * ratios))
+        candidates = candidates[candidates <= max(MAX_LINE_NODES, candidates[0])]
         total = fall(candidates)
         enough = total - np.log(math.pi * step * (candidates - 1.0)) < -gap
+        if enough.any():
+            break
     best = int(np.argmax(enough)) if enough.any() else len(candidates) - 1
     return max(int(candidates[best]) - 1, 1), float(total[best])

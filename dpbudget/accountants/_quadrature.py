@@ -190,9 +190,9 @@ def _log_sum(exponent: Array) -> Array:
 
 
 def add_mode(rate: float, shift: float, tilt: float) -> float:
-    """The mode of exp(-x^2 / 2) (1 + r)^(-tilt): the root of x + tilt m p(x) = 0 in [-tilt m, 0], to 1 % of a unit."""
+    """The mode of exp(-x^2 / 2) (1 + r)^(-tilt): the root of x + tilt m p(x) = 0 in [-tilt m, 0], to a tenth of a unit."""
     low, high = -tilt * shift, 0.0
-    while high - low > 0.01:
+    while high - low > 0.1:
         middle = 0.5 * (low + high)
         if middle + tilt * shift * posterior(rate, shift, middle) < 0.0:
             low = middle

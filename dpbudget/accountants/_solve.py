@@ -16,7 +16,7 @@ _MAX_NEWTON = 30
 _MAX_WIDENINGS = 60
 
 
-def bracket_epsilon(bounds: DeltaBounds, delta: float, ceiling: float) -> tuple[float, float]:
+def bracket_epsilon(bounds: DeltaBounds, delta: float, ceiling: float, guess: float = 0.0) -> tuple[float, float]:
     """(lower, upper) with certified delta(lower) >= ``delta`` (or lower = 0) and delta(upper) <= ``delta``.
 
     Both ends are re-evaluated with ``bounds``, nothing is linearised; delta is decreasing in epsilon.
@@ -25,16 +25,39 @@ def bracket_epsilon(bounds: DeltaBounds, delta: float, ceiling: float) -> tuple[
         bounds: certified (lower, upper) bounds of delta(epsilon), for epsilon >= 0.
         delta: the target in (0, 1).
         ceiling: a proved upper bound of epsilon(delta), returned where no smaller one is found.
+        guess: where the root may be, to a few digits; 0 where nothing is known.
     """
     if ceiling <= 0.0 or bounds(0.0)[1] <= delta:
         return 0.0, 0.0
-    root, slope = _root(bounds, delta, ceiling)
+    root, slope = _secant_root(bounds, delta, guess, ceiling) if guess > 0.0 else (0.0, 0.0)
+    if slope <= 0.0:
+        root, slope = _root(bounds, delta, ceiling)
     low, high = bounds(root)
     scale = max(math.log(max(high, 1e-323)) - math.log(max(low, 1e-323)), 1e-15)
     width = min(scale / max(slope, 1e-300), ceiling) + 4.0 * math.ulp(root)
     upper = _widen(root, width, ceiling, lambda e: bounds(e)[1] <= delta)
     lower = _widen(root, -width, 0.0, lambda e: bounds(e)[0] >= delta)
     return lower, upper
+
+
+def _secant_root(bounds: DeltaBounds, delta: float, guess: float, ceiling: float) -> tuple[float, float]:
+    """A root near ``guess`` and minus the slope of log delta there; slope 0 where the secant method does not settle."""
+    target, before = math.log(delta), None
+    point = min(guess, ceiling)
+    for _ in range(8):
+        low, high = bounds(point)
+        here = (point, math.log(max(0.5 * (low + high), 1e-323)) - target)
+        slope = 0.0
+        if before is not None and here[0] != before[0]:
+            slope = (before[1] - here[1]) / (here[0] - before[0])
+            if slope <= 0.0 or abs(here[1]) < 1e-14:
+                return point, slope
+        step = here[1] / slope if slope > 0.0 else 1e-6 * point
+        following = min(max(point + step, 0.5 * point), ceiling)
+        if slope > 0.0 and abs(following - point) <= 2.0 * math.ulp(point):
+            return following, slope
+        before, point = here, following
+    return point, 0.0
 
 
 def _root(bounds: DeltaBounds, delta: float, ceiling: float) -> tuple[float, float]:

@@ -65,7 +65,6 @@ REFUSED = [
     (f"{EPSILON} --steps 1e30", "DP009", 2),
     (f"{EPSILON} --accountant renyi", "DP061", 2),
     (f"{EPSILON} --adjacency swap", "DP062", 2),
-    (f"{EPSILON} --adjacency replace-one --accountant rdp", "DP062", 6),
     (f"{EPSILON} --phase 0.1,1,10", "DP064", 2),
     (f"{EPSILON} surplus", "DP060", 2),
     ("epsilon --phase 0.1,1 --delta 1e-5", "DP009", 2),
