@@ -71,6 +71,11 @@ class Contour:
         self._cut = exp_up(min(line.log_decay - math.log(math.pi * line.step * line.count), 700.0))
         self.usable = self._evaluate(uses)
 
+    @property
+    def nodes(self) -> int:
+        """How many nodes the sum has."""
+        return len(self._u)
+
     def log_delta(self, epsilon: float) -> tuple[float, float]:
         """(estimate of log delta, of its derivative) at ``epsilon``; -inf where the sum is not positive."""
         angle = epsilon * self._u

@@ -42,6 +42,8 @@ _SPLITS = (0.5, 0.35, 0.25, 0.15, 0.1)
 # What has no jump must be this much less than delta.
 _LOG_NEGLIGIBLE = -9.0
 _PASSES = 4
+# Nodes of all contours together after which one question asks for no further contour: about a second.
+_MAX_NODES = 100_000
 # Below exp(-746) no float but 0 and the smallest one is left.
 _VANISHED = -746.0
 _PAD = 64.0 * UNIT
@@ -56,6 +58,7 @@ class DirectionCurve:
         self._closed = self._closed_form()
         #: The tilt of the last plain contour: a start for the other direction.
         self.tilt: float | None = None
+        self._nodes = 0
 
     def _closed_form(self) -> DeltaBounds | None:
         """delta(epsilon) where no contour is needed: no sampling at all, or a single step."""
@@ -79,6 +82,7 @@ class DirectionCurve:
 
     def epsilon_between(self, smaller: float, delta: float) -> Interval:
         """(lower end at ``delta``, upper end at ``smaller`` <= delta), for little more than the price of one."""
+        self._nodes = 0
         answer, contour = self._solve(smaller)
         if smaller == delta:
             return answer
@@ -152,7 +156,7 @@ class DirectionCurve:
 
     def _refine_jumps(self, table: MomentTable, delta: float, answer: Interval) -> Interval:
         """The contour of at least one rare large loss, for one phase with a cut."""
-        if len(table.laws) > 1 or table.laws[0].side != "remove":
+        if len(table.laws) > 1 or table.laws[0].side != "remove" or self._nodes > _MAX_NODES:
             return answer
         (law,), (phase,) = table.laws, table.phases
         log_delta = math.log(delta)
@@ -165,6 +169,7 @@ class DirectionCurve:
         rest = exp_up(log_rest) + phase.count * dropped_mass(law)
         contour = plan_jumps(law, phase.count, splits[index], moments, low, log_delta + _LOG_TOLERANCE, rest)
         if contour is not None:
+            self._nodes += contour.nodes
             answer = _intersect(answer, bracket_near(contour, delta, 0.5 * sum(answer), answer[1]))
         return answer
 
@@ -178,9 +183,12 @@ class DirectionCurve:
         # Where rare outputs may be cut, a first plain contour that is not good enough shows where to cut.
         first_only = table is self._table and self._direction == "remove"
         for _ in range(1 if first_only else _PASSES):
+            if self._nodes > _MAX_NODES:
+                break
             contour = plan_contour(table, rows, guess, log_delta, _LOG_TOLERANCE, price)
             if contour is None:
                 break
+            self._nodes += contour.nodes
             before, used, self.tilt = answer[1] - answer[0], contour, contour.tilt
             answer = _intersect(answer, bracket_near(contour, delta, guess, ceiling))
             if not _is_wider(answer, _GOOD) or answer[1] - answer[0] > 0.5 * before:

@@ -19,7 +19,7 @@ from dpbudget.accountants._law import Array, Law
 from dpbudget.accountants._moment_table import MomentTable, Rows, join
 
 #: Most nodes on the line that a contour may use.
-MAX_LINE_NODES = 1 << 17
+MAX_LINE_NODES = 1 << 16
 # Nats of amplitude between neighbouring tilts beyond which the table is made finer there.
 _STEEP = 2.0
 _FINER = 12
