@@ -80,10 +80,10 @@ class Contour:
         """(estimate of log delta, of its derivative) at ``epsilon``; -inf where the sum is not positive."""
         angle = epsilon * self._u
         cosine, sine = np.cos(angle), np.sin(angle)
-        value = float(self._real @ cosine + self._imag @ sine)
+        value = float((self._real * cosine + self._imag * sine).sum())
         if value <= 0.0:
             return -math.inf, -self.tilt
-        turn = float(self._turning_imag @ cosine - self._turning_real @ sine)
+        turn = float((self._turning_imag * cosine - self._turning_real * sine).sum())
         return self._line.log_top - self.tilt * epsilon + math.log(value), turn / value - self.tilt
 
     def delta(self, epsilon: float) -> tuple[float, float]:

@@ -45,7 +45,13 @@ def cut_laws(
     sampled = [law for law in laws if not law.plain]
     if not sampled or any(law.side == "add" for law in sampled):
         return None
-    tilt = min(_tilt_of_a_jump(law, epsilon) for law in sampled)
+    # Beyond a tilt at which the bulk itself has a moment of a few nats no saddle lies.
+    variance = math.fsum(
+        count * law.rate**2 * math.expm1(min(law.square_distance, 3.0))
+        for law, count in zip(laws, counts, strict=True)
+        if not law.plain
+    )
+    tilt = min(3.0 / math.sqrt(variance), *(_tilt_of_a_jump(law, epsilon) for law in sampled))
     # log delta falls by about the tilt per unit of epsilon.
     share = min(cost * max(1.0, epsilon) * tilt, 1e-4)
     answer = []
@@ -70,7 +76,7 @@ def _tilt_of_a_jump(law: Law, epsilon: float) -> float:
 
 
 def _cut_of(law: Law, tilt: float, mass: float) -> Cut | None:
-    width = 1.0 / (law.shift * (1.0 + 3.0 * tilt) + 40.0)
+    width = 1.0 / (law.shift * (1.0 + 2.0 * tilt) + 40.0)
     low, high = law.shift + 0.5, law.shift + 38.0
     if dropped_mass(replace(law, cut=Cut(high, width))) > mass:
         return None

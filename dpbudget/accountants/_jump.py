@@ -25,7 +25,7 @@ from dpbudget.accountants._fourier import PAIRWISE, turn_along
 from dpbudget.accountants._law import Array, Cut, Law, losses_at
 from dpbudget.accountants._moment_table import Rows, step_rows
 from dpbudget.accountants._plan_contour import earliest_cut, log_kappas, tilt_and_period, witnesses
-from dpbudget.accountants._quadrature import moment_tails, normal_tail, shrink_of
+from dpbudget.accountants._quadrature import choose_grid, moment_tails, normal_tail, shrink_of
 from dpbudget.accountants._tilted_step import Complex, TiltedStep
 
 _SAFETY = 1.25
@@ -180,8 +180,8 @@ def _jump_rows(law: Law, count: int, split: Cut, moments: Rows) -> JumpRows | No
     """log (n J M^n (1 + 1e-6)) >= log (M^n - N^n) over the tilts of ``moments``: M(c) >= 1 - 1e-6 by Jensen's inequality."""
     if dropped_mass(law) > 1e-9 / float(moments.tilts[-1]):
         return None
-    log_jumps = np.array([_log_jump(law, split, float(c)) for c in moments.tilts])
-    log_zero = _log_jump(law, split, 0.0)
+    log_zero, *others = _log_jumps(law, split, np.concatenate([[0.0], moments.tilts]))
+    log_jumps = np.array(others)
     if not np.isfinite(log_jumps).any() or log_zero > math.log(_LARGEST_SHARE):
         return None
     c = moments.tilts
@@ -197,12 +197,28 @@ def _jump_rows(law: Law, count: int, split: Cut, moments: Rows) -> JumpRows | No
     return JumpRows(rows, log_zero + math.log(count)) if log_c.size else None
 
 
-def _log_jump(law: Law, split: Cut, tilt: float) -> float:
-    step = TiltedStep(law, tilt, 0.0, 60.0, sharp=False)
-    if not step.usable:
-        return math.inf
-    top = jumps_of(step, split, 1.0, 0).top
-    return math.log(top) + step.log_scale + 1e-9 if 0.0 < top < math.inf else math.inf
+def _log_jumps(law: Law, split: Cut, tilts: Array) -> list[float]:
+    """Upper bounds of log J(c) at increasing real ``tilts`` >= 0; infinite where there is none."""
+    grid = choose_grid(law, float(tilts[-1]), 0.0, 60.0, sharp=False)
+    v = math.inf if grid is None else grid.angle / (law.shift * split.width)
+    if grid is None or v >= 3.1:
+        return [math.inf] * len(tilts)
+    x = grid.nodes
+    losses = losses_at(law, x)
+    log_density = -0.5 * x * x - _LOG_SQRT_2PI + losses.log_weight
+    beyond = split.kept(x)[1]
+    answer = []
+    for c in tilts:
+        exponent = log_density + c * losses.loss
+        top = float(exponent.max())
+        # The sum's rounding is far below the 1e-9 added to its logarithm.
+        total = float((np.exp(exponent - top) * beyond).sum()) * grid.step
+        edges = (float(exponent[0]) - top + (float(x[0]) - split.at) / split.width, float(exponent[-1]) - top)
+        tails = float(moment_tails(law, (float(x[0]), float(x[-1])), float(c), edges))
+        strip = grid.log_strip_factor() + float(shrink_of(law, float(c), grid.angle)) - math.log(math.cos(0.5 * v))
+        bound = (total + tails) / (1.0 - math.exp(strip)) if strip < -1.0 else math.inf
+        answer.append(math.log(bound) + top + 1e-9 if 0.0 < bound < math.inf else math.inf)
+    return answer
 
 
 def split_at(law: Law, loss: float) -> Cut:

@@ -21,6 +21,8 @@ from dpbudget.mechanisms import Direction
 
 _SQRT_2PI = math.sqrt(2.0 * math.pi)
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
+# Most (node, tilt) pairs of a table; beyond it the bound by convexity has to do.
+_MAX_WORK = 1 << 22
 # Second-order terms of the rounding analysis.
 _SAFETY = 1.25
 #: Ratio of neighbouring tilts of the shared grid; index 0 is tilt 1. A table has whole blocks of it.
@@ -80,7 +82,8 @@ def _shared_grid(law: Law, tilts: Array) -> Grid | None:
     """The grid of the largest tilt; its window holds those of the smaller ones."""
     chi = math.expm1(min(law.square_distance, 60.0))
     scale = min(float(tilts[0]), 1.0) * law.rate * min(1.0, law.rate * chi)
-    return choose_grid(law, float(tilts[-1]), 0.0, 24.0 - math.log(scale))
+    grid = choose_grid(law, float(tilts[-1]), 0.0, 24.0 - math.log(scale))
+    return None if grid is None or len(grid.nodes) * len(tilts) > _MAX_WORK else grid
 
 
 def _sums(law: Law, tilts: Array, grid: Grid) -> tuple[Array, Array, Array]:
