@@ -303,7 +303,10 @@ def noise_for(
         NotComputable: no noise multiplier up to 1e6 reaches epsilon (DP004).
     """
     target, delta, relation = as_epsilon(epsilon), as_delta(delta), as_adjacency(adjacency)
-    schedule, counter = Schedule(as_rate(sample_rate), as_count("steps", steps, MAX_STEPS), None), as_accountant(accountant)
+    schedule, counter = (
+        Schedule(as_rate(sample_rate), as_count("steps", steps, MAX_STEPS), None),
+        as_accountant(accountant),
+    )
     asked = _load(counter)
 
     def curve(sigma: float) -> PrivacyCurve:

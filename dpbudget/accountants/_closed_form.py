@@ -56,7 +56,7 @@ def gaussian_guess(phases: Sequence[Phase], delta: float) -> float:
 
 
 def _log_tail(z: float) -> float:
-    """log P(N(0, 1) > z), good to a few digits far out."""
+    """Log P(N(0, 1) > z), good to a few digits far out."""
     if z < 25.0:
         return math.log(0.5 * math.erfc(z / math.sqrt(2.0)))
     return -0.5 * z * z - math.log(z * math.sqrt(2.0 * math.pi)) + math.log1p(-1.0 / (z * z))

@@ -177,7 +177,7 @@ def plan_jumps(
 
 
 def _jump_rows(law: Law, count: int, split: Cut, moments: Rows) -> JumpRows | None:
-    """log (n J M^n (1 + 1e-6)) >= log (M^n - N^n) over the tilts of ``moments``: M(c) >= 1 - 1e-6 by Jensen's inequality."""
+    """Log (n J M^n (1 + 1e-6)) >= log (M^n - N^n) over the tilts of ``moments``: M(c) >= 1 - 1e-6 by Jensen's inequality."""
     if dropped_mass(law) > 1e-9 / float(moments.tilts[-1]):
         return None
     log_zero, *others = _log_jumps(law, split, np.concatenate([[0.0], moments.tilts]))

@@ -45,6 +45,11 @@ class Cut:
         exponent = np.clip((x - self.at) / self.width, -700.0, 700.0)
         return 1.0 / (1.0 + np.exp(exponent)), 1.0 / (1.0 + np.exp(-exponent))
 
+    def log_kept(self, x: Array) -> Array:
+        """Log omega(x) for any x."""
+        value: Array = -np.logaddexp(0.0, (x - self.at) / self.width)
+        return value
+
 
 @dataclass(frozen=True)
 class Law:
@@ -143,7 +148,7 @@ def losses_at(law: Law, x: Array) -> Losses:
     lost = whole.weight * dropped
     shift_error = (whole.weight_error + exponent_error + 80.0 * UNIT) * np.abs(whole.loss) + whole.loss_error
     return Losses(
-        whole.log_weight + np.log(kept),
+        whole.log_weight + law.cut.log_kept(x),
         whole.weight * kept,
         whole.loss,
         whole.deviation - lost * whole.loss,

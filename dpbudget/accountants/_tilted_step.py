@@ -20,7 +20,7 @@ import numpy.typing as npt
 from dpbudget._numerics import ELEMENTARY, UNIT, exp_or_inf
 from dpbudget.accountants._fourier import PAIRWISE, turn_along
 from dpbudget.accountants._law import EXPONENT_CAP, Array, Law, losses_at
-from dpbudget.accountants._quadrature import Grid, choose_grid, correction_tails, moment_tails, shrink_of
+from dpbudget.accountants._quadrature import choose_grid, correction_tails, moment_tails, shrink_of
 
 Complex = npt.NDArray[np.complex128]
 

@@ -49,7 +49,9 @@ class PRVCurve:
     def epsilon(self, delta: float) -> Bounds:
         """Smallest epsilon >= 0 at ``delta``; raises InvalidParameter (DP002) for delta outside (0, 1)."""
         delta = check_delta(delta)
-        return self._larger(lambda one: one.epsilon(delta), lambda one, low: one.is_within(low, delta, self._directions[0].tilt))
+        return self._larger(
+            lambda one: one.epsilon(delta), lambda one, low: one.is_within(low, delta, self._directions[0].tilt)
+        )
 
     def epsilon_between(self, smaller: float, delta: float) -> Bounds:
         """The lower end of epsilon at ``delta`` and the upper end at ``smaller`` <= delta.
@@ -58,7 +60,8 @@ class PRVCurve:
         """
         smaller, delta = check_delta(smaller), check_delta(delta)
         return self._larger(
-            lambda one: one.epsilon_between(smaller, delta), lambda one, low: one.is_within(low, smaller, self._directions[0].tilt)
+            lambda one: one.epsilon_between(smaller, delta),
+            lambda one, low: one.is_within(low, smaller, self._directions[0].tilt),
         )
 
     def rough_epsilon(self, delta: float) -> float:
@@ -73,7 +76,9 @@ class PRVCurve:
         """Smallest delta at ``epsilon``; raises InvalidParameter (DP001) unless epsilon is finite and >= 0."""
         epsilon = check_epsilon(epsilon)
         nearest = min(epsilon, _FARTHEST)
-        answer = self._larger(lambda one: one.delta(nearest), lambda one, low: one.is_within(nearest, low, self._directions[0].tilt))
+        answer = self._larger(
+            lambda one: one.delta(nearest), lambda one, low: one.is_within(nearest, low, self._directions[0].tilt)
+        )
         # Delta falls as epsilon grows, so the upper end holds beyond; nothing is left of the lower one there.
         return answer if epsilon <= _FARTHEST else Bounds(0.0, answer.upper)
 

@@ -11,7 +11,7 @@ import pytest
 from accounting_cases import sampled
 
 from dpbudget.accountants import ACCOUNTANTS, get_accountant
-from dpbudget.errors import InvalidParameter, NotComputable
+from dpbudget.errors import InvalidParameter
 from dpbudget.mechanisms import Adjacency, Charge, Gaussian
 
 ADD_REMOVE = Adjacency.ADD_REMOVE

@@ -11,7 +11,7 @@ import pytest
 
 from dpbudget.accountants import exact
 from dpbudget.accountants._decay import _LOBE, Decay, _layers, _one_minus_envelope
-from dpbudget.accountants._law import Law
+from dpbudget.accountants._law import Cut, Law
 from dpbudget.accountants._tilted_step import TiltedStep
 
 
@@ -42,6 +42,27 @@ def test_the_bound_is_above_the_modulus_at_every_later_frequency(rate, sigma, ti
     later = np.maximum.accumulate(modulus[::-1])[::-1]
     assert np.all(later <= log_rho + 1e-9)
     assert np.all(np.diff(log_rho) <= 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("law", "tilt"),
+    [
+        (Law(0.01, 1.0, "replace"), 3.0),
+        (Law(1e-4, 1.6, "replace"), 1.5),
+        (Law(0.4, 0.2, "replace"), 8.0),
+        (Law(1e-3, 1.2, "remove", Cut(7.0, 0.02)), 12.0),
+        (Law(0.05, 0.6, "replace", Cut(8.0, 0.03)), 6.0),
+    ],
+)
+def test_the_bound_without_a_located_valley_is_above_the_modulus_too(law, tilt):
+    spread = 1.0 / max(law.rate * math.sqrt(math.expm1(min(law.square_distance, 10.0))), 1e-3)
+    u = np.geomspace(0.01 * spread, 3.0 * spread, 40)
+    step = TiltedStep(law, tilt, float(u[-1]), 45.0)
+    top = step.log_moment()[0]
+    log_rho = Decay(law, tilt, top + 1e-12).log_rho(u)
+    later = np.maximum.accumulate((step.moments(u).log_moment.real - top)[::-1])[::-1]
+    assert np.all(later <= log_rho + 1e-9)
+    assert log_rho[-1] < -1e-3
 
 
 def test_the_bound_is_close_to_the_gaussian_decay_at_small_frequencies():

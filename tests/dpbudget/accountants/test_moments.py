@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dpbudget.accountants import exact
+from dpbudget.accountants._law import Law
 from dpbudget.accountants._moment_bound import MomentBound, log_moment_bounds
 from dpbudget.accountants._phases import Phase
-from dpbudget.accountants._law import Law
 from dpbudget.accountants._quadrature import choose_grid
 from dpbudget.accountants._tilted_step import TiltedStep, _expm1_minus
 from dpbudget.mechanisms import SubsampledGaussianPair
