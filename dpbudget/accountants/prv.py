@@ -18,7 +18,7 @@ from dpbudget.accountants._moment_bound import MomentBound
 from dpbudget.accountants._phases import Phase, check_delta, check_epsilon, phases_of
 from dpbudget.accountants._plan_contour import guess_epsilon, plan_contour
 from dpbudget.accountants._solve import DeltaBounds, bracket_epsilon
-from dpbudget.curve import Bounds
+from dpbudget.curve import Bounds, PrivacyCurve
 from dpbudget.mechanisms import Adjacency, Charge, Direction, SubsampledGaussianPair
 
 # Aimed at, relative to delta: sums in double precision gain nothing from less.
@@ -46,7 +46,7 @@ class PRVAccountant:
         return PRVCurve(phases_of(charges, adjacency))
 
 
-class PRVCurve:
+class PRVCurve(PrivacyCurve):
     """The privacy profile of one composition; answers are certified intervals, wide where little is known."""
 
     def __init__(self, phases: Sequence[Phase]) -> None:
