@@ -9,11 +9,11 @@ H is convex as a supremum of lines, and the best test with false positive rate a
 
     TPR(a) = inf over t > 0 of H(t) + a t
 
-(Wasserman and Zhou 2010; Kairouz, Oh and Viswanath 2015; Dong, Roth and Su 2022, Proposition 2.12). Every t gives an upper
-bound, the guarantee. Convexity bounds the infimum from below: between two evaluated points H + a t lies above the lines
-through their neighbours. Both ends are therefore certified wherever delta is; the search only decides how close they are.
-The lower end is what the symmetrised profile allows. Where one direction is cheaper at some thresholds, an attack on one
-direction alone may reach less.
+(Wasserman and Zhou 2010; Kairouz, Oh and Viswanath 2015; Dong, Roth and Su 2022, Proposition 2.12). Every t gives an
+upper bound, the guarantee. Convexity bounds the infimum from below: between two evaluated points H + a t lies above the
+lines through their neighbours. Both ends are therefore certified wherever delta is; the search only decides how close
+they are. The lower end is what the symmetrised profile allows. Where one direction is cheaper at some thresholds, an
+attack on one direction alone may reach less.
 """
 
 from __future__ import annotations
@@ -96,6 +96,11 @@ def true_positive_rate(profile: Profile, fpr: float) -> Bounds:
     _descend(at, lambda: _gap(points, fpr))
     upper = min(1.0, *(point.upper for point in points.values()))
     return Bounds(min(max(_floor(points, fpr), fpr), upper), upper, profile.kind)
+
+
+def power_bound(profile: Profile, fpr: float, x: float) -> float:
+    """Upper bound of the true positive rate at ``fpr`` from the one threshold t = e^x; valid for every x."""
+    return min(1.0, (profile.height(x).upper + math.exp(x) * fpr) * (1.0 + _ROUNDING))
 
 
 def trade_off(profile: Profile, alpha: float) -> Bounds:
