@@ -231,7 +231,8 @@ def calibrate(
     Args:
         epsilon: what the run may claim, in (0, 1e6]; or one of the next two targets.
         advantage: instead of epsilon, the largest TPR - FPR of any membership attack, in (0, 1).
-        tpr, fpr: instead of epsilon, the largest true positive rate at this false positive rate.
+        tpr: instead of epsilon, the largest true positive rate of any membership attack at ``fpr``, in (fpr, 1).
+        fpr: the false positive rate of ``tpr``, in (0, 1).
         delta: in (0, 1); 1 / dataset_size^1.1 if not given.
         sample_rate: probability with which each record enters a batch; or pass ``batch_size`` and ``dataset_size``.
         steps: number of steps; or pass ``epochs``, which gives ceil(epochs * dataset_size / batch_size).
@@ -245,7 +246,8 @@ def calibrate(
         beside: plans of the same portfolio; then ``epsilon`` bounds the joint claim of all of them.
 
     Raises:
-        InvalidParameter: not exactly one target (DP064), a value is out of range (DP001 to DP009), or delta is too small for the noise mode (DP053).
+        InvalidParameter: not exactly one target (DP064), a value is out of range (DP001 to DP009), or delta is too
+            small for the noise mode (DP053).
         NotComputable: no noise multiplier up to 1e6 reaches epsilon (DP004), or the accountant has no answer.
     """
     attack = not (advantage is None and tpr is None and fpr is None)

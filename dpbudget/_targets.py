@@ -1,7 +1,7 @@
 """Plans for what an attacker may gain, and the largest batch for a budget.
 
-A plan's profile includes the bounded tail of its noise (docs/accounting.md, "Truncated noise"), so that an advantage or a
-true positive rate solved for here holds for the noise that is drawn.
+A plan's profile includes the bounded tail of its noise (docs/accounting.md, "Truncated noise"), so that an advantage or
+a true positive rate solved for here holds for the noise that is drawn.
 """
 
 from __future__ import annotations

@@ -25,6 +25,22 @@ def test_without_sampling_the_noise_for_an_advantage_has_a_closed_form(advantage
     assert exact * (1 - 1e-9) <= plan.phases[0].noise_multiplier <= exact * (1 + 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("rate", "steps", "advantage", "published"),
+    [
+        (256 / 60000, 14062, 0.1, 2.128167819976807),
+        (256 / 60000, 14062, 0.3, 0.9061317503452301),
+        (512 / 60000, 1000, 0.05, 2.2582267761230472),
+    ],
+)
+def test_the_noise_for_an_advantage_agrees_with_riskcal(
+    rate: float, steps: int, advantage: float, published: float
+) -> None:
+    """riskcal 1.5.1, find_noise_multiplier_for_advantage with advantage_tol=1e-6; its own answers are a little safe."""
+    sigma = calibrate(advantage=advantage, sample_rate=rate, steps=steps, delta=1e-5).phases[0].noise_multiplier
+    assert sigma == pytest.approx(published, rel=5e-4)
+
+
 @pytest.mark.parametrize(("tpr", "fpr"), [(0.05, 0.01), (0.5, 0.1), (0.002, 0.001), (0.9, 0.3)])
 def test_without_sampling_the_noise_for_a_rate_has_a_closed_form(tpr: float, fpr: float) -> None:
     plan = calibrate(tpr=tpr, fpr=fpr, sample_rate=1.0, steps=16, delta=1e-5)
