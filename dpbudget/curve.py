@@ -80,7 +80,7 @@ class PrivacyCurve(ABC):
         """Success probability of reconstructing a record that a guess without the output gets with ``baseline``.
 
         It is at most the true positive rate at that false positive rate, 1 - beta(baseline) (Hayes, Mahloujifar and
-        Balle 2023, Theorem 2; Kaissis et al. 2023; the notion is that of Balle, Cherubin and Hayes 2022). The lower end
+        Balle 2023; Kaissis et al. 2023; the notion is that of Balle, Cherubin and Hayes 2022). The lower end
         belongs to the pair; an actual reconstruction may succeed less often.
         """
         from dpbudget import risk

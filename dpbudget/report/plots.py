@@ -173,7 +173,7 @@ def _draw_trade_off(axes: Axes, picture: Picture) -> None:
     axes.plot([0.0, 1.0], [1.0, 0.0], color=_GREY, linestyle=":", linewidth=1.0, label="guessing")
     axes.plot(alphas, _guarantee(picture, alphas), color=_BLUE, label="guarantee")
     line = [_line(alpha, picture.epsilon.upper, picture.delta) for alpha in alphas]
-    axes.plot(alphas, line, color=_ORANGE, linestyle="--", label="(epsilon, delta) alone")
+    axes.plot(alphas, line, color=_ORANGE, linestyle="--", label="one (ε, δ) alone")
     axes.set(title="Trade-off", xlabel="type I error (false positive rate)", ylabel="type II error (1 - TPR)")
     axes.set(xlim=(-0.01, 1.0), ylim=(-0.01, 1.02))
     axes.legend(loc="upper right")
@@ -183,7 +183,10 @@ def _guarantee(picture: Picture, alphas: Sequence[float]) -> list[float]:
     """Lower bounds of the type II error from one grid of thresholds; each threshold is a line below the curve."""
     profile = Profile(picture.curve.delta)
     end = min(1.25 * max(picture.epsilon.upper, 1e-3), 700.0)
-    xs = [end * i / (_POINTS // 2) for i in range(-(_POINTS // 2), _POINTS // 2 + 1)]
+    half = _POINTS // 2
+    shares = [i / half for i in range(-half, half + 1)]
+    # Evenly spaced thresholds, and others that are dense near 1, where a strong guarantee is decided.
+    xs = sorted({end * share for share in shares} | {end * share**3 for share in shares})
     return [max(0.0, *(1.0 - power_bound(profile, alpha, x) for x in xs)) for alpha in alphas]
 
 
@@ -205,7 +208,7 @@ def _draw_steps(axes: Axes, picture: Picture) -> None:
     upper, lower = [0.0, *(bounds.upper for _, bounds in rows)], [0.0, *(bounds.lower for _, bounds in rows)]
     axes.plot(counts, upper, color=_BLUE, drawstyle="steps-pre", label="upper bound")
     axes.plot(counts, lower, color=_GREEN, drawstyle="steps-post", linestyle=":", label="lower bound")
-    axes.set(title=f"Epsilon by step (delta {show_delta(picture.delta)})", xlabel="steps", ylabel="epsilon (nats)")
+    axes.set(title="Epsilon by step", xlabel="steps", ylabel="epsilon (nats)")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0.0)
     axes.locator_params(axis="x", nbins=5)
