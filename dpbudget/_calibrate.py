@@ -216,7 +216,10 @@ def _draft(
 
 def calibrate(
     *,
-    epsilon: float,
+    epsilon: float | None = None,
+    advantage: float | None = None,
+    tpr: float | None = None,
+    fpr: float | None = None,
     delta: float | None = None,
     sample_rate: float | None = None,
     steps: int | None = None,
@@ -236,7 +239,10 @@ def calibrate(
     rounding of the claim (2e-9 max(1, epsilon)) and the tail (at most one hundredth of delta) cost.
 
     Args:
-        epsilon: what the run may claim, in (0, 1e6].
+        epsilon: what the run may claim, in (0, 1e6]; or one of the next two targets.
+        advantage: instead of epsilon, the largest TPR - FPR of any membership attack, in (0, 1).
+        tpr: instead of epsilon, the largest true positive rate of any membership attack at ``fpr``, in (fpr, 1).
+        fpr: the false positive rate of ``tpr``, in (0, 1).
         delta: in (0, 1); 1 / dataset_size^1.1 if not given.
         sample_rate: probability with which each record enters a batch; or pass ``batch_size`` and ``dataset_size``.
         steps: number of steps; or pass ``epochs``, which gives ceil(epochs * dataset_size / batch_size).
@@ -250,13 +256,35 @@ def calibrate(
         beside: plans of the same portfolio; then ``epsilon`` bounds the joint claim of all of them.
 
     Raises:
-        InvalidParameter: a value is out of range (DP001 to DP009) or delta is too small for the noise mode (DP053).
+        InvalidParameter: not exactly one target (DP064), a value is out of range (DP001 to DP009), or delta is too
+            small for the noise mode (DP053).
         NotComputable: no noise multiplier up to 1e6 reaches epsilon (DP004), or the accountant has no answer.
     """
-    target = as_epsilon(epsilon)
+    attack = not (advantage is None and tpr is None and fpr is None)
+    if attack == (epsilon is not None) or (attack and beside):
+        raise InvalidParameter(
+            "the target is exactly one of epsilon, advantage, or tpr with fpr; plans beside it need epsilon",
+            code="DP064",
+            hint="pass one of them",
+        )
     schedule = make_schedule(
         sample_rate=sample_rate, steps=steps, dataset_size=dataset_size, batch_size=batch_size, epochs=epochs
     )
+    if attack:
+        from dpbudget._targets import calibrate_to_attack  # it builds on this module
+
+        return calibrate_to_attack(
+            advantage=advantage,
+            tpr=tpr,
+            fpr=fpr,
+            delta=delta,
+            schedule=schedule,
+            clip_norm=clip_norm,
+            adjacency=adjacency,
+            accountant=accountant,
+            max_parameters=max_parameters,
+        )
+    target = as_epsilon(epsilon)
     draft = _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters)
     draft = replace(draft, beside=tuple(beside))
     guess = _first_guess(schedule, target, draft.delta)
@@ -303,11 +331,8 @@ def noise_for(
         NotComputable: no noise multiplier up to 1e6 reaches epsilon (DP004).
     """
     target, delta, relation = as_epsilon(epsilon), as_delta(delta), as_adjacency(adjacency)
-    schedule, counter = (
-        Schedule(as_rate(sample_rate), as_count("steps", steps, MAX_STEPS), None),
-        as_accountant(accountant),
-    )
-    asked = _load(counter)
+    schedule = Schedule(as_rate(sample_rate), as_count("steps", steps, MAX_STEPS), None)
+    asked = _load(as_accountant(accountant))
 
     def curve(sigma: float) -> PrivacyCurve:
         return asked.curve([_charge(schedule, sigma)], relation)
@@ -318,8 +343,8 @@ def noise_for(
         sigma = smallest_noise(lambda sigma: curve(sigma).epsilon(delta).upper, target, guess)
     if sigma is None:
         raise NotComputable(
-            f"epsilon {target:g} is not reachable in {schedule.steps} steps at sampling rate {schedule.rate:.4g} with a "
-            f"noise multiplier up to {MAX_NOISE_MULTIPLIER:g}",
+            f"epsilon {target:g} is not reachable in {schedule.steps} steps at sampling rate {schedule.rate:.4g} "
+            f"with a noise multiplier up to {MAX_NOISE_MULTIPLIER:g}",
             code="DP004",
             hint="pass fewer steps, a smaller sampling rate, a larger delta or a larger epsilon",
         )

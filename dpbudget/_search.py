@@ -25,7 +25,7 @@ _Point = tuple[float, float]
 
 
 @runtime_checkable
-class QuickCurve(PrivacyCurve, Protocol):
+class QuickCurve(Protocol):
     """A privacy curve that also answers roughly, for searches that end with a certified answer."""
 
     def rough_epsilon(self, delta: float) -> float:
@@ -41,7 +41,7 @@ class QuickCurve(PrivacyCurve, Protocol):
 def quick_noise(
     curve_of: Callable[[float], PrivacyCurve], epsilon: float, delta_of: Callable[[float], float], guess: float
 ) -> float | None:
-    """A sigma whose *certified* delta at ``epsilon`` is at most ``delta_of(sigma)``, barely; None where it is not found.
+    """A sigma whose *certified* delta at ``epsilon`` is barely at most ``delta_of(sigma)``; None where none is found.
 
     Rough estimates lead to within a percent, estimates of delta to the root of log delta, and from there sigma is
     raised until the certified upper end of both directions holds. Typically 1e-11 above the smallest such sigma.

@@ -8,7 +8,8 @@ R_t = 1 / sigma_t, CAP - R_t >= sqrt(3) and n_t uses,
     delta_total <= F * delta_ideal + sum_t n_t q_t [ CAP exp(-CAP^2/2) sqrt(ceil(d/2)) R_t + exp(-(CAP - R_t)^2/2) ],
     F = (1 - 2^-64)^(-ceil(d/2) * T).
 
-Where a record is replaced, R_t = 2 / sigma_t and the sum counts three times. ``docs/accounting.md``, section "Truncated noise", has the proof. The ideal mechanism is in real arithmetic.
+Where a record is replaced, R_t = 2 / sigma_t and the sum counts three times. ``docs/accounting.md``, section "Truncated
+noise", has the proof. The ideal mechanism is in real arithmetic.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def joint_ideal_delta(plans: tuple[Plan, ...], delta: float) -> float:
 def ideal_delta_of(
     phases: Sequence[tuple[float, float, int]], max_parameters: int, delta: float, adjacency: Adjacency
 ) -> float:
-    """What :func:`joint_ideal_delta` leaves for (rate, noise multiplier, steps) phases of one plan; 0 where it refuses."""
+    """What :func:`joint_ideal_delta` leaves for (rate, noise multiplier, steps) phases; 0 where it refuses."""
     steps = sum(count for _, _, count in phases)
     try:
         additive = truncation_delta(phases, max_parameters, adjacency is Adjacency.REPLACE_ONE)

@@ -108,6 +108,13 @@ def to_share(text: str) -> float | str:
     return number if isinstance(number, float) and 0.0 <= number < 1.0 else text
 
 
+def to_open_share(text: str) -> float | str:
+    """A number in (0, 1); the text itself otherwise."""
+    number = to_float(text)
+    return number if isinstance(number, float) and 0.0 < number < 1.0 else text
+
+
+INSIDE = Plain("share", to_open_share, "a number strictly between 0 and 1")
 POSITIVE = Plain("number", to_positive, "a number above 0")
 SEED = Plain("seed", to_seed, "a whole number in [0, 2^63)")
 SHARE = Plain("share", to_share, "a number in [0, 1)")
@@ -147,6 +154,16 @@ class PhaseType(_ParamType):
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 
 
+def meaning_options(command: _Command) -> _Command:
+    """--explain and --plot."""
+    for option in (
+        click.option("--plot", "plot", metavar="FILE", help="Draw the profile into a .png, .svg or .pdf file."),
+        click.option("--explain", "explain", is_flag=True, help="Say in plain words what the numbers mean."),
+    ):
+        command = option(command)
+    return command
+
+
 def accounting_options(command: _Command) -> _Command:
     """--accountant and --adjacency."""
     for option in (
@@ -176,7 +193,10 @@ def mechanism_options(command: _Command) -> _Command:
         click.option(
             "--phase", "phases", type=PhaseType(), multiple=True, metavar="Q,S,T", help="One phase; may be repeated."
         ),
+        click.option("--epochs", type=EPOCHS, metavar="K", help="Expected uses of each record, instead of --steps."),
         click.option("--steps", type=COUNT, metavar="T", help="Number of steps."),
+        click.option("--batch-size", type=COUNT, metavar="B", help="Expected batch size, instead of --sample-rate."),
+        click.option("--dataset-size", type=COUNT, metavar="N", help="Public nominal size, with --batch-size."),
         click.option("--noise-multiplier", type=NOISE, metavar="S", help="Noise standard deviation / clipping norm."),
         click.option("--sample-rate", type=RATE, metavar="Q", help="Probability that a record enters a batch."),
     ):

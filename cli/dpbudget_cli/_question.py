@@ -51,23 +51,26 @@ def refuse_together(values: dict[str, Any], first: str, second: str) -> None:
         )
 
 
-def ask_schedule(question: Question, *, solve_steps: bool = False) -> None:
-    """Complete sampling rate, steps, public size and delta; with ``solve_steps`` the length is what is asked for."""
+def ask_schedule(question: Question, *, solve_steps: bool = False, solve_batch: bool = False) -> None:
+    """Complete sampling rate, steps, public size and delta.
+
+    With ``solve_steps`` the length is what is asked for, with ``solve_batch`` the expected batch size.
+    """
     values = question.values
     refuse_together(values, "sample_rate", "batch_size")
     refuse_together(values, "steps", "epochs")
-    if solve_steps:
-        for name in ("steps", "epochs"):
+    if solve_steps or solve_batch:
+        for name in ("steps", "epochs") if solve_steps else ("sample_rate", "batch_size"):
             if question.has(name):
                 raise InvalidParameter(
-                    f"--{name}, --noise-multiplier and --epsilon leave nothing to solve for",
+                    f"--{name.replace('_', '-')}, --noise-multiplier and --epsilon leave nothing to solve for",
                     code="DP064",
-                    hint="leave one of them out, or ask dpbudget epsilon",
+                    hint="exactly one of noise, length and batch is solved for: leave one out, or ask dpbudget epsilon",
                 )
     question.need("delta")
     if not question.has("sample_rate") or not question.has("delta"):
         question.need("dataset_size")
-    if not question.has("sample_rate"):
+    if not question.has("sample_rate") and not solve_batch:
         _ask_batch(question)
     if not solve_steps and not question.has("steps"):
         question.need("epochs")
@@ -93,18 +96,34 @@ def _ask_delta(question: Question) -> None:
 def ask_mechanism(values: dict[str, Any]) -> Question:
     """A question about a mechanism: phases from --phase, or from --sample-rate, --noise-multiplier and --steps."""
     question = Question(values)
-    single = ("sample_rate", "noise_multiplier", "steps")
-    given = [name for name in single if question.has(name)]
+    facts = ("sample_rate", "dataset_size", "batch_size", "noise_multiplier", "steps", "epochs")
     if values["phases"]:
-        for name in given:
-            refuse_together({"phase": True, name: True}, "phase", name)
-    elif len(given) < len(single):
-        missing = ", ".join(f"--{name.replace('_', '-')}" for name in single if name not in given)
-        raise InvalidParameter(
-            f"the schedule is incomplete: {missing} missing", code="DP064", hint=f"pass {missing}, or --phase Q,S,T"
-        )
+        for name in facts:
+            if question.has(name):
+                refuse_together({"phase": True, name: True}, "phase", name)
     else:
-        values["phases"] = (tuple(values[name] for name in single),)
+        values["phases"] = (_single_phase(question),)
     question.need("accountant", "adjacency")
     question.assumed.append(_REAL_ARITHMETIC)
     return question
+
+
+def _single_phase(question: Question) -> tuple[float, float, int]:
+    """Rate, noise and steps, each stated directly or through batch size, dataset size and epochs."""
+    from dpbudget._schedule import make_schedule
+
+    values = question.values
+    refuse_together(values, "sample_rate", "batch_size")
+    refuse_together(values, "steps", "epochs")
+    wanted = ["noise_multiplier"]
+    wanted += ["dataset_size"] if question.has("batch_size") else ["sample_rate"]
+    wanted += [] if question.has("epochs") else ["steps"]
+    missing = ", ".join(f"--{name.replace('_', '-')}" for name in wanted if not question.has(name))
+    if missing:
+        raise InvalidParameter(
+            f"the schedule is incomplete: {missing} missing", code="DP064", hint=f"pass {missing}, or --phase Q,S,T"
+        )
+    if not (question.has("batch_size") or question.has("epochs")):
+        return values["sample_rate"], values["noise_multiplier"], values["steps"]
+    schedule = make_schedule(**question.pick("sample_rate", "batch_size", "dataset_size", "steps", "epochs"))
+    return schedule.rate, values["noise_multiplier"], schedule.steps

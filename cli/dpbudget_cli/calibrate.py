@@ -1,4 +1,4 @@
-"""``dpbudget calibrate``: the smallest noise, or the most steps, for a budget."""
+"""``dpbudget calibrate``: the smallest noise, the most steps or the largest batch for a budget."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ import click
 
 from dpbudget.curve import round_up, show_delta
 from dpbudget_cli import _output as out
-from dpbudget_cli._options import CLIP, DELTA, EPSILON, JSON, NOISE, accounting_options, schedule_options
+from dpbudget_cli._options import (
+    CLIP,
+    DELTA,
+    EPSILON,
+    INSIDE,
+    JSON,
+    NOISE,
+    accounting_options,
+    meaning_options,
+    schedule_options,
+)
 from dpbudget_cli.main import Leaf
 
 if TYPE_CHECKING:
@@ -17,35 +27,55 @@ if TYPE_CHECKING:
 
 
 @click.command("calibrate", cls=Leaf)
-@click.option("--epsilon", type=EPSILON, metavar="E", required=True, help="What the run may claim.")
+@click.option("--epsilon", type=EPSILON, metavar="E", help="What the run may claim.")
+@click.option("--advantage", type=INSIDE, metavar="A", help="Instead of epsilon: largest TPR - FPR of an attack.")
+@click.option("--tpr", type=INSIDE, metavar="R", help="Instead of epsilon: largest true positive rate, with --fpr.")
+@click.option("--fpr", type=INSIDE, metavar="F", help="The false positive rate of --tpr.")
 @click.option("--delta", type=DELTA, metavar="D", help="Delta; 1 / dataset-size^1.1 if not given.")
 @schedule_options
-@click.option("--noise-multiplier", type=NOISE, metavar="S", help="Solve for the steps at this noise instead.")
+@click.option("--noise-multiplier", type=NOISE, metavar="S", help="Solve for steps or batch at this noise.")
 @click.option("--clip-norm", type=CLIP, metavar="C", help="L2 bound of each record's gradient.")
 @accounting_options
+@meaning_options
 @JSON
-def command(as_json: bool, **values: Any) -> None:
+def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> None:
     """The smallest noise multiplier whose certified claim is at most epsilon.
 
-    With --noise-multiplier it solves for the largest number of steps instead. The claim covers the bounded tail of the
-    secure noise. What is not given comes from [tool.dpbudget] in pyproject.toml or dpbudget.toml, else from documented
-    defaults, and is reported as assumed. The dataset size is a public, nominal one.
+    With --noise-multiplier it solves for the largest number of steps instead, or, where --steps or --epochs is given,
+    for the largest batch: exactly one of noise, length and batch is unknown. --advantage, or --tpr with --fpr, takes
+    the place of --epsilon: the noise is the smallest that keeps every membership attack below it.
+    The claim covers the bounded tail of the secure noise. What is not given comes from [tool.dpbudget] in
+    pyproject.toml or dpbudget.toml, else from documented defaults, and is reported as assumed. The dataset size is a
+    public, nominal one.
 
     Examples:
       dpbudget calibrate --epsilon 3
       dpbudget calibrate --epsilon 3 --dataset-size 60000 --batch-size 256 --epochs 10
       dpbudget calibrate --epsilon 3 --delta 1e-5 --sample-rate 256/60000 --noise-multiplier 1.1
+      dpbudget calibrate --epsilon 3 --noise-multiplier 1.1 --epochs 10
+      dpbudget calibrate --advantage 0.1 --explain
+      dpbudget calibrate --tpr 0.05 --fpr 0.01
     """
     from dpbudget._schedule import delta_warning
     from dpbudget_cli._question import Question, ask_schedule
 
     question = Question(values)
-    ask_schedule(question, solve_steps=values["noise_multiplier"] is not None)
+    solving = _unknown(question)
+    ask_schedule(question, solve_steps=solving == "steps", solve_batch=solving == "batch")
     question.need("clip_norm", "max_parameters")
-    plan = _solve(question)
+    plan = _solve(question, solving)
     warning = delta_warning(plan.claim.delta, plan.nominal_size)
+    if plot is not None:
+        from dpbudget.report.plots import figure_of_plan, save_figure
+
+        save_figure(figure_of_plan(plan), plot)
+    if explain:
+        from dpbudget_cli._meaning import meaning_json, meaning_of_plan, talk_meaning
+
+        meaning = meaning_of_plan(plan)
     if as_json:
-        out.emit_json(describe(plan, question, [warning] if warning else []))
+        more = {"explain": meaning_json(meaning)} if explain else {}
+        out.emit_json({**describe(plan, question, [warning] if warning else []), **more})
         return
     out.talk_assumed(question.assumed)
     if warning:
@@ -57,32 +87,73 @@ def command(as_json: bool, **values: Any) -> None:
             ("epsilon", f"{round_up(plan.claim.epsilon)}  (certified claim)"),
             ("delta", show_delta(plan.claim.delta)),
             ("sampling rate", f"{phase.rate:.10g}"),
+            *([("batch size", round(phase.rate * plan.nominal_size))] if plan.nominal_size else []),
             ("steps", plan.steps),
             ("clip norm", f"{plan.clip_norm:g}"),
             ("accountant", plan.claim.accountant),
             ("adjacency", plan.adjacency),
         ]
     )
+    if explain:
+        talk_meaning(meaning)
 
 
-def _solve(question: Question) -> Plan:
+def _unknown(question: Question) -> str:
+    """Whether ``noise``, ``steps`` or ``batch`` is solved for; raises InvalidParameter (DP064) for a muddled target."""
+    from dpbudget.errors import InvalidParameter
+
+    attack = [name for name in ("advantage", "tpr", "fpr") if question.has(name)]
+    if attack not in ([], ["advantage"], ["tpr", "fpr"]) or bool(attack) == question.has("epsilon"):
+        raise InvalidParameter(
+            "the target is exactly one of --epsilon, --advantage, or --tpr with --fpr",
+            code="DP064",
+            hint="pass --epsilon E: What the run may claim.",
+        )
+    if not question.has("noise_multiplier"):
+        return "noise"
+    if attack:
+        raise InvalidParameter(
+            "an attack is a target for the noise, and --noise-multiplier states it already",
+            code="DP064",
+            hint="leave --noise-multiplier out, or ask dpbudget epsilon --explain",
+        )
+    length, batch = (any(map(question.has, names)) for names in (("steps", "epochs"), ("batch_size", "sample_rate")))
+    return "batch" if length and not batch else "steps"
+
+
+def _solve(question: Question, solving: str) -> Plan:
     from dpbudget._calibrate import calibrate, max_steps, plan_for
+    from dpbudget._targets import max_batch_size
+
+    shared = question.pick("adjacency", "accountant", "max_parameters")
+    rate = question.pick("delta", "sample_rate", "dataset_size", "batch_size")
+    if solving == "noise":
+        target = question.pick("epsilon", "advantage", "tpr", "fpr", "steps", "epochs", "clip_norm")
+        return calibrate(**rate, **target, **shared)
+    given = question.pick("epsilon", "noise_multiplier")
+    found: dict[str, Any]
+    if solving == "steps":
+        found = {"steps": _some(max_steps(**given, **rate, **shared), "step", question)}
+    else:
+        length = question.pick("steps", "epochs")
+        found = {"batch_size": _some(max_batch_size(**given, **length, **rate, **shared), "record a batch", question)}
+        found |= length
+    noise = question.pick("noise_multiplier", "clip_norm")
+    return plan_for(**noise, **found, **rate, **shared)
+
+
+def _some(count: int, what: str, question: Question) -> int:
+    """The count; raises NotComputable (DP004) where nothing fits."""
     from dpbudget.errors import NotComputable
 
-    rate = question.pick("delta", "sample_rate", "dataset_size", "batch_size")
-    shared = question.pick("adjacency", "accountant", "max_parameters")
-    if not question.has("noise_multiplier"):
-        length = question.pick("epsilon", "steps", "epochs", "clip_norm")
-        return calibrate(**rate, **length, **shared)
-    noise = question.values["noise_multiplier"]
-    steps = max_steps(epsilon=question.values["epsilon"], noise_multiplier=noise, **rate, **shared)
-    if steps == 0:
+    if count == 0:
         raise NotComputable(
-            f"not even one step fits epsilon {question.values['epsilon']:g} at noise multiplier {noise:g}",
+            f"not even one {what} fits epsilon {question.values['epsilon']:g} at noise multiplier "
+            f"{question.values['noise_multiplier']:g}",
             code="DP004",
             hint="pass a larger noise multiplier, epsilon or delta",
         )
-    return plan_for(noise_multiplier=noise, steps=steps, **rate, **question.pick("clip_norm"), **shared)
+    return count
 
 
 def describe(plan: Plan, question: Question, warnings: list[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import click
 
 from dpbudget.curve import round_down, round_up
 from dpbudget_cli import _output as out
-from dpbudget_cli._options import DELTA, JSON, accounting_options, mechanism_options
+from dpbudget_cli._options import DELTA, JSON, accounting_options, meaning_options, mechanism_options
 from dpbudget_cli.main import Leaf
 
 
@@ -16,8 +16,9 @@ from dpbudget_cli.main import Leaf
 @mechanism_options
 @click.option("--delta", type=DELTA, metavar="D", required=True, help="Delta, such as 1e-5 or 1/60000.")
 @accounting_options
+@meaning_options
 @JSON
-def command(as_json: bool, **values: Any) -> None:
+def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> None:
     """Certified bounds of epsilon for a schedule of Poisson-sampled Gaussian steps.
 
     The upper bound is the guarantee. Numbers may be written 1e-5 or 256/60000.
@@ -25,6 +26,7 @@ def command(as_json: bool, **values: Any) -> None:
     Examples:
       dpbudget epsilon --sample-rate 256/60000 --noise-multiplier 1.1 --steps 14062 --delta 1e-5
       dpbudget epsilon --phase 0.01,1.0,500 --phase 0.02,1.5,500 --delta 1e-5 --accountant rdp
+      dpbudget epsilon --dataset-size 60000 --batch-size 256 --epochs 10 --noise-multiplier 1.1 --delta 1e-5 --explain
     """
     from dpbudget._calibrate import epsilon_of
     from dpbudget_cli._question import ask_mechanism
@@ -33,8 +35,17 @@ def command(as_json: bool, **values: Any) -> None:
     bounds = epsilon_of(values["phases"], **question.pick("delta", "adjacency", "accountant"))
     shared = question.pick("delta", "accountant", "adjacency")
     answer = out.bounds_json(bounds)
+    if plot is not None:
+        from dpbudget.report.plots import figure_of_schedule, save_figure
+
+        save_figure(figure_of_schedule(values["phases"], **shared), plot)
+    if explain:
+        from dpbudget_cli._meaning import meaning_json, meaning_of_schedule, talk_meaning
+
+        meaning = meaning_of_schedule(values["phases"], bounds, **shared)
     if as_json:
-        out.emit_json({"epsilon": answer, **shared, "assumed": out.assumed_json(question.assumed)})
+        more = {"explain": meaning_json(meaning)} if explain else {}
+        out.emit_json({"epsilon": answer, **shared, **more, "assumed": out.assumed_json(question.assumed)})
         return
     out.talk_assumed(question.assumed)
     out.emit_table(
@@ -44,3 +55,5 @@ def command(as_json: bool, **values: Any) -> None:
             *shared.items(),
         ]
     )
+    if explain:
+        talk_meaning(meaning)

@@ -36,7 +36,7 @@ def gaussian_delta(phases: Sequence[Phase], epsilon: float) -> tuple[float, floa
 
 
 def gaussian_guess(phases: Sequence[Phase], delta: float) -> float:
-    """Root of delta(epsilon) = delta of the unsampled composition in double precision; a guess, 0 where there is none."""
+    """Root of delta(epsilon) = delta without sampling, in double precision; a guess, 0 where there is none."""
     mu = math.sqrt(math.fsum(phase.count * float(_distance(phase.pair)) ** 2 for phase in phases))
     if mu == 0.0 or not math.isfinite(mu):
         return 0.0

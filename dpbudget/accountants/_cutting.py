@@ -41,7 +41,7 @@ def dropped_mass(law: Law) -> float:
 def cut_laws(
     laws: Sequence[Law], counts: Sequence[int], epsilon: float, delta: float, cost: float
 ) -> tuple[Law, ...] | None:
-    """The laws with cuts that widen epsilon by about ``cost``, sharp enough for the tilts that matter there; or None."""
+    """The laws with cuts that widen epsilon by about ``cost``, sharp enough for the tilts that matter; or None."""
     sampled = [law for law in laws if not law.plain]
     if not sampled or any(law.side == "add" for law in sampled):
         return None

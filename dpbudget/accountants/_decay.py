@@ -8,6 +8,7 @@ the missing mass counts in full. docs/accounting.md, "Cut of the u-sum", has the
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class Decay:
             heights = np.where(inside, 0.0, heights)
             cuts = [int(np.argmax(inside))] if inside.any() else []
         edges = [0, *cuts, heights.size]
-        layers = [_layers(heights[a:b], widths[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+        layers = [_layers(heights[a:b], widths[a:b]) for a, b in pairwise(edges) if b > a]
         self._masses = np.concatenate([mass for mass, _ in layers])
         self._widths = np.concatenate([width for _, width in layers])
 
@@ -88,8 +89,8 @@ class Decay:
         rise = law.shift * (near + far)  # dL/dx
         log_density = -0.5 * x * x - _LOG_SQRT_2PI + losses.log_weight + c * losses.loss - np.log(rise) - log_moment
         width = float(x[1] - x[0])
-        # d log f / dx = -x + m (1 + c) p+ + m c p- - (log rise)' - (1 - omega) / width of the cut. p+ rises and p- falls;
-        # (log rise)' lies in [-m, m], and is m (1 - p+) where no record is replaced.
+        # d log f / dx = -x + m (1 + c) p+ + m c p- - (log rise)' - (1 - omega) / width of the cut. p+ rises and p-
+        # falls; (log rise)' lies in [-m, m], and is m (1 - p+) where no record is replaced.
         drop = np.zeros_like(x) if law.cut is None else law.cut.kept(x)[1] / law.cut.width
         spread = law.shift if law.side == "replace" else 0.0
         bend = 0.0 if law.side == "replace" else 1.0

@@ -99,6 +99,8 @@ class DirectionCurve:
         if self._closed is not None:
             guess = gaussian_guess(self._phases, delta) if self._table.laws[0].plain else 0.0
             return bracket_epsilon(self._closed, delta, ceiling, guess), None
+        if not _is_wider((0.0, ceiling), _GOOD):
+            return (0.0, ceiling), None
         answer, contour = self._refine(self._table, rows, delta, (0.0, ceiling))
         if _is_wider(answer, _FAIR):
             answer = self._refine_cut(delta, answer)

@@ -1,8 +1,8 @@
-"""Sums of A_j (exp(i k h L_j) - 1) for k = 0 .. K over scattered L_j, by fast Fourier transforms of binned Taylor terms.
+"""Sums of A_j (exp(i k h L_j) - 1), k = 0 .. K, over scattered L_j, by transforms of binned Taylor terms.
 
-Each L_j is a multiple of a bin width plus a remainder d with |k h d| <= nu <= 1, so exp(i k h d) is its Taylor polynomial
-with an error below nu^p / p!, and what is left is one transform a power. Bin 0 needs no transform and loses nothing to
-the subtraction of 1: there the terms start with i k h L. docs/accounting.md, "Many nodes".
+Each L_j is a multiple of a bin width plus a remainder d with |k h d| <= nu <= 1, so exp(i k h d) is its Taylor
+polynomial with an error below nu^p / p!, and what is left is one fast Fourier transform a power. Bin 0 needs none and
+loses nothing to the subtraction of 1: there the terms start with i k h L. docs/accounting.md, "Many nodes".
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def plan_jumps(
 
 
 def _jump_rows(law: Law, count: int, split: Cut, moments: Rows) -> JumpRows | None:
-    """Log (n J M^n (1 + 1e-6)) >= log (M^n - N^n) over the tilts of ``moments``: M(c) >= 1 - 1e-6 by Jensen's inequality."""
+    """Logs of n J M^n (1 + 1e-6) >= M^n - N^n over the tilts of ``moments``; M(c) >= 1 - 1e-6 by Jensen."""
     if dropped_mass(law) > 1e-9 / float(moments.tilts[-1]):
         return None
     log_zero, *others = _log_jumps(law, split, np.concatenate([[0.0], moments.tilts]))
@@ -235,8 +235,8 @@ def log_delta_without_jumps(law: Law, count: int, split: Cut, epsilon: float) ->
 
         M(c) - 1 <= c E L + int phi W (e^{cL} - 1 - cL),
 
-    since L > 0 beyond; upper Riemann sums over cells bound the integral (L is monotone, e^y - 1 - y has its maximum over
-    a cell at an end), the mean loss is at most (M_0(a) - 1) / a for any a > 0, M_0 the whole step's moment.
+    since L > 0 beyond; upper Riemann sums over cells bound the integral (L is monotone, e^y - 1 - y has its maximum
+    over a cell at an end), the mean loss is at most (M_0(a) - 1) / a for any a > 0, M_0 the whole step's moment.
     """
     whole = replace(law, cut=None)
     top = split.at + 35.0 * split.width

@@ -141,7 +141,7 @@ def window(law: Law, tilt: float, nats: float) -> tuple[float, float]:
 
 
 def _sharp_step(law: Law, tilt: float, u_max: float, nats: float) -> tuple[float, float, float]:
-    """(step, angle, log_swell) of the best strip when |u| arg(1 + r) is averaged over x and not replaced by its maximum.
+    """(step, angle, log_swell) of the best strip with |u| arg(1 + r) averaged over x, not replaced by its maximum.
 
     On the line x + iy the argument of 1 + r is atan2(p sin theta, 1 - p + p cos theta), increasing in the posterior p.
     Upper Riemann sums of W e^{cL} e^{|u| arg} over cells: the weight of a cell is at most its larger end times
@@ -190,7 +190,7 @@ def _log_sum(exponent: Array) -> Array:
 
 
 def add_mode(rate: float, shift: float, tilt: float) -> float:
-    """The mode of exp(-x^2 / 2) (1 + r)^(-tilt): the root of x + tilt m p(x) = 0 in [-tilt m, 0], to a tenth of a unit."""
+    """The mode of exp(-x^2 / 2) (1 + r)^(-tilt), to a tenth: the root of x + tilt m p(x) = 0 in [-tilt m, 0]."""
     low, high = -tilt * shift, 0.0
     while high - low > 0.1:
         middle = 0.5 * (low + high)

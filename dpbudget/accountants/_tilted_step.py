@@ -5,8 +5,8 @@ With L the privacy loss of a side (``_law``) and W the density of the step's own
     M(t) = E exp(t L) = 1 + t E L + E[exp(t L) - 1 - t L],
 
 where E L is the integral of something >= 0 and the last bracket is computed without cancellation. At real t every term
-is >= 0, so log M has small *relative* error even where M - 1 is 1e-18, and a billion steps may be taken. Error analysis:
-docs/accounting.md, "Rounding".
+is >= 0, so log M has small *relative* error even where M - 1 is 1e-18, and a billion steps may be taken. Error
+analysis: docs/accounting.md, "Rounding".
 """
 
 from __future__ import annotations
@@ -164,7 +164,6 @@ class TiltedStep:
 
         ``roundoff`` bounds the relative error of the tilted weights, sums excluded.
         """
-        size = np.abs(self.losses.loss)
         self.relative = roundoff
         sums = PAIRWISE + len(self.tilted) / _PIECE
         rounded = self.tilted * (roundoff + (100.0 + sums) * UNIT)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from dpbudget.accountants._direction import DirectionCurve, Interval
 from dpbudget.accountants._phases import Phase, check_delta, check_epsilon, phases_of
-from dpbudget.curve import Bounds
+from dpbudget.curve import Bounds, PrivacyCurve
 from dpbudget.mechanisms import Adjacency, Charge
 
 #: Delta is evaluated at no larger epsilon.
@@ -34,7 +34,7 @@ class PRVAccountant:
         return PRVCurve(phases_of(charges, adjacency))
 
 
-class PRVCurve:
+class PRVCurve(PrivacyCurve):
     """The privacy profile of one composition; answers are certified intervals, wide where little is known."""
 
     def __init__(self, phases: Sequence[Phase]) -> None:
@@ -83,7 +83,9 @@ class PRVCurve:
         return answer if epsilon <= _FARTHEST else Bounds(0.0, answer.upper)
 
     def _larger(
-        self, ask: Callable[[DirectionCurve], Interval], is_less: Callable[[DirectionCurve, float], bool]
+        self,
+        ask: Callable[[DirectionCurve], Interval],
+        is_less: Callable[[DirectionCurve, float], bool],
     ) -> Bounds:
         """Bounds of the maximum over directions; the second need only be shown to be less where it is."""
         if not self._directions:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dpbudget._numerics import exp_up
 from dpbudget.accountants._moment_bound import MomentBound
 from dpbudget.accountants._phases import Phase, check_delta, check_epsilon, phases_of
-from dpbudget.curve import Bounds
+from dpbudget.curve import Bounds, PrivacyCurve
 from dpbudget.mechanisms import Adjacency, Charge, Direction
 
 DIRECTIONS: tuple[Direction, Direction] = ("remove", "add")
@@ -30,7 +30,7 @@ class RDPAccountant:
         return RDPCurve(phases_of(charges, adjacency))
 
 
-class RDPCurve:
+class RDPCurve(PrivacyCurve):
     """What the moments of both directions prove about a composition."""
 
     def __init__(self, phases: Sequence[Phase]) -> None:

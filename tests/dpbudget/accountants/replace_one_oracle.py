@@ -1,6 +1,7 @@
 """Moments of any law of a step, replace-one and cuts included: the densities themselves on a dense grid.
 
-Extended precision and a trapezoid step far below every scale of the integrand; good to about 1e-13 where M - 1 is not tiny.
+Extended precision and a trapezoid step far below every scale of the integrand; good to about 1e-13 where M - 1 is not
+tiny.
 """
 
 from __future__ import annotations
