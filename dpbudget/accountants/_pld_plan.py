@@ -146,14 +146,14 @@ def lattice(plan: Outline, epsilon: float, width: float, largest: int) -> Lattic
         # Steps longer than the bulk of a loss are not second-order yet; shorter ones are cheap up to some length.
         cheap = max(high - low, span) / min(largest, _CHEAP)
         wanted = min(math.sqrt(4.0 * width / ((c + 14.0 / (high - low)) * plan.count)), max(0.25 * bulk, cheap))
-        finest = max((high - low) / (largest - 4), span / (2 * largest))
+        finest = max((high - low) / (largest - 4), 2.0 * span / largest)
         if step == 0.0:
             step = max(wanted, finest)
             continue
         size = 1 << max(math.ceil(math.log2((high - low) / step + 4.0)), 12)
         if size <= largest:
             # What the power of two leaves over makes the step finer.
-            step = _round(max((high - low) / (size - 4), span / (2 * largest)) * (1.0 + 1e-7), plan.atom)
+            step = _round(max((high - low) / (size - 4), 2.0 * span / largest) * (1.0 + 1e-7), plan.atom)
             start = math.floor(low / step)
             if max(abs(start), abs(start + size)) >= _LARGEST_INDEX or start + size < high / step:
                 return None
@@ -165,7 +165,7 @@ def lattice(plan: Outline, epsilon: float, width: float, largest: int) -> Lattic
 
 
 def _inflation(step: float) -> Array:
-    """What a lattice may add to the log moment of one loss, at every tilt: a variance, and a drift of at most a step."""
+    """What a lattice may add to the log moment of one loss, at every tilt: variance, and a drift of up to a step."""
     return np.asarray((_ALL_TILTS * step) ** 2 / 8.0 + _ALL_TILTS * min(step * step / 8.0, step))
 
 

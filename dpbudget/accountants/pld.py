@@ -18,7 +18,7 @@ import numpy as np
 
 from dpbudget._numerics import exp_or_inf
 from dpbudget.accountants._phases import check_delta, check_epsilon, uses_of
-from dpbudget.accountants._pld_fft import Composed, Lattice, compose
+from dpbudget.accountants._pld_fft import Composed, Lattice, certain_mass, compose
 from dpbudget.accountants._pld_law import contract, lower_profile, spread, upper_profile
 from dpbudget.accountants._pld_plan import Outline, lattice, outline
 from dpbudget.accountants._solve import bracket_epsilon
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 Interval = tuple[float, float]
 Pairs = tuple[tuple[DominatingPair, int], ...]
-# Delta is evaluated at no larger epsilon.
-_FARTHEST = 1e18
+# Delta is evaluated at no larger epsilon; no lattice is built for a delta below exp(-690).
+_FARTHEST, _VANISHED = 1e18, -690.0
 # Losses above are not told from each other by the search for a single use.
 _LARGEST_LOSS = 1e9
 
@@ -110,7 +110,8 @@ class _Direction:
         plan = outline(self._pairs, self._direction, math.log(delta))
         left = delta - plan.certain
         if left <= 0.0:
-            return self._without_ceiling(delta, plan)
+            # Outputs that tell everything may be as likely as delta.
+            return (math.inf if self._certain(plan) >= delta else 0.0), math.inf
         ceiling = plan.ceiling(math.log(left))
         if ceiling <= 0.0:
             return 0.0, 0.0
@@ -123,11 +124,13 @@ class _Direction:
         """Certified bounds of this direction's delta at ``epsilon``."""
         if self._single:
             return self._one_use(epsilon)
-        log_delta = -690.0
-        plan = outline(self._pairs, self._direction, log_delta)
-        for _ in range(2):
-            log_delta = min(plan.log_delta(epsilon), 0.0) - 6.0
+        log_delta = _VANISHED
+        for _ in range(3):
             plan = outline(self._pairs, self._direction, log_delta)
+            log_delta = min(plan.log_delta(epsilon), 0.0) - 6.0
+            if log_delta < _VANISHED:
+                low, high = self._bounds(plan, [], epsilon)
+                return min(max(low, self._certain(plan)), high), high
         tilt_scale = max(plan.ceiling(log_delta), 1e-9)
         composed = self._compose(plan, epsilon, self._width * min(tilt_scale, max(epsilon, 0.1 * tilt_scale)))
         return self._bounds(plan, composed, epsilon)
@@ -161,11 +164,10 @@ class _Direction:
             raise ArithmeticError(f"certified bounds {lower!r} and {upper!r} of delta({epsilon!r}) are crossed")
         return lower, upper
 
-    def _without_ceiling(self, delta: float, plan: Outline) -> Interval:
-        """Where outputs that tell everything may be as likely as ``delta``: no finite upper end."""
-        composed = self._compose(plan, 1.0, self._width)
-        certain = composed[1].certain[0] if len(composed) > 1 else 0.0
-        return (math.inf if certain >= delta else 0.0), math.inf
+    def _certain(self, plan: Outline) -> float:
+        """Lower bound of the mass of outputs that tell everything."""
+        pairs = zip(self._pairs, plan.uses, strict=True)
+        return certain_mass([(contract(pair, self._direction, law.losses), n) for (pair, n), (law, _) in pairs])[0]
 
     def _one_use(self, epsilon: float) -> Interval:
         at, pair = np.array([epsilon]), self._pairs[0][0]
