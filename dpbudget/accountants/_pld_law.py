@@ -162,7 +162,7 @@ def _hull(nodes: Array, values: Array, start: float) -> tuple[Index, Array]:
     w_k = d_k + (q_k - q_(k+1)). A negative mass is a point above the line through its neighbours, hence no vertex of
     the hull: all of them may be dropped at once, until none is left.
     """
-    kept = _between_ends(nodes, values, start)
+    kept = _before_last(nodes, values)
     for passes in itertools.count():  # every pass drops a point, and the last point stays
         weights = _masses(nodes[kept], values[kept], start)
         bad = weights < 0.0
@@ -174,15 +174,10 @@ def _hull(nodes: Array, values: Array, start: float) -> tuple[Index, Array]:
     raise AssertionError("unreachable")
 
 
-def _between_ends(nodes: Array, values: Array, start: float) -> Index:
-    """Without the points above the hull's first and last side, which may be long: found from their slopes at once."""
-    slopes = (start - values) * np.exp(np.maximum(nodes[0] - nodes, -_LARGEST))
-    first = int(np.argmax(slopes))
-    if first >= len(nodes) - 1:
-        return np.array([len(nodes) - 1], dtype=np.int64)
-    rest = nodes[first:-1]
-    last = first + int(np.argmin((values[first:-1] - values[-1]) / -np.expm1(np.maximum(rest - nodes[-1], -_LARGEST))))
-    kept = np.arange(first, last + 2, dtype=np.int64)
+def _before_last(nodes: Array, values: Array) -> Index:
+    """Without the points above the hull's last side, which may be long: found from the slopes at once."""
+    slopes = (values[:-1] - values[-1]) / -np.expm1(np.maximum(nodes[:-1] - nodes[-1], -_LARGEST))
+    kept = np.arange(int(np.argmin(slopes)) + 2, dtype=np.int64)
     kept[-1] = len(nodes) - 1
     return kept
 

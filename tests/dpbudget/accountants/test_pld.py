@@ -236,3 +236,11 @@ def test_delta_falls_along_epsilon():
     profile = curve((NormalPair(0.02, 0.9), 800))
     uppers = [profile.delta(float(e)).upper for e in np.linspace(0.0, 4.0, 9)]
     assert uppers == sorted(uppers, reverse=True)
+
+
+@pytest.mark.parametrize(("work", "truth"), [(0, 4.221296734379), (1, 14.711200061352)])
+def test_replacing_a_record_is_answered_from_the_pairs_own_tails(work, truth):
+    work = WORKLOADS[work]
+    bounds = PLD.curve(work.charges, Adjacency.REPLACE_ONE).epsilon(work.delta)
+    assert holds(bounds, truth, 1e-12)
+    assert bounds.width <= 2e-4 * truth
