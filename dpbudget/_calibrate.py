@@ -17,6 +17,7 @@ from dpbudget._checks import (
     AccountantName,
     as_accountant,
     as_adjacency,
+    as_any_accountant,
     as_clip_norm,
     as_count,
     as_delta,
@@ -46,7 +47,7 @@ from dpbudget.plan import (
 )
 
 
-def _load(name: AccountantName) -> Accountant:
+def _load(name: str) -> Accountant:
     from dpbudget.accountants import get_accountant  # numpy and mpmath load on the first number, not on import
 
     return get_accountant(name)
@@ -92,7 +93,7 @@ def epsilon_of(
     """
     charges = [phase.charge for phase in make_phases(phases)]
     delta, relation = as_delta(delta), as_adjacency(adjacency)
-    return _load(as_accountant(accountant)).curve(charges, relation).epsilon(delta)
+    return _load(as_any_accountant(accountant)).curve(charges, relation).epsilon(delta)
 
 
 def delta_of(
@@ -110,7 +111,7 @@ def delta_of(
     """
     charges = [phase.charge for phase in make_phases(phases)]
     epsilon, relation = as_epsilon(epsilon), as_adjacency(adjacency)
-    return _load(as_accountant(accountant)).curve(charges, relation).delta(epsilon)
+    return _load(as_any_accountant(accountant)).curve(charges, relation).delta(epsilon)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,7 +333,7 @@ def noise_for(
     """
     target, delta, relation = as_epsilon(epsilon), as_delta(delta), as_adjacency(adjacency)
     schedule = Schedule(as_rate(sample_rate), as_count("steps", steps, MAX_STEPS), None)
-    asked = _load(as_accountant(accountant))
+    asked = _load(as_any_accountant(accountant))
 
     def curve(sigma: float) -> PrivacyCurve:
         return asked.curve([_charge(schedule, sigma)], relation)

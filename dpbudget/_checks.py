@@ -19,6 +19,8 @@ from dpbudget.plan import rate_from_float
 AccountantName = Literal["prv", "rdp"]
 #: The accountants whose answers a plan may claim; the first is the default.
 ACCOUNTANTS: tuple[AccountantName, ...] = ("prv", "rdp")
+#: Accountants that answer questions and are never claimed.
+FURTHER_ACCOUNTANTS = ("pld",)
 
 
 def as_noise_multiplier(value: object) -> float:
@@ -108,6 +110,16 @@ def as_accountant(value: object) -> AccountantName:
         if value == name:
             return name
     raise InvalidParameter(f"unknown accountant {value!r}", code="DP061", hint=_choose(value, ACCOUNTANTS))
+
+
+def as_any_accountant(value: object) -> str:
+    """The name of an accountant for a question, claimed by plans or not; raises InvalidParameter (DP061)."""
+    if value in FURTHER_ACCOUNTANTS:
+        return str(value)
+    known = (*ACCOUNTANTS, *FURTHER_ACCOUNTANTS)
+    if value in ACCOUNTANTS:
+        return as_accountant(value)
+    raise InvalidParameter(f"unknown accountant {value!r}", code="DP061", hint=_choose(value, known))
 
 
 def did_you_mean(word: str, known: list[str] | tuple[str, ...]) -> str:

@@ -126,6 +126,7 @@ CLIP = Checked("norm", to_float, "as_clip_norm")
 COUNT = Checked("count", to_count, "as_count")
 EPOCHS = Checked("epochs", lambda text: parse_number(text) if parse_number(text) is not None else text, "as_epochs")
 ACCOUNTANT = Checked("accountant", str, "as_accountant")
+ANY_ACCOUNTANT = Checked("accountant", str, "as_any_accountant")
 ADJACENCY = Checked("adjacency", str, "as_adjacency")
 
 
@@ -159,6 +160,16 @@ def meaning_options(command: _Command) -> _Command:
     for option in (
         click.option("--plot", "plot", metavar="FILE", help="Draw the profile into a .png, .svg or .pdf file."),
         click.option("--explain", "explain", is_flag=True, help="Say in plain words what the numbers mean."),
+    ):
+        command = option(command)
+    return command
+
+
+def question_options(command: _Command) -> _Command:
+    """--accountant and --adjacency of a question that nothing claims."""
+    for option in (
+        click.option("--adjacency", type=ADJACENCY, help="add-remove (default), zero-out or replace-one."),
+        click.option("--accountant", type=ANY_ACCOUNTANT, help="prv (default, tight), rdp (looser) or pld (a check)."),
     ):
         command = option(command)
     return command

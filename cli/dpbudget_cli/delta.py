@@ -8,14 +8,14 @@ import click
 
 from dpbudget.curve import round_down, round_up
 from dpbudget_cli import _output as out
-from dpbudget_cli._options import EPSILON, JSON, accounting_options, mechanism_options
+from dpbudget_cli._options import EPSILON, JSON, mechanism_options, question_options
 from dpbudget_cli.main import Leaf
 
 
 @click.command("delta", cls=Leaf)
 @mechanism_options
 @click.option("--epsilon", type=EPSILON, metavar="E", required=True, help="Epsilon, such as 3.")
-@accounting_options
+@question_options
 @JSON
 def command(as_json: bool, **values: Any) -> None:
     """Certified bounds of delta for a schedule of Poisson-sampled Gaussian steps.

@@ -8,14 +8,14 @@ import click
 
 from dpbudget.curve import round_down, round_up
 from dpbudget_cli import _output as out
-from dpbudget_cli._options import DELTA, JSON, accounting_options, meaning_options, mechanism_options
+from dpbudget_cli._options import DELTA, JSON, meaning_options, mechanism_options, question_options
 from dpbudget_cli.main import Leaf
 
 
 @click.command("epsilon", cls=Leaf)
 @mechanism_options
 @click.option("--delta", type=DELTA, metavar="D", required=True, help="Delta, such as 1e-5 or 1/60000.")
-@accounting_options
+@question_options
 @meaning_options
 @JSON
 def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,6 +28,9 @@ from dpbudget.accountants._plan_contour import (
 from dpbudget.accountants._solve import DeltaBounds, bracket_epsilon, bracket_near
 from dpbudget.mechanisms import Direction
 
+if TYPE_CHECKING:
+    from dpbudget.accountants.pld import DirectionLattice
+
 Interval = tuple[float, float]
 
 # Aimed at, relative to delta: sums in double precision gain nothing from less. A comparison needs far less.
@@ -35,6 +39,8 @@ _LOG_TOLERANCE, _ESTIMATE_TOLERANCE, _ROUGH_TOLERANCE = math.log(1e-14), math.lo
 _GOOD, _FAIR, _POOR = 1e-10, 3e-10, 1e-6
 # One narrower than this shows where epsilon is.
 _ROUGH = 0.01
+# One wider than this is intersected with a lattice of so many points.
+_LATTICE, _LATTICE_SIZE = 1e-4, 1 << 16
 # One wider than this after a cut is tried without its bulk.
 _JUMPY = 2e-9
 # Shares of epsilon that one step must lose to count as a jump.
@@ -43,7 +49,7 @@ _SPLITS = (0.5, 0.35, 0.25, 0.15, 0.1)
 _LOG_NEGLIGIBLE = -9.0
 _PASSES = 4
 # Nodes of all contours together after which one question asks for no further contour: about a second.
-_MAX_NODES = 100_000
+_MAX_NODES = 60_000
 # Below exp(-746) no float but 0 and the smallest one is left.
 _VANISHED = -746.0
 _PAD = 64.0 * UNIT
@@ -106,6 +112,8 @@ class DirectionCurve:
             answer = self._refine_cut(delta, answer)
         if _is_wider(answer, _POOR):
             answer = _intersect(answer, self._fallback_epsilon(delta, answer[1]))
+        if _is_wider(answer, _LATTICE):
+            answer = _intersect(answer, self._lattice().epsilon(delta))
         return answer, contour
 
     def rough_epsilon(self, delta: float) -> float:
@@ -211,6 +219,13 @@ class DirectionCurve:
         finest = MomentBound(self._phases, self._direction).best_epsilon(math.log(delta))[0]
         return lower, max(min(upper, finest), lower)
 
+    def _lattice(self) -> DirectionLattice:
+        """The discretised law, for compositions whose characteristic function decays too slowly for any contour."""
+        from dpbudget.accountants.pld import DirectionLattice
+
+        pairs = tuple((phase.pair, phase.count) for phase in self._phases)
+        return DirectionLattice(pairs, self._direction, 1e-3, _LATTICE_SIZE)
+
     # -- delta -----------------------------------------------------------------------------------------------------
 
     def delta(self, epsilon: float) -> Interval:
@@ -230,6 +245,8 @@ class DirectionCurve:
         if answer[1] - answer[0] > _POOR * answer[1]:
             lower = max(one_step_delta(phase.pair, epsilon, self._direction)[0] for phase in self._phases)
             answer = _intersect(answer, (lower, gaussian_delta(self._phases, epsilon)[1]))
+        if answer[1] - answer[0] > _LATTICE * answer[1]:
+            answer = _intersect(answer, self._lattice().delta(epsilon))
         return answer
 
     def _rows_at_epsilon(

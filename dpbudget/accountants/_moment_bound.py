@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from dpbudget._numerics import UNIT, log_expm1, log_kappa, minimize_unimodal
 from dpbudget.accountants._law import Law, law_of
-from dpbudget.accountants._phases import GaussianPair, Phase
+from dpbudget.accountants._phases import GaussianPair, Phase, Use
 from dpbudget.accountants._tilted_step import TiltedStep
 from dpbudget.mechanisms import Direction
 
@@ -53,15 +53,16 @@ def _accuracy(law: Law, tilt: float) -> float:
 class MomentBound:
     """K(c) >= log E exp(c L) of a composition in one direction, remembered between calls."""
 
-    def __init__(self, phases: Sequence[Phase], direction: Direction) -> None:
+    def __init__(self, phases: Sequence[Use], direction: Direction) -> None:
         self.phases, self.direction = tuple(phases), direction
+        self._bounds = [_bound_of(use, direction) for use in self.phases]
         self._known: dict[float, float] = {}
 
     def __call__(self, tilt: float) -> float:
         """Upper bound of K(tilt), tilt > 0; finite unless the product overflows."""
         value = self._known.get(tilt)
         if value is None:
-            terms = [phase.count * log_moment_bounds(phase.pair, tilt, self.direction)[1] for phase in self.phases]
+            terms = [use.count * bound(tilt) for use, bound in zip(self.phases, self._bounds, strict=True)]
             value = self._known[tilt] = math.fsum(terms) * (1.0 + _PAD)
         return value
 
@@ -89,9 +90,7 @@ class MomentBound:
 
     def _start(self, log_delta: float) -> float:
         """The best tilt if the composition were Gaussian with its variance at tilt 0, within sane limits."""
-        variance = sum(
-            phase.count * phase.pair.rate**2 * math.expm1(min(phase.pair.sigma**-2, 3.0)) for phase in self.phases
-        )
+        variance = math.fsum(_variance(use) for use in self.phases)
         return min(max(math.sqrt(-2.0 * log_delta / variance), 1e-4), 30.0)
 
     def _search(self, function: Callable[[float], float], start: float, tolerance: float) -> tuple[float, float]:
@@ -103,3 +102,23 @@ class MomentBound:
             tolerance,
         )
         return value, math.exp(log_tilt)
+
+
+def _bound_of(use: Use, direction: Direction) -> Callable[[float], float]:
+    """Upper bound of one use's log moment: by quadrature, by the pair's own moments, or from its tails."""
+    if isinstance(use, Phase):
+        pair = use.pair
+        return lambda tilt: log_moment_bounds(pair, tilt, direction)[1]
+    own = getattr(use.pair, "log_moment", None)
+    if own is not None:
+        return lambda tilt: float(own(tilt, direction))
+    from dpbudget.accountants._pld_moment import lattice_log_moment
+
+    return lattice_log_moment(use.pair, direction)
+
+
+def _variance(use: Use) -> float:
+    """A guess of the variance of the total loss of these uses."""
+    if isinstance(use, Phase):
+        return use.count * use.pair.rate**2 * math.expm1(min(use.pair.sigma**-2, 3.0))
+    return float(use.count)

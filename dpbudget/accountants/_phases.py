@@ -14,11 +14,18 @@ GaussianPair = SubsampledGaussianPair | ReplaceOneGaussianPair
 
 
 @dataclass(frozen=True)
-class Phase:
+class Use:
     """``count`` >= 1 uses of one dominating pair."""
 
-    pair: GaussianPair
+    pair: DominatingPair
     count: int
+
+
+@dataclass(frozen=True)
+class Phase(Use):
+    """Uses of a sampled Gaussian pair."""
+
+    pair: GaussianPair
 
 
 def uses_of(charges: Sequence[Charge], adjacency: Adjacency) -> dict[DominatingPair, int]:
@@ -48,6 +55,17 @@ def phases_of(charges: Sequence[Charge], adjacency: Adjacency) -> tuple[Phase, .
     return tuple(Phase(_check_pair(pair), count) for pair, count in uses_of(charges, adjacency).items())
 
 
+def mixed_uses_of(charges: Sequence[Charge], adjacency: Adjacency) -> tuple[Use, ...]:
+    """The composition with its Gaussian pairs checked and any other pairs as they are; errors as :func:`phases_of`."""
+    uses = uses_of(charges, adjacency).items()
+    return tuple(
+        Phase(_check_pair(pair), count)
+        if isinstance(pair, SubsampledGaussianPair | ReplaceOneGaussianPair)
+        else Use(pair, count)
+        for pair, count in uses
+    )
+
+
 def check_delta(delta: float) -> float:
     """``delta`` as a float in (0, 1), else InvalidParameter (DP002)."""
     if not _is_real(delta) or not 0.0 < delta < 1.0:
@@ -69,7 +87,9 @@ def _is_real(value: object) -> bool:
 def _check_pair(pair: DominatingPair) -> GaussianPair:
     if not isinstance(pair, SubsampledGaussianPair | ReplaceOneGaussianPair):
         raise NotComputable(
-            f"the dominating pair {type(pair).__name__} is not supported by this accountant", code="DP062"
+            f"the dominating pair {type(pair).__name__} is not supported by this accountant",
+            code="DP062",
+            hint="use the accountant pld, which takes every pair, or rdp",
         )
     if not 0.0 < pair.rate <= 1.0:
         raise InvalidParameter(f"sampling rate must lie in (0, 1], got {pair.rate!r}", code="DP008")

@@ -22,7 +22,7 @@ from dpbudget.accountants._pld_fft import Composed, Lattice, certain_mass, compo
 from dpbudget.accountants._pld_law import contract, lower_profile, spread, upper_profile
 from dpbudget.accountants._pld_plan import Outline, lattice, outline
 from dpbudget.accountants._solve import bracket_epsilon
-from dpbudget.curve import Bounds
+from dpbudget.curve import Bounds, PrivacyCurve
 from dpbudget.errors import InvalidParameter
 from dpbudget.mechanisms import Adjacency, Charge, Direction, DominatingPair
 
@@ -67,14 +67,14 @@ class PLDAccountant:
         return PLDCurve(tuple(uses_of(charges, adjacency).items()), self._width, self._largest)
 
 
-class PLDCurve:
+class PLDCurve(PrivacyCurve):
     """The privacy profile of one composition; answers are certified intervals, wide where little is known."""
 
     def __init__(self, pairs: Pairs, relative_width: float, largest_transform: int) -> None:
         directions: list[Direction] = []
         if pairs:
             directions = ["remove"] if all(pair.symmetric for pair, _ in pairs) else ["remove", "add"]
-        self._directions = [_Direction(pairs, d, relative_width, largest_transform) for d in directions]
+        self._directions = [DirectionLattice(pairs, d, relative_width, largest_transform) for d in directions]
 
     def epsilon(self, delta: float) -> Bounds:
         """Smallest epsilon >= 0 at ``delta``; raises InvalidParameter (DP002) for delta outside (0, 1).
@@ -96,7 +96,7 @@ def _larger(intervals: list[Interval]) -> Bounds:
     return Bounds(max((low for low, _ in intervals), default=0.0), max((high for _, high in intervals), default=0.0))
 
 
-class _Direction:
+class DirectionLattice:
     """One direction of a composition: P against Q ("remove") or Q against P ("add")."""
 
     def __init__(self, pairs: Pairs, direction: Direction, relative_width: float, largest: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dpbudget._numerics import exp_up
 from dpbudget.accountants._moment_bound import MomentBound
-from dpbudget.accountants._phases import Phase, check_delta, check_epsilon, phases_of
+from dpbudget.accountants._phases import Use, check_delta, check_epsilon, mixed_uses_of
 from dpbudget.curve import Bounds, PrivacyCurve
 from dpbudget.mechanisms import Adjacency, Charge, Direction
 
@@ -19,7 +19,8 @@ class RDPAccountant:
 
     log A(alpha) of the sampled Gaussian (Mironov, Talwar and Zhang 2019) is integrated at real alpha > 1 with a
     certified error, heterogeneous steps are added, and delta <= kappa(a) exp(K(a) - a epsilon), a = alpha - 1
-    (Canonne, Kamath and Steinke 2020, Proposition 12). Typically 5 to 11 percent above the exact epsilon.
+    (Canonne, Kamath and Steinke 2020, Proposition 12). Typically 5 to 11 percent above the exact epsilon. Other pairs
+    give their own ``log_moment`` or have it bounded from their tails, where their losses are bounded.
     """
 
     name = "rdp"
@@ -27,18 +28,17 @@ class RDPAccountant:
 
     def curve(self, charges: Sequence[Charge], adjacency: Adjacency) -> RDPCurve:
         """The privacy curve of the composition; raises InvalidParameter or NotComputable as the base contract says."""
-        return RDPCurve(phases_of(charges, adjacency))
+        return RDPCurve(mixed_uses_of(charges, adjacency))
 
 
 class RDPCurve(PrivacyCurve):
     """What the moments of both directions prove about a composition."""
 
-    def __init__(self, phases: Sequence[Phase]) -> None:
+    def __init__(self, phases: Sequence[Use]) -> None:
         self._phases = tuple(phases)
-        # For the plain Gaussian mechanism the directions coincide.
-        sampled = any(phase.pair.rate < 1.0 for phase in self._phases)
+        symmetric = all(use.pair.symmetric for use in self._phases)
         self._moments = [
-            MomentBound(self._phases, direction) for direction in (DIRECTIONS if sampled else DIRECTIONS[:1])
+            MomentBound(self._phases, direction) for direction in (DIRECTIONS[:1] if symmetric else DIRECTIONS)
         ]
 
     def epsilon(self, delta: float) -> Bounds:

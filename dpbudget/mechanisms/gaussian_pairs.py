@@ -77,7 +77,7 @@ def _gaussian_loss(values: Array, rate: float) -> Interval:
 
 
 def _near_the_edge(values: Array, rate: float) -> Interval:
-    """The same b from the distance d of t to log(1 - rate), without cancellation: exp(b) = (1 - rate) expm1(d) / rate."""
+    """The same b from the distance d of t to log(1 - rate), uncancelled: exp(b) = (1 - rate) expm1(d) / rate."""
     import numpy as np
 
     high, low = _log_of_absence(rate)
