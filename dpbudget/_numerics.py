@@ -86,34 +86,6 @@ def minimize_unimodal(
     return _golden_section(function, left, right, best, tolerance)
 
 
-def minimize_on_integers(
-    function: Callable[[int], float], start: int, limits: tuple[int, int], largest: int, finest: int
-) -> tuple[int, float]:
-    """Minimise a quasi-convex function on integers: steps of ``largest`` from ``start``, halved down to ``finest``.
-
-    Returns (argument, value) of the best point evaluated; all of them are within ``limits``.
-    """
-    low, high = limits
-    values: dict[int, float] = {}
-
-    def at(k: int) -> float:
-        if k not in values:
-            values[k] = function(k)
-        return values[k]
-
-    best, stride = min(max(start, low), high), largest
-    while stride >= finest:
-        trials = [k for k in (best - stride, best + stride) if low <= k <= high]
-        winner = min(trials, key=at, default=best)
-        if at(winner) < at(best):
-            # March on in the direction that helped.
-            step = winner - best
-            while at(winner) < at(best):
-                best, winner = winner, min(max(winner + step, low), high)
-        stride //= 2
-    return best, at(best)
-
-
 def _golden_section(
     function: Callable[[float], float], left: float, right: float, best: tuple[float, float], tolerance: float
 ) -> tuple[float, float]:

@@ -15,7 +15,6 @@ from dpbudget._numerics import (
     log1p_exp,
     log_expm1,
     log_kappa,
-    minimize_on_integers,
     minimize_unimodal,
     truncate_mantissa,
 )
@@ -83,17 +82,3 @@ def test_the_minimum_of_a_quasi_convex_function_is_found(optimum, start):
 def test_a_search_that_starts_where_the_function_is_infinite_still_finds_the_minimum():
     argument, _ = minimize_unimodal(lambda x: math.inf if x > 2 else (x - 1) ** 2, 9.0, -20, 20, 1e-6)
     assert argument == pytest.approx(1.0, abs=1e-3)
-
-
-@given(st.integers(-900, 900), st.integers(-900, 900), st.sampled_from([1, 4, 16]))
-def test_the_integer_minimum_is_found_up_to_the_finest_step(optimum, start, finest):
-    argument, value = minimize_on_integers(lambda k: abs(k - optimum) ** 1.5, start, (-1000, 1000), 64, finest)
-    assert abs(argument - optimum) < finest
-    assert value == abs(argument - optimum) ** 1.5
-
-
-def test_an_integer_search_stays_within_its_limits():
-    seen = []
-    argument, _ = minimize_on_integers(lambda k: seen.append(k) or -k, 0, (-10, 10), 4, 1)
-    assert argument == 10
-    assert all(-10 <= k <= 10 for k in seen)
