@@ -51,7 +51,7 @@ def cut_laws(
         for law, count in zip(laws, counts, strict=True)
         if not law.plain
     )
-    tilt = min(3.0 / math.sqrt(variance), *(_tilt_of_a_jump(law, epsilon) for law in sampled))
+    tilt = min(3.0 / math.sqrt(max(variance, 1e-300)), *(_tilt_of_a_jump(law, epsilon) for law in sampled))
     # log delta falls by about the tilt per unit of epsilon.
     share = min(cost * max(1.0, epsilon) * tilt, 1e-4)
     answer = []

@@ -73,6 +73,7 @@ class Decay:
         log_ratio = np.logaddexp(math.log1p(-q), math.log(q) + exponent)
         log_density = (self._power + 1.0) * log_ratio - 0.5 * x * x - exponent
         log_density -= _LOG_SQRT_2PI + math.log(m * q) + log_moment
+        log_density -= 2e-14 * np.abs((self._power + 1.0) * log_ratio)
         log_posterior = math.log(q) + exponent - log_ratio
         # l(x + d) - l(x) = log(1 + p(x) (e^(m d) - 1)): no cancellation.
         widths = np.log1p(np.exp(log_posterior[:-1]) * np.expm1(np.minimum(m * np.diff(x), 600.0)))
@@ -88,6 +89,7 @@ class Decay:
         near, far = posteriors(law, x)
         rise = law.shift * (near + far)  # dL/dx
         log_density = -0.5 * x * x - _LOG_SQRT_2PI + losses.log_weight + c * losses.loss - np.log(rise) - log_moment
+        log_density -= 2.0 * c * losses.loss_error
         width = float(x[1] - x[0])
         # d log f / dx = -x + m (1 + c) p+ + m c p- - (log rise)' - (1 - omega) / width of the cut. p+ rises and p-
         # falls; (log rise)' lies in [-m, m], and is m (1 - p+) where no record is replaced.

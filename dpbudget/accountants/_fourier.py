@@ -63,8 +63,9 @@ def turn_along(losses: Array, weights: Array, relative: Array, step: float, coun
     starts = np.flatnonzero(np.concatenate([[True], np.diff(bins[outside]) != 0.0]))
     where = bins[outside][starts].astype(np.intp) % size
     value += _outside(rest[outside] * (2.0 / width), far, (starts, where), (size, count, terms))
-    # A bin may be met twice, on either side of bin 0.
-    rounding = 8.0 * math.log2(size) + PAIRWISE + 4.0 * terms + 40.0
+    # A slot is met once for every turn of the circle, on either side of bin 0.
+    turns = 2.0 * float(np.abs(bins).max()) / size + 2.0
+    rounding = 8.0 * math.log2(size) + PAIRWISE + turns + 4.0 * terms + 40.0
     # e^nu bounds the sum of nu^n / n!; both the turning term and the constant -1 carry the weights' own errors.
     total = float(far.sum())
     constant = total * (math.exp(nu) * rounding * UNIT + _REMAINDER) + 2.0 * float(far @ relative[outside])

@@ -106,7 +106,9 @@ class JumpContour(Contour):
         if not math.isfinite(jumps.top) or float((jumps.top / size).max()) > 0.5:
             return False
         ratio = jumps.value / np.exp(moments.log_moment - step.log_scale)
-        ratio_error = (jumps.error + np.abs(jumps.value) * (moments.error + 8.0 * UNIT)) / size * 1.01
+        ratio_error = (jumps.error + np.abs(jumps.value) * (moments.error + 40.0 * UNIT)) / size * 1.01
+        if float(moments.error.max()) > 0.009 or float(ratio_error.max()) > 0.009:
+            return False
         # w = n log(1 - J / M), 1 - (1 - J/M)^n = -expm1(w)
         square = -2.0 * ratio.real + np.abs(ratio) ** 2
         w = n * (0.5 * np.log1p(square) - 1j * np.arctan2(ratio.imag, 1.0 - ratio.real))
@@ -159,7 +161,9 @@ def plan_jumps(
     best, period = choice
     tilt, log_top = float(rows.tilts[best]), float(rows.upper[best])
     h = truncate_mantissa(2.0 * math.pi / period)
-    top, share = float(moments.steps[0, best]), float(np.exp(rows.steps[0, best]))
+    share = float(np.exp(rows.steps[0, best]))
+    # log J(c) - log(J(c) / M(c)) of the step, upper bounds both.
+    top = float(step_rows(law, np.array([tilt]))[0][0])
     decay = Decay(law, tilt, top)
 
     def fall(candidates: Array) -> Array:
@@ -211,19 +215,21 @@ def _log_jumps(law: Law, split: Cut, tilts: Array) -> list[float]:
     for c in tilts:
         exponent = log_density + c * losses.loss
         top = float(exponent.max())
-        # The sum's rounding is far below the 1e-9 added to its logarithm.
+        # The sum's rounding is far below what is added to its logarithm.
         total = float((np.exp(exponent - top) * beyond).sum()) * grid.step
         edges = (float(exponent[0]) - top + (float(x[0]) - split.at) / split.width, float(exponent[-1]) - top)
         tails = float(moment_tails(law, (float(x[0]), float(x[-1])), float(c), edges))
         strip = grid.log_strip_factor() + float(shrink_of(law, float(c), grid.angle)) - math.log(math.cos(0.5 * v))
         bound = (total + tails) / (1.0 - math.exp(strip)) if strip < -1.0 else math.inf
-        answer.append(math.log(bound) + top + 1e-9 if 0.0 < bound < math.inf else math.inf)
+        spare = 1e-9 + 1e-13 * float(c) * float(np.abs(losses.loss).max())
+        answer.append(math.log(bound) + top + spare if 0.0 < bound < math.inf else math.inf)
     return answer
 
 
 def split_at(law: Law, loss: float) -> Cut:
     """A split where one step loses ``loss``."""
-    x = math.log1p(math.expm1(loss) / law.rate) / law.shift + 0.5 * law.shift
+    exponent = math.log1p(math.expm1(loss) / law.rate) if loss < 600.0 else loss - math.log(law.rate)
+    x = exponent / law.shift + 0.5 * law.shift
     least = 0.0 if law.cut is None else law.cut.width  # the grid is made for the cut
     return Cut(x, max(min(0.01, 0.01 / law.shift), least))
 

@@ -42,8 +42,8 @@ class Cut:
 
     def kept(self, x: Array) -> tuple[Array, Array]:
         """(omega, 1 - omega), each within 20 roundoffs plus those of (x - at) / width, relative."""
-        exponent = np.clip((x - self.at) / self.width, -700.0, 700.0)
-        return 1.0 / (1.0 + np.exp(exponent)), 1.0 / (1.0 + np.exp(-exponent))
+        log_kept = self.log_kept(x)
+        return np.exp(log_kept), np.exp(log_kept + (x - self.at) / self.width)
 
     def log_kept(self, x: Array) -> Array:
         """Log omega(x) for any x."""
@@ -82,7 +82,7 @@ class Law:
         if self.plain or self.side == "remove":
             return math.inf
         if self.side == "add":
-            return -math.log1p(-self.rate) * (1.0 + 1e-15)
+            return -math.log1p(-self.rate) * (1.0 + 1e-14)
         return math.inf
 
 
@@ -122,7 +122,7 @@ class Losses:
         weight: P's density itself, not used where it would overflow.
         loss: L.
         deviation: an integrand whose mean under the reference is E L; it is >= 0 where nothing is cut.
-        lost: density of what the cut drops; None where there is no cut.
+        lost: density of what the cut drops, and ``lost_error`` its relative error; None where there is no cut.
         loss_error: absolute.
         weight_error: relative.
         deviation_error: absolute.
@@ -136,6 +136,7 @@ class Losses:
     weight_error: Array
     deviation_error: Array
     lost: Array | None = None
+    lost_error: Array | None = None
 
 
 def losses_at(law: Law, x: Array) -> Losses:
@@ -144,9 +145,10 @@ def losses_at(law: Law, x: Array) -> Losses:
     if law.cut is None:
         return whole
     kept, dropped = law.cut.kept(x)
-    exponent_error = 6.0 * UNIT * (np.abs(x) + abs(law.cut.at)) / law.cut.width
+    exponent_error = 6.0 * UNIT * (np.abs(x) + abs(law.cut.at)) / law.cut.width + 32.0 * UNIT
     lost = whole.weight * dropped
-    shift_error = (whole.weight_error + exponent_error + 80.0 * UNIT) * np.abs(whole.loss) + whole.loss_error
+    lost_error = whole.weight_error + exponent_error + 80.0 * UNIT
+    shift_error = lost_error * np.abs(whole.loss) + whole.loss_error
     return Losses(
         whole.log_weight + law.cut.log_kept(x),
         whole.weight * kept,
@@ -156,6 +158,7 @@ def losses_at(law: Law, x: Array) -> Losses:
         whole.weight_error + dropped * exponent_error + 40.0 * UNIT,
         whole.deviation_error + lost * shift_error + 4.0 * UNIT * np.abs(whole.deviation),
         lost,
+        lost_error,
     )
 
 
@@ -167,9 +170,9 @@ def _all_losses(law: Law, x: Array) -> Losses:
     exponent_error = 5.0 * UNIT * (np.abs(m * x) + 0.5 * m * m)
     capped = np.minimum(exponent, EXPONENT_CAP)
     ratio = q * np.expm1(capped)
-    jump = ratio + q
+    jump = q * np.exp(capped)
     low = ratio < -0.5
-    one_plus = np.where(low, (1.0 - q) + np.where(low, q * np.exp(capped), 0.0), 1.0 + ratio)
+    one_plus = np.where(low, (1.0 - q) + np.where(low, jump, 0.0), 1.0 + ratio)
     log_ratio = np.where(low, np.log(one_plus), np.log1p(np.maximum(ratio, -0.5)))
     # Beyond the cap 1 - q is below the roundoff of q exp(a); such nodes are used through their logarithm only.
     log_ratio += exponent - capped
@@ -225,7 +228,7 @@ def _replace_losses(law: Law, x: Array) -> Losses:
     positive = x >= 0.0
     weight = np.where(positive, below + gap, below)
     log_weight = np.log(weight) + np.where(positive, exponent - capped, 0.0)
-    weight_error = np.where(positive, share, 1.0) * exponent_error + 60.0 * UNIT
+    weight_error = exponent_error + 60.0 * UNIT
     deviation = 0.5 * gap * size
     deviation_error = deviation * (exponent_error + 60.0 * UNIT) + 0.5 * gap * loss_error
     loss = np.where(positive, size, -size)

@@ -91,7 +91,7 @@ class MomentBound:
     def _start(self, log_delta: float) -> float:
         """The best tilt if the composition were Gaussian with its variance at tilt 0, within sane limits."""
         variance = math.fsum(_variance(use) for use in self.phases)
-        return min(max(math.sqrt(-2.0 * log_delta / variance), 1e-4), 30.0)
+        return min(max(math.sqrt(-2.0 * log_delta / max(variance, 1e-300)), 1e-4), 30.0)
 
     def _search(self, function: Callable[[float], float], start: float, tolerance: float) -> tuple[float, float]:
         log_tilt, value = minimize_unimodal(

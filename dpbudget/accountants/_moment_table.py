@@ -117,7 +117,7 @@ def _centred(law: Law, tilts: Array, grid: Grid, one: Losses) -> tuple[Array, Ar
     value, drift, rounded, first, second = (excess @ columns).T
     size = np.abs(loss)
     mean = float(density @ one.deviation)
-    mean_error = float(density @ (one.deviation_error + (square + len(x) + 22.0) * UNIT * one.deviation))
+    mean_error = float(density @ (one.deviation_error + (square + len(x) + 22.0) * UNIT * np.abs(one.deviation)))
     linear = 40.0 * UNIT * float(weights @ size) + mean_error + 8.0 * UNIT * abs(mean)
     # |e^y - 1| <= (e^y - 1 - y) + |y|
     error = c * (drift + c * float((weights * size) @ one.loss_error)) + 20.0 * UNIT * value + rounded + c * linear
@@ -140,7 +140,7 @@ def _scaled(law: Law, tilts: Array, grid: Grid, one: Losses) -> tuple[Array, Arr
     terms = np.exp(exponents - top[:, None])
     terms *= grid.step
     size = np.abs(one.loss)
-    rounding = one.weight_error + (x * x + 8.0 * np.abs(one.log_weight) + len(x) + 120.0) * UNIT
+    rounding = one.weight_error + (x * x + 24.0 * np.abs(one.log_weight) + len(x) + 120.0) * UNIT
     columns = np.stack([np.ones_like(x), rounding, one.loss_error + 4.0 * UNIT * size, one.loss, one.loss**2], axis=1)
     total, rounded, drift, first, second = (terms @ columns).T
     moment = total + _SAFETY * (rounded + c * drift + 8.0 * UNIT * np.abs(top) * total)
@@ -227,7 +227,7 @@ class MomentTable:
             phase.count * law.rate**2 * math.expm1(min(law.square_distance, 3.0))
             for phase, law in zip(self.phases, self.laws, strict=True)
         )
-        return min(max(math.sqrt(-2.0 * log_delta / variance), 1e-4), 30.0)
+        return min(max(math.sqrt(-2.0 * log_delta / max(variance, 1e-300)), 1e-4), 30.0)
 
 
 def join(parts: Sequence[Rows]) -> Rows:

@@ -168,12 +168,14 @@ def _sharp_step(law: Law, tilt: float, u_max: float, nats: float) -> tuple[float
     log_cell = np.maximum(log_w[1:], log_w[:-1]) + 0.5 * width * slope + math.log(width)
     swell = _log_sum(log_cell[None, :] + u_max * turned)
     # Beyond the ends the argument is at most the angle; on the left it falls with p unless a record is replaced.
-    beyond = [moment_tails(law, (low, high), tilt, (log_w[0], -np.inf)), np.empty(0)]
-    beyond[1] = moment_tails(law, (low, high), tilt, (-np.inf, log_w[-1]))
+    top = float(log_w.max())
+    at_left = moment_tails(law, (low, high), tilt, (log_w[0] - top, -np.inf))
+    at_right = moment_tails(law, (low, high), tilt, (-np.inf, log_w[-1] - top))
     with np.errstate(divide="ignore"):
-        left, right = np.log(beyond[0]), np.log(beyond[1])
+        left, right = np.log(at_left) + top, np.log(at_right) + top
     left_turn = turns * angles if law.side == "replace" else turn(near[None, :1])[:, 0]
-    swell = np.logaddexp(np.logaddexp(swell, left + u_max * left_turn), right + u_max * turns * angles) + 1e-6
+    swell = np.logaddexp(np.logaddexp(swell, left + u_max * left_turn), right + u_max * turns * angles)
+    swell = swell + 1e-6 + 1e-13 * tilt * float(np.abs(losses.loss).max())
     heights = angles / law.shift
     log_mass = float(_log_sum(log_w[None, :])[0]) + math.log(width)
     growth = nats + 0.5 * heights * heights + np.maximum(swell - log_mass, 0.0) + shrink_of(law, tilt, angles)
@@ -202,8 +204,8 @@ def add_mode(rate: float, shift: float, tilt: float) -> float:
 
 
 def normal_tail(x: float) -> float:
-    """Upper bound phi(x) / x of P(N(0, 1) > x), x > 0."""
-    return math.exp(-0.5 * x * x - _LOG_SQRT_2PI) / x * _SLACK
+    """Upper bound of P(N(0, 1) > x): phi(x) / x for x > 0, and never more than 1."""
+    return min(math.exp(-0.5 * x * x - _LOG_SQRT_2PI) / x * _SLACK, 1.0) if x > 0.0 else 1.0
 
 
 def correction_tails(law: Law, grid: Grid) -> tuple[float, float]:

@@ -111,7 +111,10 @@ class TiltedStep:
         self.tilted = weights * bulge
         mean = float((density * one.deviation).sum())
         self._base = c * mean + float((weights * _expm1_minus(alpha, growth)).sum())
-        lost = 0.0 if one.lost is None else float((density * one.lost).sum())
+        lost, lost_error = 0.0, 0.0
+        if one.lost is not None and one.lost_error is not None:
+            lost = float((density * one.lost).sum())
+            lost_error = float((density * one.lost * (one.lost_error + (square + PAIRWISE + 22.0) * UNIT)).sum())
         self._base -= lost
         rounding = square * UNIT + one.weight_error
         roundoff = rounding + (320.0 + PAIRWISE) * UNIT
@@ -120,8 +123,8 @@ class TiltedStep:
         flat = weights * (roundoff * (2.0 + growth) + c * one.loss_error * (2.0 + growth) + c * roundoff * size)
         steep = weights * np.maximum(bulge, 1.0) * (c * c) * size * (one.loss_error + roundoff * size)
         error = float(np.minimum(flat, steep).sum())
-        mean_error = float(density @ (one.deviation_error + (square + PAIRWISE + 22.0) * UNIT * one.deviation))
-        self._base_error = (error + c * (mean_error + 8.0 * UNIT * abs(mean))) * _SAFETY + 1e-9 * lost
+        mean_error = float(density @ (one.deviation_error + (square + PAIRWISE + 22.0) * UNIT * np.abs(one.deviation)))
+        self._base_error = (error + c * (mean_error + 8.0 * UNIT * abs(mean))) * _SAFETY + 2.0 * lost_error
         self._set_turning_errors(rounding + c * one.loss_error)
         self._set_quadrature(self._base + 1.0 + self._base_error + 4.0 * UNIT * (self._base + 1.0))
 
@@ -134,7 +137,7 @@ class TiltedStep:
         exponent_error = (
             c * one.loss_error
             + one.weight_error
-            + (x * x + 8.0 * np.abs(one.log_weight) + 4.0 * np.abs(c * one.loss) + 4.0 * abs(self.log_scale)) * UNIT
+            + (x * x + 24.0 * np.abs(one.log_weight) + 4.0 * np.abs(c * one.loss) + 4.0 * abs(self.log_scale)) * UNIT
         )
         self._base_error = float(self.tilted @ (exponent_error + (PAIRWISE + 120.0) * UNIT)) * _SAFETY
         self._set_turning_errors(exponent_error)
@@ -222,7 +225,8 @@ class TiltedStep:
             rounding = UNIT * np.where(near, 3.0 * spread / np.maximum(square, 0.25), np.full_like(spread, 6.0))
             angle = np.arctan2(imag, 1.0 + real)
         rounding = rounding + (2.0 * ELEMENTARY) * (np.abs(log_size) + np.abs(angle))
-        relative = error / np.maximum(size, 1e-150) + rounding * _SAFETY
+        with np.errstate(divide="ignore"):
+            relative = np.where(size > 1e-150, error / np.maximum(size, 1e-150), np.inf) + rounding * _SAFETY
         return Moments(log_size + 1j * angle, relative)
 
 

@@ -120,3 +120,30 @@ BOUNDS: dict[str, Peer] = {
     "dp-accounting pld": dp_accounting_pld,
     "prv_accountant": prv_accountant,
 }
+
+
+@quiet
+def opacus_noise(rate: float, steps: int, epsilon: float, delta: float, accountant: str) -> float:
+    """The noise multiplier that Opacus finds for a target, its defaults."""
+    from opacus.accountants.utils import get_noise_multiplier
+
+    return get_noise_multiplier(
+        target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant=accountant
+    )
+
+
+@quiet
+def dp_accounting_noise(rate: float, steps: int, epsilon: float, delta: float, accountant: str) -> float:
+    """The noise multiplier that dp-accounting calibrates, its defaults."""
+    import dp_accounting
+    from dp_accounting import pld, rdp
+
+    make = rdp.RdpAccountant if accountant == "rdp" else pld.PLDAccountant
+    return dp_accounting.calibrate_dp_mechanism(
+        make,
+        lambda sigma: dp_accounting.SelfComposedDpEvent(
+            dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigma)), steps
+        ),
+        epsilon,
+        delta,
+    )

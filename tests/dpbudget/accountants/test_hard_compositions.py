@@ -16,7 +16,7 @@ from dpbudget.accountants._closed_form import one_step_delta
 from dpbudget.accountants._cutting import cut_laws
 from dpbudget.accountants._direction import DirectionCurve
 from dpbudget.accountants._jump import jumps_of, log_delta_without_jumps, split_at
-from dpbudget.accountants._law import Cut, Law
+from dpbudget.accountants._law import Cut, Law, losses_at
 from dpbudget.accountants._phases import Phase
 from dpbudget.accountants._tilted_step import TiltedStep
 from dpbudget.mechanisms import Adjacency, ReplaceOneGaussianPair, SubsampledGaussianPair
@@ -209,3 +209,27 @@ def test_estimates_for_searches_are_close():
     log_delta, slope = one.estimate_log_delta(epsilon)
     assert log_delta == pytest.approx(math.log(1e-6), abs=1e-8)
     assert slope == pytest.approx(one.estimate_log_delta(epsilon + 1e-5)[0] / 1e-5 - log_delta / 1e-5, rel=1e-3)
+
+
+def test_what_has_no_jump_is_bounded_where_the_split_lies_below_the_shift():
+    # One step, noise 0.15: the split at a tenth of epsilon lies left of the shifted mean.
+    law = Law(1e-6, 1 / 0.15, "remove")
+    assert log_delta_without_jumps(law, 1, split_at(law, 0.3), 3.0) >= -426.2
+
+
+@pytest.mark.parametrize(
+    ("rate", "sigma", "steps", "delta"),
+    [(1e-4, 0.05, 3, 1e-300), (1e-7, 0.02, 10**12, 0.3), (0.9, 0.02, 10**9, 1e-300), (2.0**-60, 5.0, 10**12, 0.999)],
+)
+def test_epsilons_of_thousands_raise_nothing(rate, sigma, steps, delta):
+    bounds = PRV.curve([sampled(rate, sigma, steps)], Adjacency.ADD_REMOVE).epsilon(delta)
+    assert 0.0 <= bounds.lower <= bounds.upper
+
+
+def test_the_weight_of_a_replaced_record_near_zero_has_its_whole_error_counted():
+    law, x = Law(1 - 2.0**-53, 1 / 0.12303, "replace"), 2.0**-9
+    one = losses_at(law, np.array([x]))
+    with mpmath.workdps(50):
+        q, m = mpmath.mpf(law.rate), mpmath.mpf(law.shift)
+        true = 1 - q + q * mpmath.exp(m * mpmath.mpf(x) - m * m / 2)
+        assert abs(one.weight[0] / true - 1) <= one.weight_error[0]

@@ -13,6 +13,7 @@ from dpbudget.accountants._cutting import dropped_mass
 from dpbudget.accountants._law import Cut, Law
 from dpbudget.accountants._moment_table import GRID_RATIO, MomentTable, join, step_rows
 from dpbudget.accountants._phases import Phase
+from dpbudget.accountants._tilted_step import TiltedStep
 from dpbudget.mechanisms import SubsampledGaussianPair
 
 
@@ -77,3 +78,14 @@ def test_without_a_grid_convexity_bounds_the_moments():
     with mpmath.workdps(40):
         assert upper[0] >= gaussian + mpmath.log(mpmath.mpf("0.25"))
     assert upper[0] <= gaussian * (1 + 1e-11)
+
+
+@pytest.mark.parametrize(("tilt", "true"), [(300.0, 642.762724528018), (140.0, 290.105795731089)])
+def test_a_cut_holds_far_beyond_the_range_of_doubles(tilt, true):
+    # The logistic falls below every float 700 widths beyond the cut, where e^{cL} has not begun to matter yet.
+    law = Law(1e-3, 2.0, "remove", Cut(5.5, 1 / 1242))
+    step = TiltedStep(law, tilt, 0.0, 45.0)
+    value, error = step.log_moment()
+    assert abs(value - true) <= 1e-12 * true
+    assert error < 1e-9
+    assert step_rows(law, np.array([tilt]))[0][0] >= true * (1 - 1e-14)
