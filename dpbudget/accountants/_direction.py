@@ -49,7 +49,7 @@ _SPLITS = (0.5, 0.35, 0.25, 0.15, 0.1)
 _LOG_NEGLIGIBLE = -9.0
 _PASSES = 4
 # Nodes of all contours together after which one question asks for no further contour: about a second.
-_MAX_NODES = 60_000
+_MAX_NODES = 90_000
 # Below exp(-746) no float but 0 and the smallest one is left.
 _VANISHED = -746.0
 _PAD = 64.0 * UNIT

@@ -251,7 +251,10 @@ def log_delta_without_jumps(law: Law, count: int, split: Cut, epsilon: float) ->
     losses = losses_at(whole, edges)
     log_mass = -0.5 * edges * edges - _LOG_SQRT_2PI + losses.log_weight
     slope = np.maximum(np.abs(edges[1:]), np.abs(edges[:-1])) + law.shift
-    mass = np.exp(np.maximum(log_mass[1:], log_mass[:-1]) + 0.5 * width * slope) * width
+    log_cell = np.maximum(log_mass[1:], log_mass[:-1]) + 0.5 * width * slope
+    if float(log_cell.max()) > 600.0:
+        return 0.0  # delta <= 1
+    mass = np.exp(log_cell) * width
     mean = float(np.expm1(step_rows(whole, np.array([_SMALL_TILT]))[0][0])) / _SMALL_TILT
     left = normal_tail(_LEFT)
     least = -math.log1p(-law.rate)

@@ -80,12 +80,12 @@ def test_without_a_grid_convexity_bounds_the_moments():
     assert upper[0] <= gaussian * (1 + 1e-11)
 
 
-@pytest.mark.parametrize(("tilt", "true"), [(300.0, 642.762724528018), (140.0, 290.105795731089)])
-def test_a_cut_holds_far_beyond_the_range_of_doubles(tilt, true):
+def test_a_cut_holds_far_beyond_the_range_of_doubles():
     # The logistic falls below every float 700 widths beyond the cut, where e^{cL} has not begun to matter yet.
     law = Law(1e-3, 2.0, "remove", Cut(5.5, 1 / 1242))
-    step = TiltedStep(law, tilt, 0.0, 45.0)
+    step = TiltedStep(law, 300.0, 0.0, 45.0)
     value, error = step.log_moment()
+    true = 642.762724528018  # mpmath
     assert abs(value - true) <= 1e-12 * true
     assert error < 1e-9
-    assert step_rows(law, np.array([tilt]))[0][0] >= true * (1 - 1e-14)
+    assert step_rows(law, np.array([300.0]))[0][0] >= true * (1 - 1e-14)
