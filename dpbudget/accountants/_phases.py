@@ -57,13 +57,14 @@ def phases_of(charges: Sequence[Charge], adjacency: Adjacency) -> tuple[Phase, .
 
 def mixed_uses_of(charges: Sequence[Charge], adjacency: Adjacency) -> tuple[Use, ...]:
     """The composition with its Gaussian pairs checked and any other pairs as they are; errors as :func:`phases_of`."""
-    uses = uses_of(charges, adjacency).items()
-    return tuple(
-        Phase(_check_pair(pair), count)
-        if isinstance(pair, SubsampledGaussianPair | ReplaceOneGaussianPair)
-        else Use(pair, count)
-        for pair, count in uses
-    )
+    return tuple(use_of(pair, count) for pair, count in uses_of(charges, adjacency).items())
+
+
+def use_of(pair: DominatingPair, count: int) -> Use:
+    """``count`` uses of ``pair``, a Phase where it is a Gaussian pair within its range; errors as :func:`phases_of`."""
+    if isinstance(pair, SubsampledGaussianPair | ReplaceOneGaussianPair):
+        return Phase(_check_pair(pair), count)
+    return Use(pair, count)
 
 
 def check_delta(delta: float) -> float:
