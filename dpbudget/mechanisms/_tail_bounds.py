@@ -8,7 +8,7 @@ mpmath. NumPy and SciPy load on first use, so that importing a mechanism costs n
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpbudget._numerics import UNIT
 from dpbudget.errors import InvalidParameter
@@ -68,7 +68,8 @@ def tails_of(first: Interval, second: Interval) -> Tails:
     return Tails(first[0], first[1], second[0], second[1])
 
 
-def two_floats(value: object) -> tuple[float, float]:
+def two_floats(value: Any) -> tuple[float, float]:
     """``value`` (an mpmath number or a Fraction) as the float nearest to it and the rest, itself rounded."""
-    high = float(value)  # type: ignore[arg-type]
-    return high, float(value - high) if math.isfinite(high) else 0.0  # type: ignore[operator]
+    high = float(value)
+    # Fraction - float would round, so the subtraction is done in the exact type.
+    return high, float(value - type(value)(high)) if math.isfinite(high) else 0.0

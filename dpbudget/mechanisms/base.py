@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
 
 from dpbudget._record import Record
+from dpbudget.errors import NotComputable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,6 +83,13 @@ class Mechanism(Record, ABC):
         Raises:
             NotComputable: no proved pair is known for this adjacency (DP062).
         """
+
+
+def unproved(mechanism: Mechanism, adjacency: Adjacency, hint: str) -> NotComputable:
+    """The error for an adjacency under which no pair is proved (DP062); ``hint`` says the way out."""
+    return NotComputable(
+        f"{type(mechanism).__name__} has no proved dominating pair under {adjacency} adjacency", hint=hint, code="DP062"
+    )
 
 
 @dataclass(frozen=True)

@@ -44,16 +44,16 @@ class SubsampledGaussianPair(DominatingPair):
         """Normal tails at the output where the loss reaches the threshold, relative accuracy 1e-10 down to 1e-300."""
         values = thresholds(losses)
         if direction == "remove":
-            power, error = _gaussian_loss(values, self.rate)
+            power, error = unsampled_loss(values, self.rate)
             near, far = _at(power, error, self.sigma, 0.5), _at(power, error, self.sigma, -0.5)
             return tails_of(mix(self.rate, near, far), near)
         # -l > t where z is below the point at which l = -t; by symmetry of the noise those are upper tails at -z.
-        power, error = _gaussian_loss(-values, self.rate)
+        power, error = unsampled_loss(-values, self.rate)
         near, far = _at(-power, error, self.sigma, -0.5), _at(-power, error, self.sigma, 0.5)
         return tails_of(near, mix(self.rate, near, far))
 
 
-def _gaussian_loss(values: Array, rate: float) -> Interval:
+def unsampled_loss(values: Array, rate: float) -> Interval:
     """The plain loss b where the sampled one is t, exp(b) = 1 + (exp(t) - 1) / rate, and a bound of its error.
 
     -inf where the sampled loss exceeds t everywhere, t <= log(1 - rate).
@@ -77,7 +77,7 @@ def _gaussian_loss(values: Array, rate: float) -> Interval:
 
 
 def _near_the_edge(values: Array, rate: float) -> Interval:
-    """The same b from the distance d of t to log(1 - rate), uncancelled: exp(b) = (1 - rate) expm1(d) / rate."""
+    """The same b without cancellation: exp(b) = (1 - rate) expm1(d) / rate, d the distance of t to log(1 - rate)."""
     import numpy as np
 
     high, low = _log_of_absence(rate)

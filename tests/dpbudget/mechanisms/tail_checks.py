@@ -10,6 +10,8 @@ import numpy as np
 
 from dpbudget.mechanisms import Direction, DominatingPair, Tails
 
+#: The oracle's own rounding, at 60 digits or more.
+ROUND = mpmath.mpf(10) ** -45
 Truth = Callable[[Any, Direction], tuple[Any, Any]]  # threshold -> (F(L > t), S(L > t))
 
 
@@ -26,7 +28,8 @@ def check_enclosure(
                 ("S", second, tails.second_lower[index], tails.second_upper[index]),
             ):
                 where = f"{name} {direction} at {loss!r}: {low!r} {mpmath.nstr(exact, 20)} {high!r}"
-                assert 0.0 <= low <= exact <= high <= 1.0, where
+                assert 0.0 <= low <= exact * (1 + ROUND), where
+                assert exact * (1 - ROUND) <= high <= 1.0, where
                 if relative is not None and exact > floor:
                     assert high - low <= relative * exact, where
 
