@@ -12,13 +12,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpbudget._calibrate import calibrate, delta_of, epsilon_of, max_steps, plan_for
+    from dpbudget._calibrate import calibrate, delta_of, epsilon_of, max_steps, noise_for, plan_for
     from dpbudget._surface import create_ledger, open_ledger, start
     from dpbudget._verify import Report, verify
     from dpbudget.accountants import get_accountant
     from dpbudget.curve import Bounds, PrivacyCurve
     from dpbudget.errors import DPBudgetError
-    from dpbudget.filters import PortfolioFilter
+    from dpbudget.filters import PortfolioFilter, RDPFilter
     from dpbudget.ledger.keys import load_key, load_public_key, new_key
     from dpbudget.ledger.ledger import Ledger
     from dpbudget.mechanisms import Adjacency, Charge, Gaussian, PoissonSampled
@@ -41,6 +41,7 @@ _HOMES = {
     "PoissonSampled": "dpbudget.mechanisms",
     "PortfolioFilter": "dpbudget.filters",
     "PrivacyCurve": "dpbudget.curve",
+    "RDPFilter": "dpbudget.filters",
     "Report": "dpbudget._verify",
     "calibrate": "dpbudget._calibrate",
     "create_ledger": "dpbudget._surface",
@@ -51,6 +52,7 @@ _HOMES = {
     "load_public_key": "dpbudget.ledger.keys",
     "max_steps": "dpbudget._calibrate",
     "new_key": "dpbudget.ledger.keys",
+    "noise_for": "dpbudget._calibrate",
     "open_ledger": "dpbudget._surface",
     "plan_for": "dpbudget._calibrate",
     "start": "dpbudget._surface",
@@ -71,6 +73,7 @@ __all__ = [
     "PoissonSampled",
     "PortfolioFilter",
     "PrivacyCurve",
+    "RDPFilter",
     "Report",
     "calibrate",
     "create_ledger",
@@ -81,6 +84,7 @@ __all__ = [
     "load_public_key",
     "max_steps",
     "new_key",
+    "noise_for",
     "open_ledger",
     "plan_for",
     "start",
