@@ -15,14 +15,13 @@ from dpbudget.accountants._cutting import COSTS, cut_laws, dropped_mass
 from dpbudget.accountants._jump import log_delta_without_jumps, plan_jumps, split_at
 from dpbudget.accountants._law import Array
 from dpbudget.accountants._moment_bound import MomentBound
-from dpbudget.accountants._moment_table import MomentTable, Rows
+from dpbudget.accountants._moment_table import MomentTable, Rows, log_kappas
 from dpbudget.accountants._phases import Phase
 from dpbudget.accountants._plan_contour import (
     HIGH_PRICE,
     LOSS_PRICE,
     guess_epsilon,
     guess_log_delta,
-    log_kappas,
     plan_contour,
 )
 from dpbudget.accountants._solve import DeltaBounds, bracket_epsilon, bracket_near

@@ -23,8 +23,8 @@ from dpbudget.accountants._cutting import dropped_mass
 from dpbudget.accountants._decay import Decay
 from dpbudget.accountants._fourier import PAIRWISE, turn_along
 from dpbudget.accountants._law import Array, Cut, Law, losses_at
-from dpbudget.accountants._moment_table import Rows, step_rows
-from dpbudget.accountants._plan_contour import earliest_cut, log_kappas, tilt_and_period, witnesses
+from dpbudget.accountants._moment_table import Rows, log_kappas, step_rows
+from dpbudget.accountants._plan_contour import earliest_cut, tilt_and_period, witnesses
 from dpbudget.accountants._quadrature import choose_grid, moment_tails, normal_tail, shrink_of
 from dpbudget.accountants._tilted_step import Complex, TiltedStep
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from dpbudget._numerics import UNIT, log_expm1, log_kappa, minimize_unimodal
-from dpbudget.accountants._law import Law, law_of
+from dpbudget.accountants._law import Array, Law, law_of
+from dpbudget.accountants._moment_table import MomentTable, Rows, log_kappas
 from dpbudget.accountants._phases import GaussianPair, Phase, Use
 from dpbudget.accountants._tilted_step import TiltedStep
 from dpbudget.mechanisms import Direction
@@ -56,6 +59,8 @@ class MomentBound:
     def __init__(self, phases: Sequence[Use], direction: Direction) -> None:
         self.phases, self.direction = tuple(phases), direction
         self._bounds = [_bound_of(use, direction) for use in self.phases]
+        phases_only = [use for use in self.phases if isinstance(use, Phase)]
+        self._table = MomentTable(phases_only, direction) if len(phases_only) == len(self.phases) else None
         self._known: dict[float, float] = {}
 
     def __call__(self, tilt: float) -> float:
@@ -80,26 +85,40 @@ class MomentBound:
 
     def best_epsilon(self, log_delta: float, tolerance: float = 1e-4) -> tuple[float, float]:
         """(epsilon, tilt) of the smallest bound found; valid whatever the search found. May be negative."""
+
         # K(c) + log kappa(c) is convex, hence the bound is quasi-convex in c.
-        return self._search(lambda tilt: self.epsilon_at(tilt, log_delta), self._start(log_delta), tolerance)
+        def rough(rows: Rows) -> Array:
+            return np.asarray((rows.upper + log_kappas(rows.tilts) - log_delta) / rows.tilts, dtype=np.float64)
+
+        return self._search(lambda tilt: self.epsilon_at(tilt, log_delta), rough, self._start(log_delta), tolerance)
 
     def best_log_delta(self, epsilon: float, tolerance: float = 1e-4) -> tuple[float, float]:
         """(log delta, tilt) of the smallest bound found."""
+
+        def rough(rows: Rows) -> Array:
+            return np.asarray(rows.upper + log_kappas(rows.tilts) - rows.tilts * epsilon, dtype=np.float64)
+
         start = self._start(-0.5 * epsilon - 1.0)
-        return self._search(lambda tilt: self.log_delta_at(tilt, epsilon), start, tolerance)
+        return self._search(lambda tilt: self.log_delta_at(tilt, epsilon), rough, start, tolerance)
 
     def _start(self, log_delta: float) -> float:
         """The best tilt if the composition were Gaussian with its variance at tilt 0, within sane limits."""
         variance = math.fsum(_variance(use) for use in self.phases)
         return min(max(math.sqrt(-2.0 * log_delta / max(variance, 1e-300)), 1e-4), 30.0)
 
-    def _search(self, function: Callable[[float], float], start: float, tolerance: float) -> tuple[float, float]:
+    def _search(
+        self,
+        function: Callable[[float], float],
+        rough: Callable[[Rows], Array],
+        start: float,
+        tolerance: float,
+    ) -> tuple[float, float]:
+        """The least value; a table of tilts shows where, if all pairs are Gaussian."""
+        if self._table is not None:
+            rows = self._table.around(start, rough)
+            start = float(rows.tilts[int(np.argmin(rough(rows)))])
         log_tilt, value = minimize_unimodal(
-            lambda log_c: function(math.exp(log_c)),
-            math.log(start),
-            math.log(MIN_TILT),
-            math.log(MAX_TILT),
-            tolerance,
+            lambda log_c: function(math.exp(log_c)), math.log(start), math.log(MIN_TILT), math.log(MAX_TILT), tolerance
         )
         return value, math.exp(log_tilt)
 

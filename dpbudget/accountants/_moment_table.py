@@ -54,6 +54,12 @@ class Rows:
         return Rows(self.tilts[index], self.upper[index], self.slope[index], self.bend[index], self.steps[:, index])
 
 
+def log_kappas(c: Array) -> Array:
+    """:func:`dpbudget._numerics.log_kappa` of an array."""
+    value: Array = -c * np.log1p(1.0 / c) - np.log1p(c)
+    return value
+
+
 def step_rows(law: Law, tilts: Array) -> tuple[Array, Array, Array]:
     """(upper bounds of one step's log moments, slopes, bends) at increasing ``tilts`` > 0."""
     square = law.square_distance

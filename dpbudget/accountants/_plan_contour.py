@@ -16,7 +16,7 @@ from dpbudget.accountants._contour import Contour, Line
 from dpbudget.accountants._cutting import dropped_mass
 from dpbudget.accountants._decay import Decay
 from dpbudget.accountants._law import Array, Law
-from dpbudget.accountants._moment_table import MomentTable, Rows, join
+from dpbudget.accountants._moment_table import MomentTable, Rows, join, log_kappas
 
 #: Most nodes on the line that a contour may use.
 MAX_LINE_NODES = 1 << 16
@@ -28,12 +28,6 @@ _FINER = 12
 _MAX_LOSS, LOSS_PRICE, HIGH_PRICE = 7.0, 0.2, 2.0
 # How many tilts on each side bound the aliases.
 _WITNESSES = 2
-
-
-def log_kappas(c: Array) -> Array:
-    """:func:`dpbudget._numerics.log_kappa` of an array."""
-    value: Array = -c * np.log1p(1.0 / c) - np.log1p(c)
-    return value
 
 
 def saddles(rows: Rows) -> tuple[Array, Array]:

@@ -15,8 +15,8 @@ import numpy as np
 from dpbudget._numerics import truncate_mantissa
 from dpbudget.accountants._law import Array, Law, losses_at, posterior, posteriors
 
-#: A grid with more nodes is refused.
-MAX_NODES = 1 << 18
+#: A grid with more nodes is refused. A real tilt that needs more than the second number is of no use to anyone.
+MAX_NODES, MAX_REAL_NODES = 1 << 18, 1 << 14
 _ANGLES = np.linspace(0.1, 3.1, 31)
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 # The few float operations of a bound cannot spoil more than this.
@@ -106,7 +106,7 @@ def choose_grid(law: Law, tilt: float, u_max: float, nats: float, sharp: bool = 
     first, last = math.floor(low / step), math.ceil(high / step)
     if law.side == "replace":
         first = -last  # the symmetric window lets the linear part of the loss cancel exactly
-    if last - first >= MAX_NODES:
+    if last - first >= (MAX_NODES if u_max > 0.0 or law.cut is not None else MAX_REAL_NODES):
         return None
     nodes = np.arange(first, last + 1, dtype=np.float64) * step
     return Grid(nodes, step, angle, law.shift, swell, math.inf if swell is None else u_max)
