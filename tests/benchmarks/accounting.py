@@ -25,7 +25,7 @@ from dpbudget._calibrate import build_meter, noise_for, plan_for
 from dpbudget.accountants import get_accountant
 from dpbudget.mechanisms import Adjacency
 
-ROUNDS, LIMIT_SECONDS = 7, 20.0
+ROUNDS, LIMIT_SECONDS = 7, 10.0
 #: Peers left out by --quick.
 SLOW = {"opacus prv", "dp-accounting pld", "prv_accountant 0.01"}
 #: Exact noise multipliers for W1 to W3, from an independent contour script solved to 1e-12.
