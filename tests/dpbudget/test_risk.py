@@ -90,9 +90,9 @@ def test_randomised_response_with_failure_is_bounded_by_its_own_trade_off(
         value = delta + (1.0 - delta) * rest
         return Bounds(value * (1.0 - 1e-13), min(1.0, value * (1.0 + 1e-13)))
 
-    exact = min(
-        1.0, delta + math.exp(epsilon) * alpha, 1.0 - math.exp(-epsilon) * (1.0 - delta - alpha) if alpha < 1 else 1.0
-    )
+    # 1 - e^-eps (1 - delta - alpha), without cancellation at small epsilon
+    other_line = -math.expm1(-epsilon) + math.exp(-epsilon) * (delta + alpha)
+    exact = min(1.0, delta + math.exp(epsilon) * alpha, other_line if alpha < 1 else 1.0)
     bounds = risk.true_positive_rate(risk.Profile(profile), alpha)
     assert bounds.lower <= exact * (1.0 + 1e-12)
     assert bounds.upper >= exact * (1.0 - 1e-12)
