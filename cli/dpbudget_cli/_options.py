@@ -167,19 +167,18 @@ def meaning_options(command: _Command) -> _Command:
 
 def question_options(command: _Command) -> _Command:
     """--accountant and --adjacency of a question that nothing claims."""
-    for option in (
-        click.option("--adjacency", type=ADJACENCY, help="add-remove (default), zero-out or replace-one."),
-        click.option("--accountant", type=ANY_ACCOUNTANT, help="prv (default, tight), rdp (looser) or pld (a check)."),
-    ):
-        command = option(command)
-    return command
+    return _adjacency_and(ANY_ACCOUNTANT, "prv (default, tight), rdp (looser) or pld (a check).", command)
 
 
 def accounting_options(command: _Command) -> _Command:
     """--accountant and --adjacency."""
+    return _adjacency_and(ACCOUNTANT, "prv (default, tight) or rdp (looser).", command)
+
+
+def _adjacency_and(accountant: Checked, choices: str, command: _Command) -> _Command:
     for option in (
         click.option("--adjacency", type=ADJACENCY, help="add-remove (default), zero-out or replace-one."),
-        click.option("--accountant", type=ACCOUNTANT, help="prv (default, tight) or rdp (looser)."),
+        click.option("--accountant", type=accountant, help=choices),
     ):
         command = option(command)
     return command

@@ -15,7 +15,7 @@ What is spent is counted in integers, in units of 2^-100, rounded up once per di
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
@@ -121,15 +121,14 @@ class RDPFilter:
         """
         return self._odometer(spent, self.budget.delta if delta is None else delta, lambda _: 0.0)
 
-    def _odometer(self, spent: Spent, delta: float, log_constant: object) -> float:
-        assert callable(log_constant)  # noqa: S101 - both callers pass a function
+    def _odometer(self, spent: Spent, delta: float, log_constant: Callable[[float], float]) -> float:
         best = math.inf
         for order, weight, total in zip(self.orders, self.weights, self.units(spent), strict=True):
             if total is None:
                 continue
             c = order - 1.0
             used = _up(float(Fraction(total, UNITS)))
-            parts = (float(log_constant(c)), math.log(float(weight)), math.log(delta))
+            parts = (log_constant(c), math.log(float(weight)), math.log(delta))
             value = used + (parts[0] - parts[1] - parts[2]) / c
             best = min(best, value + 64.0 * UNIT * (used + sum(map(abs, parts)) / c))
         return max(best, 0.0) if any(spent.counts.values()) else 0.0
