@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dpbudget.errors import InvalidParameter, PlanExhausted
-from dpbudget.filters import PortfolioFilter
+from dpbudget.filters import LedgerFilter
 from dpbudget.ledger.ledger import Ledger
 from dpbudget.mechanisms import Adjacency
 from dpbudget.plan import Budget
@@ -26,13 +26,14 @@ def create_ledger(
     dataset: str | None = None,
     public_data: bool = False,
     whole_budget: bool = False,
+    kind: Literal["portfolio", "rdp"] = "portfolio",
 ) -> Ledger:
     """Make a new ledger for one dataset, signed by its owner.
 
     Two ledgers for one dataset cannot be detected by anyone: the owner must issue one ``dataset`` id per dataset.
 
     Args:
-        path: a file that does not exist yet.
+        path: a file that does not exist yet, or ``postgresql://user@host/database#name``.
         budget: what all runs on this dataset may spend together.
         owner: signs the budget and the plans; may go offline afterwards.
         writer: signs every spend; cannot create budget.
@@ -41,6 +42,8 @@ def create_ledger(
             not given.
         public_data: the owner declares the data public, so that metrics on it may be shown.
         whole_budget: let the first portfolio of plans use the whole budget; otherwise it gets half of delta.
+        kind: ``portfolio`` composes plans that are signed before any of them is run; ``rdp`` lets every plan and every
+            step be chosen after all before it, by Renyi accounting.
 
     Raises:
         InvalidParameter: the file exists (DP074).
@@ -55,7 +58,8 @@ def create_ledger(
         dataset=dataset,
         public_data=public_data,
         whole_budget=whole_budget,
-        filter=PortfolioFilter(),
+        kind=kind,
+        filter=LedgerFilter(),
     )
 
 
@@ -70,7 +74,7 @@ def open_ledger(path: str | Path, *, writer: Signer | None = None, trust: Public
     Raises:
         Tampered: anything in the file does not hold, or another owner signed it (DP071, DP072).
     """
-    return Ledger.open(path, writer=writer, filter=PortfolioFilter(), trust=trust)
+    return Ledger.open(path, writer=writer, filter=LedgerFilter(), trust=trust)
 
 
 def start(ledger: Ledger, run_id: str | None = None) -> Run:

@@ -38,12 +38,12 @@ def command(path: str, as_json: bool) -> None:
         out.emit_table(
             [
                 ("id", ledger.id),
-                ("budget", f"epsilon {genesis.epsilon:g}, delta {genesis.delta:g}"),
+                ("budget", f"epsilon {state.epsilon:g}, delta {state.delta:g}"),
                 ("left", f"epsilon {left(state)[0]:.9g}, delta {left(state)[1]:.9g}"),
                 ("adjacency", genesis.adjacency),
                 ("data", "declared public" if genesis.public_data else "private"),
-                ("owner", genesis.owner.hex),
-                ("writer", genesis.writer.hex),
+                ("owner", state.owner.hex),
+                ("writer", state.writer.hex),
                 ("records", state.size),
                 ("head", ledger.head),
             ]
@@ -109,12 +109,12 @@ def describe(ledger: Ledger) -> dict[str, Any]:
     epsilon_left, delta_left = left(state)
     return {
         "id": ledger.id,
-        "budget": {"epsilon": genesis.epsilon, "delta": genesis.delta},
+        "budget": {"epsilon": state.epsilon, "delta": state.delta},
         "left": {"epsilon": epsilon_left, "delta": delta_left},
         "adjacency": str(genesis.adjacency),
         "public_data": genesis.public_data,
-        "owner": genesis.owner.hex,
-        "writer": genesis.writer.hex,
+        "owner": state.owner.hex,
+        "writer": state.writer.hex,
         "records": state.size,
         "head": str(ledger.head),
         "portfolios": [

@@ -64,12 +64,11 @@ def command(
 
 def _require_owner(ledger: Ledger, owner: Signer) -> None:
     """Refuse another key before anything is computed (DP080)."""
-    genesis = ledger.state.genesis
-    if owner.public != genesis.owner:
+    if owner.public != ledger.state.owner:
         raise InvalidParameter(
             f"the key {owner.public.hex} is not the ledger's owner",
             code="DP080",
-            hint=f"pass --owner-key with the key whose public half is {genesis.owner.hex}",
+            hint=f"pass --owner-key with the key whose public half is {ledger.state.owner.hex}",
         )
 
 

@@ -4,7 +4,8 @@ A ledger holds rules and no privacy arithmetic; it is given a filter. ``portfoli
 fixed before any of them touches data and compose jointly; portfolios add up. ``renyi``: every step is chosen freely.
 """
 
+from dpbudget.filters.ledger_filter import LedgerFilter
 from dpbudget.filters.portfolio import PortfolioFilter
 from dpbudget.filters.renyi import RDPFilter, Spent
 
-__all__ = ["PortfolioFilter", "RDPFilter", "Spent"]
+__all__ = ["LedgerFilter", "PortfolioFilter", "RDPFilter", "Spent"]

@@ -72,7 +72,7 @@ class RDPFilter:
         self.orders = _checked_orders(orders)
         self.weights = _checked_weights(weights, len(self.orders))
         self._allowances = tuple(
-            math.floor(Fraction(_allowance(budget.epsilon, budget.delta, order, weight)) * UNITS)
+            math.floor(Fraction(allowance(budget.epsilon, budget.delta, order, weight)) * UNITS)
             for order, weight in zip(self.orders, self.weights, strict=True)
         )
         self._costs: dict[DominatingPair, tuple[Fraction | None, ...]] = {}
@@ -122,15 +122,8 @@ class RDPFilter:
         return self._odometer(spent, self.budget.delta if delta is None else delta, lambda _: 0.0)
 
     def _odometer(self, spent: Spent, delta: float, log_constant: Callable[[float], float]) -> float:
-        best = math.inf
-        for order, weight, total in zip(self.orders, self.weights, self.units(spent), strict=True):
-            if total is None:
-                continue
-            c = order - 1.0
-            used = _up(float(Fraction(total, UNITS)))
-            parts = (log_constant(c), math.log(float(weight)), math.log(delta))
-            value = used + (parts[0] - parts[1] - parts[2]) / c
-            best = min(best, value + 64.0 * UNIT * (used + sum(map(abs, parts)) / c))
+        totals = [None if total is None else Fraction(total, UNITS) for total in self.units(spent)]
+        best = _least_epsilon(totals, self.orders, self.weights, delta, log_constant)
         return max(best, 0.0) if any(spent.counts.values()) else 0.0
 
     def _fits(self, spent: Spent) -> bool:
@@ -142,14 +135,7 @@ class RDPFilter:
     def _cost(self, pair: DominatingPair) -> tuple[Fraction | None, ...]:
         """Upper bounds of one use's Renyi divergence at each order, the larger direction."""
         if pair not in self._costs:
-            from dpbudget.accountants._moment_bound import MomentBound
-            from dpbudget.accountants._phases import use_of
-
-            directions: tuple[Direction, ...] = ("remove",) if pair.symmetric else ("remove", "add")
-            bounds = [MomentBound([use_of(pair, 1)], direction) for direction in directions]
-            self._costs[pair] = tuple(
-                _fraction_up(max(bound(order - 1.0) for bound in bounds), order) for order in self.orders
-            )
+            self._costs[pair] = _costs_of(pair, self.orders)
         return self._costs[pair]
 
     def _what_fits(self, spent: Spent, uses: Mapping[DominatingPair, int]) -> str:
@@ -163,8 +149,67 @@ class RDPFilter:
         return f"{low} of the {count} uses would fit" if low else "not one use fits; add noise or grant more budget"
 
 
-def _allowance(epsilon: float, delta: float, order: float, weight: Fraction) -> float:
-    """B of one order, rounded down."""
+def step_costs(charge: Charge, adjacency: Adjacency, orders: Sequence[float]) -> tuple[float | None, ...]:
+    """Upper bounds of a charge's Renyi divergence at each order, the larger direction; None where nothing is known.
+
+    Raises:
+        NotComputable: the mechanism has no pair under this adjacency (DP062).
+    """
+    from dpbudget.accountants._phases import uses_of
+
+    totals: list[Fraction | None] = [Fraction()] * len(orders)
+    for pair, count in uses_of([charge], adjacency).items():
+        for index, cost in enumerate(_costs_of(pair, orders)):
+            total = totals[index]
+            totals[index] = None if cost is None or total is None else total + count * cost
+    return tuple(None if total is None else _float_up(total) for total in totals)
+
+
+def running_epsilon_of(
+    totals: Sequence[Fraction | None], orders: Sequence[float], weights: Sequence[Fraction], delta: float
+) -> float:
+    """The odometer of :meth:`RDPFilter.running_epsilon` for given totals at each order; 0 for nothing spent."""
+    if not any(total is None or total for total in totals):
+        return 0.0
+    return max(_least_epsilon(totals, orders, weights, delta, lambda _: 0.0), 0.0)
+
+
+def _least_epsilon(
+    totals: Sequence[Fraction | None],
+    orders: Sequence[float],
+    weights: Sequence[Fraction],
+    delta: float,
+    log_constant: Callable[[float], float],
+) -> float:
+    """Min over orders of total + (log constant - log(weight delta)) / (order - 1), rounded up."""
+    best = math.inf
+    for order, weight, total in zip(orders, weights, totals, strict=True):
+        if total is None:
+            continue
+        c = order - 1.0
+        used = _up(float(total))
+        parts = (log_constant(c), math.log(float(weight)), math.log(delta))
+        value = used + (parts[0] - parts[1] - parts[2]) / c
+        best = min(best, value + 64.0 * UNIT * (used + sum(map(abs, parts)) / c))
+    return best
+
+
+def _costs_of(pair: DominatingPair, orders: Sequence[float]) -> tuple[Fraction | None, ...]:
+    from dpbudget.accountants._moment_bound import MomentBound
+    from dpbudget.accountants._phases import use_of
+
+    directions: tuple[Direction, ...] = ("remove",) if pair.symmetric else ("remove", "add")
+    bounds = [MomentBound([use_of(pair, 1)], direction) for direction in directions]
+    return tuple(_fraction_up(max(bound(order - 1.0) for bound in bounds), order) for order in orders)
+
+
+def _float_up(value: Fraction) -> float:
+    nearest = float(value)
+    return nearest if nearest >= value else _up(nearest)
+
+
+def allowance(epsilon: float, delta: float, order: float, weight: Fraction) -> float:
+    """B_i of one order and weight (docs/filters.md), rounded down."""
     c = order - 1.0
     parts = (math.log(float(weight)), math.log(delta), log_kappa(c))
     value = epsilon + (parts[0] + parts[1] - parts[2]) / c

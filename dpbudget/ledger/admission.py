@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,6 +12,7 @@ from dpbudget.curve import round_up
 from dpbudget.errors import BudgetExceeded, InvalidParameter, Tampered
 from dpbudget.ledger.claims import covers, portfolio_claim
 from dpbudget.ledger.journal import Draft, Journal
+from dpbudget.ledger.renyi import steps_that_fit
 from dpbudget.ledger.signing import RECORD_TYPE, STATEMENT_TYPE, Signer, sign_envelope
 from dpbudget.ledger.state import LedgerState, Portfolio, SpendingFilter
 from dpbudget.ledger.statement import plan_statement, statement_digest
@@ -23,7 +25,10 @@ def seal_record(owner: Signer, line: bytes) -> bytes:
 
 
 def admit_plan(journal: Journal, spending: SpendingFilter, plan: Plan, owner: Signer) -> str:
-    """Write ``plan`` into the open portfolio, or into the next one where the newest is frozen; returns the run id.
+    """Sign ``plan`` in; returns the run id.
+
+    In a ``portfolio`` ledger it joins the open portfolio, or opens the next one where the newest is frozen; in an
+    ``rdp`` ledger it gets its table of costs.
 
     Raises:
         BudgetExceeded: the joint claim, or the plan's delta, does not fit (DP052); nothing was written.
@@ -32,6 +37,8 @@ def admit_plan(journal: Journal, spending: SpendingFilter, plan: Plan, owner: Si
     """
     check_plan(journal.state, plan, owner)
     run_id = secrets.token_hex(16)
+    if journal.state.genesis.filter == "rdp":
+        return _admit_rdp(journal, spending, plan, owner, run_id)
     while True:
         # The accountant takes its time, so it answers outside the lock; inside, its question must still be the same.
         target = _target(journal.state, plan)
@@ -41,6 +48,33 @@ def admit_plan(journal: Journal, spending: SpendingFilter, plan: Plan, owner: Si
             return run_id
 
 
+def _admit_rdp(journal: Journal, spending: SpendingFilter, plan: Plan, owner: Signer, run_id: str) -> str:
+    account = journal.state.account
+    if account is None:
+        raise Tampered("an rdp ledger without its orders", code="DP082")
+    _check_alone(spending, plan, plan.claim.delta)
+    costs = spending.renyi_costs(plan, account.terms)
+    payload = plan_statement(plan, ledger_id=journal.state.genesis.ledger_id, run_id=run_id, costs=costs)
+    envelope = sign_envelope(payload, STATEMENT_TYPE, owner)
+
+    def write(draft: Draft) -> None:
+        room = draft.state.account or account
+        fitting = steps_that_fit(room, run_id, plan, costs, plan.steps)
+        if fitting < plan.steps:
+            raise BudgetExceeded(
+                f"no Renyi order has room for the {plan.steps} steps of the plan beside what is spent",
+                hint=(f"{fitting} of its steps would fit; nothing was written" if fitting else _NOT_ONE),
+            )
+        fields = {"run": run_id, "statement": statement_digest(payload), "portfolio": 0}
+        draft.add("plan", seal=lambda _: envelope, **fields)
+
+    journal.transact(write)
+    return run_id
+
+
+_NOT_ONE = "not one of its steps fits: plan with more noise, or let the owner grant more; nothing was written"
+
+
 def check_plan(state: LedgerState, plan: Plan, owner: Signer) -> None:
     """Refuse a plan that the rules would refuse, with the way out.
 
@@ -48,12 +82,7 @@ def check_plan(state: LedgerState, plan: Plan, owner: Signer) -> None:
         InvalidParameter: another owner (DP080), adjacency (DP062) or delta (DP053), or no nominal size (DP009).
     """
     genesis = state.genesis
-    if owner.public != genesis.owner:
-        raise InvalidParameter(
-            f"the key {owner.public.hex} is not the owner's",
-            code="DP080",
-            hint=f"only the owner signs plans, with the key whose public half is {genesis.owner.hex}",
-        )
+    check_owner(state, owner)
     if plan.nominal_size is None:
         raise InvalidParameter(
             "the plan has no nominal dataset size, from which rate and divisor come",
@@ -65,6 +94,16 @@ def check_plan(state: LedgerState, plan: Plan, owner: Signer) -> None:
             f"neighbours of one {genesis.unit}",
             code="DP062",
             hint=f"plan with adjacency {genesis.adjacency}",
+        )
+
+
+def check_owner(state: LedgerState, owner: Signer) -> None:
+    """Refuse a key that is not the owner's (DP080)."""
+    if owner.public != state.owner:
+        raise InvalidParameter(
+            f"the key {owner.public.hex} is not the owner's",
+            code="DP080",
+            hint=f"only the owner grants and signs plans, with the key whose public half is {state.owner.hex}",
         )
 
 
@@ -120,25 +159,38 @@ def _target(state: LedgerState, plan: Plan) -> _Target:
 
 def _check_claim(state: LedgerState, target: _Target, spending: SpendingFilter, plan: Plan) -> None:
     portfolio = target.portfolio
-    alone = spending.joint_claim((plan,), portfolio.delta)
-    if not covers(plan.claim.epsilon, alone):
-        raise InvalidParameter(
-            f"the plan claims epsilon {plan.claim.epsilon!r}, the ledger's filter certifies {alone!r} at delta "
-            f"{portfolio.delta:g}",
-            code="DP052",
-            hint="make the plan with the accountant that the ledger is given",
-        )
+    alone = _check_alone(spending, plan, portfolio.delta)
     others = state.plans_of(portfolio)
     joint = portfolio_claim(spending, (*others, plan), portfolio.delta) if others else min(alone, plan.claim.epsilon)
     room = state.room_for(portfolio)
     if Fraction(joint) > room:
         together = f" together with {len(others)} signed before" if others else ""
         still = f"; those before stay signed and claim {_before(spending, others, portfolio)}" if others else ""
+        fits = spending.what_fits(others, plan, portfolio.delta, out_of(room))
         raise BudgetExceeded(
             f"the plan{together} would claim epsilon {round_up(joint, 10)} at delta {portfolio.delta:g}; "
-            f"{float(room):.9g} of {state.genesis.epsilon:g} is left for all of it",
-            hint=f"more noise, fewer steps or a smaller sampling rate{still}; nothing was written",
+            f"{float(room):.9g} of {state.epsilon:g} is left for all of it",
+            hint=f"{fits}{still}; nothing was written",
         )
+
+
+def _check_alone(spending: SpendingFilter, plan: Plan, delta: float) -> float:
+    """What the filter certifies for the plan alone; refuses a plan that claims less."""
+    alone = spending.joint_claim((plan,), delta)
+    if not covers(plan.claim.epsilon, alone):
+        raise InvalidParameter(
+            f"the plan claims epsilon {plan.claim.epsilon!r}, the ledger's filter certifies {alone!r} at delta "
+            f"{delta:g}",
+            code="DP052",
+            hint="make the plan with the accountant that the ledger is given",
+        )
+    return alone
+
+
+def out_of(room: Fraction) -> float:
+    """The largest float that is at most ``room``."""
+    nearest = float(room)
+    return nearest if nearest <= room else math.nextafter(nearest, -math.inf)
 
 
 def _before(spending: SpendingFilter, plans: tuple[Plan, ...], portfolio: Portfolio) -> str:

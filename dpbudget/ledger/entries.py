@@ -1,6 +1,7 @@
 """Records of the ledger: a closed schema for every type, read by hand-written tables of fields.
 
-A record is one line of canonical restricted JSON (:mod:`dpbudget._record`), flat, of at most 4096 bytes. Every type has
+A record is one line of canonical restricted JSON (:mod:`dpbudget._record`) of at most 4096 bytes: an object of plain
+values, or of arrays of them where a table says so. Every type has
 the fields ``v``, ``type``, ``seq`` and ``prev``; :data:`FIELDS` lists the others. An unknown version, type or field is
 refused, and the meaning of a type never changes: what is new gets a new name.
 """
@@ -13,14 +14,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpbudget._record import MAX_INTEGER, MAX_STATEMENT_BYTES, decode, encode, float_to_hex, hex_to_float
+from dpbudget._renyi import MAX_ORDERS, MAX_SHARE
 from dpbudget.errors import Tampered
 from dpbudget.mechanisms import Adjacency
 from dpbudget.plan import MAX_STEPS
 
 VERSION = 1
-#: Types whose line the owner signs, and the type whose statement the owner signs; each carries one envelope.
-OWNER_SIGNED = frozenset({"genesis", "portfolio"})
-ENVELOPED = OWNER_SIGNED | {"plan"}
+#: Types whose line the owner signs, the one that the old and the new key sign, and the one whose statement the owner
+#: signs; each carries one envelope.
+OWNER_SIGNED = frozenset({"genesis", "portfolio", "renyi", "budget"})
+ENVELOPED = OWNER_SIGNED | {"rekey", "plan"}
+#: What a note may say; free text could carry data.
+NOTES = ("checked", "published", "restored", "imported", "incident", "retired")
 #: base64 of the largest statement, and room for the names and the signature around it.
 MAX_ENVELOPE_BYTES = (MAX_STATEMENT_BYTES + 2) // 3 * 4 + 1024
 #: More portfolios than anybody opens; the bound keeps the exact sums short.
@@ -76,6 +81,15 @@ def _one_of(*names: str) -> Check:
     return lambda value: None if isinstance(value, str) and value in names else f"must be one of {', '.join(names)}"
 
 
+def _list_of(inner: Check) -> Check:
+    def check(value: Any) -> str | None:
+        if not isinstance(value, list) or not 1 <= len(value) <= MAX_ORDERS:
+            return f"must be an array of 1 to {MAX_ORDERS} values"
+        return next((problem for problem in map(inner, value) if problem), None)
+
+    return check
+
+
 def _boolean(value: Any) -> str | None:
     return None if isinstance(value, bool) else "must be true or false"
 
@@ -87,6 +101,7 @@ def _optional(inner: Check) -> Check:
 _DIGEST, _RUN = _hex_digits(64), _hex_digits(32)
 _EPSILON = _real(0.0, 1e6, open_low=True)
 _DELTA = _real(0.0, 1.0, open_low=True, open_high=True)
+_ALLOWANCE = _real(-1e300, 1e6)
 _STEPS = MAX_STEPS * 1024  # steps of a phase times phases of a plan
 
 _COMMON: Mapping[str, Check] = {
@@ -103,13 +118,21 @@ FIELDS: Mapping[str, Mapping[str, Check]] = {
         "unit": _one_of("example"),
         "epsilon": _EPSILON,
         "delta": _DELTA,
-        "filter": _one_of("portfolio"),
+        "filter": _one_of("portfolio", "rdp"),
         "owner": _DIGEST,
         "writer": _DIGEST,
         "public_data": _boolean,
     },
     "portfolio": {"index": _integer(1, MAX_PORTFOLIOS), "delta": _DELTA, "epsilon": _optional(_EPSILON)},
-    "plan": {"run": _RUN, "statement": _DIGEST, "portfolio": _integer(1, MAX_PORTFOLIOS)},
+    "renyi": {
+        "orders": _list_of(_real(1.0, 1e6, open_low=True)),
+        "shares": _list_of(_integer(1, MAX_SHARE)),
+        "allowances": _list_of(_ALLOWANCE),
+    },
+    "budget": {"epsilon": _EPSILON, "delta": _DELTA, "allowances": _optional(_list_of(_ALLOWANCE))},
+    "rekey": {"role": _one_of("owner", "writer"), "old": _DIGEST, "key": _DIGEST},
+    "note": {"event": _one_of(*NOTES)},
+    "plan": {"run": _RUN, "statement": _DIGEST, "portfolio": _integer(0, MAX_PORTFOLIOS)},
     "lease": {
         "run": _RUN,
         "nonce": _DIGEST,
@@ -131,7 +154,7 @@ FIELDS: Mapping[str, Mapping[str, Check]] = {
 
 def build(kind: str, *, seq: int, prev: bytes, **fields: Any) -> bytes:
     """Canonical line of a record; floats are given as floats. Raises :class:`Tampered` for what no reader accepts."""
-    plain = {name: float_to_hex(value) if isinstance(value, float) else value for name, value in fields.items()}
+    plain = {name: _plain(value) for name, value in fields.items()}
     try:
         line = encode({"v": VERSION, "type": kind, "seq": seq, "prev": prev.hex(), **plain})
     except ValueError as error:
@@ -140,13 +163,19 @@ def build(kind: str, *, seq: int, prev: bytes, **fields: Any) -> bytes:
     return line
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return float_to_hex(value)
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def read(line: bytes) -> dict[str, Any]:
     """The fields of a record, checked against the schema of its type.
 
     Raises:
         Tampered: not canonical, or an unknown version, type, field or value (DP082).
     """
-    record = decode(line, max_depth=1)
+    record = decode(line, max_depth=2)
     kind = record.get("type")
     table = FIELDS.get(kind) if isinstance(kind, str) else None
     if type(record.get("v")) is not int or record["v"] != VERSION:
@@ -162,3 +191,10 @@ def read(line: bytes) -> dict[str, Any]:
         if problem:
             raise Tampered(f"{kind} record, field {name} = {str(record[name])[:40]!r}: {problem}", code="DP082")
     return record
+
+
+def kind_of(line: bytes) -> str | None:
+    """The type that a line seems to be of, without reading it; None where it names none."""
+    start = line.rfind(b'"type":"') + 8
+    end = line.find(b'"', start)
+    return line[start:end].decode("latin-1") if start >= 8 <= end else None

@@ -7,23 +7,24 @@ that pass the same rules, and signs the new head, all under the store's lock.
 from __future__ import annotations
 
 import os
-import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any, TypeVar
 
 from dpbudget.errors import InvalidParameter, ReceiptSpent, Tampered
-from dpbudget.ledger.entries import Entry, build
+from dpbudget.ledger.entries import Entry, build, read
 from dpbudget.ledger.head import Head, read_head, sign_head
+from dpbudget.ledger.high_water import HighWater
+from dpbudget.ledger.rules import Machine
 from dpbudget.ledger.signing import PublicKey, Signer
 from dpbudget.ledger.state import LedgerState
-from dpbudget.ledger.store.base import LedgerStore, Snapshot
-from dpbudget.ledger.tree import Frontier, leaf_hash
+from dpbudget.ledger.store.base import LedgerStore, Reading, Transaction
+from dpbudget.ledger.tree import leaf_hash
 
-#: Values that the operating system's generator gives once.
-_RANDOM = re.compile(rb'"(nonce|commitment|fresh)":"([0-9a-f]+)"')
 #: Kinds after which the head stays in the store, so that an outsider who saw it then can find it again.
-_KEPT = frozenset({"genesis", "portfolio", "plan", "lease", "close"})
+_KEPT = frozenset({"genesis", "renyi", "portfolio", "budget", "rekey", "note", "plan", "lease", "close"})
 
 
 T = TypeVar("T")
@@ -33,41 +34,133 @@ class Draft:
     """Records being added: each one is admitted by the rules as it is written."""
 
     def __init__(self, state: LedgerState) -> None:
-        self.state = state
+        self._machine = Machine(state)
+        self._state: LedgerState | None = state
         self.entries: list[Entry] = []
         self.keep = False
 
+    @property
+    def state(self) -> LedgerState:
+        """What follows from the records so far."""
+        if self._state is None:
+            self._state = self._machine.state()
+        return self._state
+
     def add(self, kind: str, *, seal: Callable[[bytes], bytes] | None = None, **fields: Any) -> None:
         """Append one record; ``seal`` makes its envelope from its line."""
-        line = build(kind, seq=self.state.size, prev=self.state.last, **fields)
+        line = build(kind, seq=self._machine.size, prev=self._machine.last, **fields)
         entry = Entry(line, seal(line) if seal else None)
-        self.state = self.state.admit(entry)
+        self._machine.feed((entry,))
+        self._state = None
         self.entries.append(entry)
         self.keep = self.keep or kind in _KEPT
 
 
-def replay(entries: Iterable[Entry], note: bytes | None, trust: PublicKey | None) -> tuple[LedgerState, Head]:
+def replay(
+    entries: Iterable[Entry], note: bytes | None, trust: PublicKey | None, *, watch: Collection[int] = ()
+) -> tuple[LedgerState, Head]:
     """The state after all ``entries`` and the writer's head, which must cover exactly them.
 
-    Beside the rules for single records, no lease may repeat another's nonce or commitment and no step another's fresh
-    bytes: that would be the mark of a cloned process, whose noise repeats.
+    Raises:
+        Tampered: any rule, the head's signature, its size and root, or the trusted key do not hold.
+    """
+    machine = Machine(LedgerState(trust=trust), watch=watch, remember=True)
+    machine.feed(entries)
+    return conclude(machine, note)
+
+
+def replay_store(
+    store: LedgerStore, trust: PublicKey | None, *, high_water: HighWater | None = None
+) -> tuple[LedgerState, Head]:
+    """:func:`replay` of a store, which must not be older than the high-water mark.
 
     Raises:
-        Tampered: any rule, the head's signature, or its size and root do not hold.
+        Tampered: as :func:`replay`, or the mark of this machine is not part of the history (DP079).
     """
-    state = LedgerState(trust=trust)
-    seen: set[bytes] = set()
-    for entry in entries:
-        state = state.admit(entry)
-        _refuse_repeats(entry.line, seen)
+    with store.reading() as reading:
+        ledger_id, _, _ = begin(reading)
+    # Before the reading that is judged: other processes may add records and raise the mark meanwhile.
+    mark = high_water.known(ledger_id) if high_water else None
+    with store.reading() as reading:
+        machine = Machine(LedgerState(trust=trust), watch=() if mark is None else (mark[0],), remember=True)
+        machine.feed(reading.entries())
+        heads = reading.heads()
+    state, head = conclude(machine, heads[-1] if heads else None)
+    if high_water is not None:
+        high_water.check(mark, state, machine.roots)
+    return state, head
+
+
+def begin(reading: Reading) -> tuple[str, str | None, Iterator[Entry]]:
+    """What the first record says of the whole: the ledger's id, the owner's key (unchecked), and all entries."""
+    entries = reading.entries()
+    first = next(entries, None)
+    if first is None:
+        raise Tampered("the ledger has no records", code="DP070")
+    owner = read(first.line).get("owner")
+    return leaf_hash(first.line).hex(), owner, chain((first,), entries)
+
+
+class CheckedReading:
+    """A reading that passes the rules on its way, for whoever copies it."""
+
+    def __init__(self, reading: Reading, trust: PublicKey | None) -> None:
+        self._reading = reading
+        self._machine = Machine(LedgerState(trust=trust), remember=True)
+        self._conclusion: tuple[LedgerState, Head] | None = None
+
+    def entries(self) -> Iterator[Entry]:
+        """Every record, once it passed the rules."""
+        for entry in self._reading.entries():
+            self._machine.feed((entry,))
+            yield entry
+
+    def heads(self) -> tuple[bytes, ...]:
+        """The kept heads, after the newest was checked."""
+        heads = self._reading.heads()
+        self._conclusion = conclude(self._machine, heads[-1] if heads else None)
+        return heads
+
+    def conclusion(self) -> tuple[LedgerState, Head]:
+        """State and head of what was read."""
+        if self._conclusion is None:
+            raise Tampered("the reading is not finished", code="DP070")
+        return self._conclusion
+
+
+def conclude(machine: Machine, note: bytes | None) -> tuple[LedgerState, Head]:
+    """What a whole history comes to: no randomness twice, the owner that is trusted, and the writer's head.
+
+    Raises:
+        Tampered: one of them does not hold (DP070, DP071, DP072).
+    """
+    machine.refuse_repeats()
+    state = machine.state()
+    check_trust(state)
     if note is None:
         raise Tampered("the ledger has no signed head", code="DP070")
     return state, check_head(state, note)
 
 
+def check_trust(state: LedgerState) -> None:
+    """Refuse a history that another owner signed than the one that is trusted.
+
+    A trusted key that came into the role by a rekey vouches for all before it: its signature covers their chain.
+
+    Raises:
+        Tampered: the trusted key never held the role (DP072).
+    """
+    if state.trust is not None and not state.trusted:
+        raise Tampered(
+            f"the ledger belongs to owner {state.genesis.owner.hex}, the trusted key is {state.trust.hex}",
+            code="DP072",
+            hint="ask the owner for the public key by another way than this file",
+        )
+
+
 def check_head(state: LedgerState, note: bytes) -> Head:
     """The head in ``note``, when it is the writer's and covers exactly ``state``."""
-    head = read_head(note, state.genesis.ledger_id, state.genesis.writer)
+    head = read_head(note, state.genesis.ledger_id, state.writer)
     if head.size != state.size or head.root != state.tree.root.hex():
         raise Tampered(
             f"the signed head covers {head.size} records with root {head.root}; the store holds {state.size} records "
@@ -77,24 +170,36 @@ def check_head(state: LedgerState, note: bytes) -> Head:
     return head
 
 
-def check_kept_heads(snapshot: Snapshot, state: LedgerState) -> int:
-    """Check every head that the store kept, and return their number; ``state`` is that of the same snapshot.
+def check_kept_heads(notes: Sequence[bytes], state: LedgerState, roots: Mapping[int, bytes]) -> int:
+    """Check every head that a store kept, and return their number.
+
+    Args:
+        notes: the kept heads, oldest first.
+        state: the state of the same history.
+        roots: its root at the sizes of the heads (``watch`` of the machine).
 
     Raises:
-        Tampered: a head is not the writer's or does not belong to this history.
+        Tampered: a head is not a writer's, or does not belong to this history.
     """
-    genesis, tree = state.genesis, Frontier()
-    heads = iter([read_head(note, genesis.ledger_id, genesis.writer) for note in snapshot.heads])
-    head = next(heads, None)
-    for entry in snapshot.entries:
-        tree = tree.append(leaf_hash(entry.line))
-        if head is not None and head.size == tree.size:
-            if head.root != tree.root.hex():
-                raise Tampered(f"the head of {head.size} records has another root than these records")
-            head = next(heads, None)
-    if head is not None:
-        raise Tampered(f"a kept head of {head.size} records is out of order or beyond the {tree.size} records")
-    return len(snapshot.heads)
+    last = 0
+    for note in notes:
+        head = _head_of_any(note, state)
+        if not last < head.size <= state.size:
+            raise Tampered(f"a kept head of {head.size} records is out of order or beyond the {state.size} records")
+        if roots.get(head.size, b"").hex() != head.root:
+            raise Tampered(f"the head of {head.size} records has another root than these records")
+        last = head.size
+    return len(notes)
+
+
+def _head_of_any(note: bytes, state: LedgerState) -> Head:
+    problem: Tampered | None = None
+    for writer in reversed(state.writers):
+        try:
+            return read_head(note, state.genesis.ledger_id, writer)
+        except Tampered as error:
+            problem = error
+    raise problem or Tampered("a head without a writer")
 
 
 class Journal:
@@ -107,8 +212,17 @@ class Journal:
         head: the newest head that this process knows; None before the first record.
     """
 
-    def __init__(self, store: LedgerStore, writer: Signer | None, state: LedgerState, head: Head | None) -> None:
+    def __init__(
+        self,
+        store: LedgerStore,
+        writer: Signer | None,
+        state: LedgerState,
+        head: Head | None,
+        *,
+        high_water: HighWater | None = None,
+    ) -> None:
         self.store, self.writer, self.state, self.head = store, writer, state, head
+        self.high_water = high_water
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._closed = False
@@ -129,43 +243,51 @@ class Journal:
         if self._closed:
             raise InvalidParameter("the ledger is closed", code="DP078", hint="open it again")
 
-    def transact(self, write: Callable[[Draft], T]) -> T:
+    def transact(self, write: Callable[[Draft], T], *, writer: Signer | None = None) -> T:
         """Catch up, let ``write`` draft records, sign the head and commit; durable on return of what ``write`` gave.
 
-        A draft without records commits nothing. What ``write`` raises leaves the ledger as it was.
+        A draft without records commits nothing. What ``write`` raises leaves the ledger as it was. ``writer`` takes the
+        place of this journal's when the draft makes it the ledger's writer.
 
         Raises:
             StorageFailed: nothing may be released (DP075).
             Tampered: what another process added breaks a rule.
+            InvalidParameter: opened for reading, or the writer's key was replaced meanwhile (DP080).
         """
         self.guard()
-        if self.writer is None:
+        signer = writer or self.writer
+        if signer is None:
             raise InvalidParameter(
                 "the ledger was opened for reading", code="DP080", hint="open it with the writer's key"
             )
-        with self._lock, self.store.transaction() as transaction:
-            state = self.state
-            for entry in transaction.read(state.size):
-                state = state.admit(entry)
-            head = self._newest(state, transaction.note())
-            draft = Draft(state)
-            result = write(draft)
-            if draft.entries:
-                genesis, state = draft.state.genesis, draft.state
-                head = sign_head(genesis.ledger_id, state.size, state.tree.root, self.writer)
-                transaction.append(draft.entries, head.note.encode("utf-8"), size=state.size, keep=draft.keep)
-        self.state, self.head = state, head
+        with self._lock:
+            with self.store.transaction() as transaction:
+                state, head = self._catch_up(transaction)
+                draft = Draft(state)
+                result = write(draft)
+                if draft.entries:
+                    genesis, state = draft.state.genesis, draft.state
+                    check_writer(state, signer)
+                    head = sign_head(genesis.ledger_id, state.size, state.tree.root, signer)
+                    transaction.append(draft.entries, head.note.encode("utf-8"), size=state.size, keep=draft.keep)
+            self.state, self.head, self.writer = state, head, signer
+            if draft.keep and head is not None and self.high_water is not None:
+                # After the commit: a mark beyond what is on disk would lock the ledger out for ever.
+                self.high_water.raise_to(state.genesis.ledger_id, head)
         return result
 
-    def snapshot(self) -> Snapshot:
-        """A consistent reading of the store, verified from the first record on."""
+    def _catch_up(self, transaction: Transaction) -> tuple[LedgerState, Head | None]:
+        state = self.state
+        machine = Machine(state)
+        machine.feed(transaction.read(state.size))
+        if machine.size > state.size:
+            state = machine.state()
+        return state, self._newest(state, transaction.note())
+
+    def reading(self) -> AbstractContextManager[Reading]:
+        """The whole store, consistently."""
         self.guard()
-        snapshot = self.store.snapshot()
-        state, head = replay(snapshot.entries, snapshot.note, self.state.trust)
-        if state.size < self.state.size:
-            raise Tampered(f"the store went back from {self.state.size} to {state.size} records")
-        self.state, self.head = state, head
-        return snapshot
+        return self.store.reading()
 
     def close(self) -> None:
         """Close the store; harmless when repeated."""
@@ -185,10 +307,11 @@ class Journal:
         return check_head(state, note)
 
 
-def _refuse_repeats(line: bytes, seen: set[bytes]) -> None:
-    # admit() has checked the schema, in which no other string can hold such a pair.
-    for name, value in _RANDOM.findall(line):
-        if value in seen:
-            what = f"{name.decode()} {value.decode()}"
-            raise Tampered(f"a record repeats the {what}: a cloned process repeats its noise")
-        seen.add(value)
+def check_writer(state: LedgerState, signer: Signer) -> None:
+    """Refuse a key that is not the writer's now (DP080); one that was replaced by a rekey is good for nothing."""
+    if signer.public != state.writer:
+        raise InvalidParameter(
+            f"the key {signer.public.hex} is not the ledger's writer",
+            code="DP080",
+            hint=f"open it with the writer's key, whose public half is {state.writer.hex}",
+        )

@@ -12,28 +12,30 @@
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 import weakref
 from contextlib import ExitStack
+from fractions import Fraction
 from functools import partial
 from types import TracebackType
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, BinaryIO, Literal, Self, cast
 
-from dpbudget.errors import InvalidParameter, StorageFailed
-from dpbudget.ledger.admission import admit_plan, seal_record
+from dpbudget.errors import InvalidParameter, StorageFailed, Tampered
+from dpbudget.ledger.admission import admit_plan, check_owner, out_of, seal_record
+from dpbudget.ledger.entries import NOTES
 from dpbudget.ledger.head import Head, verifier_key
-from dpbudget.ledger.journal import Draft, Journal, replay
+from dpbudget.ledger.high_water import HighWater
+from dpbudget.ledger.journal import CheckedReading, Draft, Journal, check_writer, replay, replay_store
+from dpbudget.ledger.rekey import change_key
 from dpbudget.ledger.run import Run
 from dpbudget.ledger.signing import PublicKey, Signer
 from dpbudget.ledger.state import LedgerState, SpendingFilter
 from dpbudget.ledger.store import files
-from dpbudget.ledger.store.base import LedgerStore
+from dpbudget.ledger.store.base import LedgerStore, Snapshot
 from dpbudget.ledger.store.jsonl import create_export, write_export
+from dpbudget.ledger.store.locate import create_store, open_store, reading_at
 from dpbudget.ledger.store.memory import MemoryStore
-from dpbudget.ledger.store.reader import read_ledger
-from dpbudget.ledger.store.sqlite import SqliteStore
 from dpbudget.mechanisms import Adjacency
 from dpbudget.meter import Meter
 from dpbudget.plan import Budget, Plan
@@ -59,13 +61,16 @@ class Ledger:
         dataset: str | None = None,
         public_data: bool = False,
         whole_budget: bool = False,
+        kind: Literal["portfolio", "rdp"] = "portfolio",
+        high_water: HighWater | bool = True,
     ) -> Ledger:
-        """A new ledger with the owner's budget and its first portfolio.
+        """A new ledger with the owner's budget, and its first portfolio or its Renyi orders.
 
         Two ledgers for one dataset cannot be detected: the owner keeps one ledger a dataset.
 
         Args:
-            path: a new file on a local disk; None keeps the ledger in memory, where it is not durable.
+            path: a new file on a local disk, or ``postgresql://...#name``; None keeps the ledger in memory, where it is
+                not durable.
             budget: total (epsilon, delta) for one record of the dataset.
             owner: signs budget and plans.
             writer: another key, that of the training process; it signs heads and cannot create budget.
@@ -76,6 +81,9 @@ class Ledger:
             public_data: the owner declares the dataset public.
             whole_budget: the first portfolio takes the whole budget, so that one run can be calibrated to all of it;
                 else it takes half of delta, and as much epsilon as its plans claim.
+            kind: ``portfolio`` composes plans that are signed before any of them is run, as tightly as is known;
+                ``rdp`` lets every step be chosen after all others, at the price of Renyi accounting.
+            high_water: where this machine remembers the newest head; True for the user's folder, False for nowhere.
 
         Raises:
             InvalidParameter: the path exists (DP074), or owner and writer are one key (DP080).
@@ -97,20 +105,20 @@ class Ledger:
             "unit": "example",
             "epsilon": budget.epsilon,
             "delta": budget.delta,
-            "filter": "portfolio",
+            "filter": kind,
             "owner": owner.public.hex,
             "writer": writer.public.hex,
             "public_data": public_data,
         }
-        share = budget.epsilon if whole_budget else None
-        delta = budget.delta if whole_budget else budget.delta / 2
         seal = partial(seal_record, owner)
-        store: LedgerStore = MemoryStore() if path is None else SqliteStore.create(path)
-        journal = Journal(store, writer, LedgerState(trust=owner.public), None)
+        second = _renyi_record(filter, budget) if kind == "rdp" else _first_portfolio(budget, whole_budget)
+        store: LedgerStore = MemoryStore() if path is None else create_store(path)
+        marks = _marks(high_water) if path is not None else None
+        journal = Journal(store, writer, LedgerState(trust=owner.public), None, high_water=marks)
 
         def write(draft: Draft) -> None:
             draft.add("genesis", seal=seal, **facts)
-            draft.add("portfolio", seal=seal, index=1, delta=delta, epsilon=share)
+            draft.add("renyi" if kind == "rdp" else "portfolio", seal=seal, **second)
 
         try:
             journal.transact(write)
@@ -127,6 +135,7 @@ class Ledger:
         writer: Signer | None = None,
         filter: SpendingFilter | None = None,
         trust: PublicKey | bytes | None = None,
+        high_water: HighWater | bool = True,
     ) -> Ledger:
         """Open a ledger after every record, signature and rule in it was verified.
 
@@ -136,31 +145,53 @@ class Ledger:
             filter: computes joint claims; needed to sign plans and to begin a portfolio.
             trust: the owner's public key, known from outside. Without it :attr:`trusted` is False, since a key found
                 inside the file proves nothing.
+            high_water: with a writer, refuse an older copy than this machine has seen; True for the user's marks.
 
         Raises:
             Unreadable: missing or not a ledger (DP070), or unsafe to open (DP083).
-            Tampered: anything in it does not agree (DP071, DP082), or another owner's key (DP072).
+            Tampered: anything in it does not agree (DP071, DP082), another owner's key (DP072), or an older copy
+                (DP079).
             InvalidParameter: ``writer`` is not the ledger's writer (DP080).
         """
         key = PublicKey(trust) if isinstance(trust, bytes) else trust
         if writer is None:
-            snapshot = read_ledger(path)
+            with reading_at(path) as reading:
+                snapshot = Snapshot.of(reading)
             state, head = replay(snapshot.entries, snapshot.note, key)
             return cls(Journal(MemoryStore(snapshot), None, state, head), filter)
-        store = SqliteStore.open(path)
+        store, marks = open_store(path), _marks(high_water)
         try:
-            snapshot = store.snapshot()
-            state, head = replay(snapshot.entries, snapshot.note, key)
-            if writer.public != state.genesis.writer:
-                raise InvalidParameter(
-                    f"the key {writer.public.hex} is not the ledger's writer",
-                    code="DP080",
-                    hint=f"open it with the writer's key, whose public half is {state.genesis.writer.hex}",
-                )
+            state, head = replay_store(store, key, high_water=marks)
+            check_writer(state, writer)
         except BaseException:
             store.close()
             raise
-        return cls(Journal(store, writer, state, head), filter)
+        return cls(Journal(store, writer, state, head, high_water=marks), filter)
+
+    @classmethod
+    def replace_writer(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        new: Signer,
+        owner: Signer,
+        filter: SpendingFilter | None = None,
+        high_water: HighWater | bool = True,
+    ) -> Ledger:
+        """Open a ledger whose writer's key is lost or stolen, and hand the role to ``new`` by the owner's signature.
+
+        Raises:
+            InvalidParameter: ``owner`` is not the owner, or ``new`` was used before (DP080).
+        """
+        store, marks = open_store(path), _marks(high_water)
+        try:
+            state, head = replay_store(store, owner.public, high_water=marks)
+            journal = Journal(store, None, state, head, high_water=marks)
+            change_key(journal, "writer", new=new, by=owner)
+        except BaseException:
+            store.close()
+            raise
+        return cls(journal, filter)
 
     @property
     def id(self) -> str:
@@ -182,12 +213,12 @@ class Ledger:
     @property
     def witness_key(self) -> str:
         """The writer's key in the form in which C2SP witnesses and Go's sumdb/note expect it."""
-        return verifier_key(self.id, self.state.genesis.writer)
+        return verifier_key(self.id, self.state.writer)
 
     @property
     def trusted(self) -> bool:
         """Whether the owner's key was known from outside the file."""
-        return self.state.trust is not None
+        return self.state.trusted
 
     @property
     def durable(self) -> bool:
@@ -196,13 +227,16 @@ class Ledger:
 
     @property
     def plan_delta(self) -> float:
-        """The delta for which the next plan must be made: that of the open portfolio, else half of what is left."""
+        """The delta for which the next plan must be made: that of the open portfolio, else half of what is left.
+
+        In an ``rdp`` ledger, where plans have no delta of their own, the total.
+        """
+        if not self.state.portfolios:
+            return self.state.delta
         portfolio = self.state.portfolios[-1]
         if not portfolio.frozen:
             return portfolio.delta
-        left = self.state.remaining_delta / 2
-        nearest = float(left)
-        return nearest if nearest <= left else math.nextafter(nearest, 0.0)
+        return out_of(self.state.remaining_delta / 2)
 
     def refresh(self) -> LedgerState:
         """Read and check what other processes added; a ledger that was opened for reading stays as it was read."""
@@ -222,13 +256,57 @@ class Ledger:
                 ``owner`` is not the owner (DP080).
             Tampered: the writer understated what was spent before (DP071).
         """
+        return admit_plan(self._journal, self._arithmetic(), plan, owner)
+
+    def change_budget(self, budget: Budget, *, owner: Signer) -> None:
+        """Set new totals: a raise or a lower, signed by the owner.
+
+        Raising is a decision about the people in the data. What was done up to the first raise keeps its own guarantee;
+        the new total is one only if the raise did not depend on what was released (docs/ledger-format.md).
+
+        Raises:
+            InvalidParameter: not the owner's key (DP080), or the totals are below what is in use (DP052).
+        """
+        check_owner(self.state, owner)
+
+        def write(draft: Draft) -> None:
+            state = draft.state
+            allowances = None
+            if state.account is not None:
+                allowances = self._arithmetic().renyi_allowances(budget, state.account.terms)
+            _check_lowering(state, budget, allowances)
+            seal = partial(seal_record, owner)
+            draft.add("budget", seal=seal, epsilon=budget.epsilon, delta=budget.delta, allowances=allowances)
+
+        self._journal.transact(write)
+
+    def rekey(self, role: Literal["owner", "writer"], *, new: Signer, by: Signer) -> None:
+        """Hand a role to a new key, signed by both; the old key is good for nothing from then on.
+
+        Args:
+            role: whose key.
+            new: a key that this ledger has never used.
+            by: the present key of the role; for the writer's, which may be lost, the owner's too.
+
+        Raises:
+            InvalidParameter: ``by`` may not do this, or ``new`` was used before (DP080).
+        """
+        change_key(self._journal, role, new=new, by=by)
+
+    def note(self, event: str) -> None:
+        """Record that something happened; ``event`` is one of ``entries.NOTES``, never free text."""
+        if event not in NOTES:
+            raise InvalidParameter(f"note {event[:40]!r} is not one of {', '.join(NOTES)}", code="DP082")
+        self._journal.transact(lambda draft: draft.add("note", event=event))
+
+    def _arithmetic(self) -> SpendingFilter:
         if self._filter is None:
             raise InvalidParameter(
                 "the ledger was opened without a filter, so no claim can be checked",
                 code="DP061",
-                hint="pass filter=PortfolioFilter(accountant) to Ledger.open",
+                hint="pass filter=LedgerFilter() to Ledger.open",
             )
-        return admit_plan(self._journal, self._filter, plan, owner)
+        return self._filter
 
     def start(self, run: str | Plan, *, meter: Meter | None = None, lease_steps: int | None = None) -> Run:
         """The run of a signed plan, from its first step that is not charged yet.
@@ -262,16 +340,20 @@ class Ledger:
         Raises:
             InvalidParameter: the path exists (DP074).
         """
-        snapshot = self._journal.snapshot()
-        if hasattr(target, "write"):
-            write_export(snapshot, cast(BinaryIO, target))
-            return self.head
-        place = files.as_path(target)
-        try:
-            create_export(snapshot, place)
-        except FileExistsError:
-            raise InvalidParameter(f"{place} exists", code="DP074", hint="choose another path") from None
-        return self.head
+        place = None if hasattr(target, "write") else files.as_path(target)
+        if place is not None and os.path.lexists(place):
+            raise InvalidParameter(f"{place} exists", code="DP074", hint="choose another path")
+        # What is written is checked on its way: a damaged store must not become a fine-looking export.
+        with self._journal.reading() as reading:
+            checked = CheckedReading(reading, self.state.trust)
+            if place is None:
+                write_export(checked, cast(BinaryIO, target))
+            else:
+                create_export(checked, place)
+        state, head = checked.conclusion()
+        if state.size < self.state.size:
+            raise Tampered(f"the store went back from {self.state.size} to {state.size} records")
+        return head
 
     def close(self) -> None:
         """Close the runs of this ledger and the store; idempotent.
@@ -296,3 +378,43 @@ class Ledger:
             # The error that ends the block says more.
             if error is None:
                 raise
+
+
+def _marks(high_water: HighWater | bool) -> HighWater | None:
+    if isinstance(high_water, bool):
+        return HighWater.of_user() if high_water else None
+    return high_water
+
+
+def _first_portfolio(budget: Budget, whole_budget: bool) -> dict[str, Any]:
+    if whole_budget:
+        return {"index": 1, "delta": budget.delta, "epsilon": budget.epsilon}
+    return {"index": 1, "delta": budget.delta / 2, "epsilon": None}
+
+
+def _renyi_record(filter: SpendingFilter, budget: Budget) -> dict[str, Any]:
+    terms = filter.renyi_terms(budget)
+    return {"orders": terms.orders, "shares": terms.shares, "allowances": terms.allowances}
+
+
+def _check_lowering(state: LedgerState, budget: Budget, allowances: tuple[float, ...] | None) -> None:
+    """Refuse totals below what is in use, with the least that would do."""
+    if state.account is not None:
+        account = state.account.copy()
+        account.grant(allowances or (), budget.delta)
+        if not account.fits:
+            raise InvalidParameter(
+                f"epsilon {budget.epsilon:g} at delta {budget.delta:g} is below what is spent at every Renyi order",
+                code="DP052",
+                hint="lower it less; what is spent cannot be taken back",
+            )
+        return
+    taken = state.epsilon - out_of(state.remaining_epsilon), state.delta - out_of(state.remaining_delta)
+    used = [Fraction(state.epsilon) - state.remaining_epsilon, Fraction(state.delta) - state.remaining_delta]
+    if Fraction(budget.epsilon) < used[0] or Fraction(budget.delta) < used[1]:
+        raise InvalidParameter(
+            f"totals of epsilon {budget.epsilon:g} and delta {budget.delta:g} are below what the portfolios take: "
+            f"epsilon {taken[0]:.10g}, delta {taken[1]:.10g}",
+            code="DP052",
+            hint="lower it to no less; what is spent or promised to a portfolio cannot be taken back",
+        )

@@ -17,6 +17,7 @@ from dpbudget.errors import BudgetExceeded, InvalidParameter, PlanExhausted, Pri
 from dpbudget.ledger.claims import portfolio_claim
 from dpbudget.ledger.journal import Draft, Journal
 from dpbudget.ledger.receipt import LeaseKey, Receipt
+from dpbudget.ledger.renyi import steps_that_fit
 from dpbudget.ledger.state import LedgerState, Portfolio, RunState, SpendingFilter
 from dpbudget.meter import Meter
 
@@ -245,14 +246,15 @@ class Run:
             state = self._journal.state
             seen = self._portfolio(state)
             # Outside the lock, since an accountant takes its time; inside, the portfolio must still be what was seen.
-            claim = None if seen.frozen else self._joint_claim(state, seen)
+            claim = None if seen is None or seen.frozen else self._joint_claim(state, seen)
             taken = self._journal.transact(partial(self._write_lease, seen, claim, nonce, key))
         self._keys.add(key)
         self._issued, self._held = [], taken
         return taken
 
-    def _portfolio(self, state: LedgerState) -> Portfolio:
-        return state.portfolios[state.runs[self.run_id].portfolio - 1]
+    def _portfolio(self, state: LedgerState) -> Portfolio | None:
+        index = state.runs[self.run_id].portfolio
+        return state.portfolios[index - 1] if index else None
 
     def _joint_claim(self, state: LedgerState, portfolio: Portfolio) -> float:
         if self._filter is None:
@@ -264,19 +266,21 @@ class Run:
         return portfolio_claim(self._filter, state.plans_of(portfolio), portfolio.delta)
 
     def _write_lease(
-        self, seen: Portfolio, claim: float | None, nonce: bytes, key: LeaseKey, draft: Draft
+        self, seen: Portfolio | None, claim: float | None, nonce: bytes, key: LeaseKey, draft: Draft
     ) -> _Held | None:
         """Draft what was issued and the next lease; None where another process changed the portfolio meanwhile."""
         now, first = self._portfolio(draft.state), draft.state.runs[self.run_id].charged
-        if (now.frozen, now.runs) != (seen.frozen, seen.runs):
+        if now is not None and seen is not None and (now.frozen, now.runs) != (seen.frozen, seen.runs):
             return None
         if first >= self.planned:
             raise self._exhausted()
-        if claim is not None:
+        if now is not None and claim is not None:
             _check_room(draft.state, now, claim)
+        count = min(self._lease_steps, self.planned - first)
+        if now is None:
+            count = self._steps_with_room(draft.state, count)
         if self._held is not None:
             self._write_issued(self._held, draft)
-        count = min(self._lease_steps, self.planned - first)
         draft.add(
             "lease",
             run=self.run_id,
@@ -287,6 +291,19 @@ class Run:
             claim=claim,
         )
         return _Held(first, first + count, first, nonce, key)
+
+    def _steps_with_room(self, state: LedgerState, most: int) -> int:
+        """Steps of the next lease of a run in an rdp ledger: as many as some order has room for."""
+        run, account = state.runs[self.run_id], state.account
+        assert account is not None and run.costs is not None  # noqa: S101, PT018 - a run without a portfolio
+        count = steps_that_fit(account, self.run_id, run.plan, run.costs, most)
+        if count == 0:
+            raise BudgetExceeded(
+                f"step {run.charged + 1} of {self.planned}: no Renyi order of the ledger has room for it beside what "
+                f"is spent; {run.charged} steps of this run are charged",
+                hint="the run ends here and stays covered; a plan with more noise, or a grant of the owner, goes on",
+            )
+        return count
 
     def _write_issued(self, held: _Held, draft: Draft) -> None:
         """Reserve and settle every receipt that was issued and is not on disk yet.

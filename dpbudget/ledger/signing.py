@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from cryptography.exceptions import InvalidSignature
@@ -166,20 +167,26 @@ def pae(payload_type: str, payload: bytes) -> bytes:
     return b" ".join((b"DSSEv1", str(len(kind)).encode(), kind, str(len(payload)).encode(), payload))
 
 
-def sign_envelope(payload: bytes, payload_type: str, signer: Signer) -> bytes:
-    """The canonical DSSE envelope of ``payload`` with exactly one signature."""
-    signature = signer.sign(pae(payload_type, payload))
+def sign_envelope(payload: bytes, payload_type: str, *signers: Signer) -> bytes:
+    """The canonical DSSE envelope of ``payload`` with one signature of each signer, in order."""
+    message = pae(payload_type, payload)
+    signatures = [
+        {"keyid": signer.public.key_id, "sig": base64.b64encode(signer.sign(message)).decode("ascii")}
+        for signer in signers
+    ]
     return encode(
         {
             "payload": base64.b64encode(payload).decode("ascii"),
             "payloadType": payload_type,
-            "signatures": [{"keyid": signer.public.key_id, "sig": base64.b64encode(signature).decode("ascii")}],
+            "signatures": signatures,
         }
     )
 
 
-def open_envelope(envelope: bytes, payload_type: str, verifier: Verifier) -> bytes:
-    """The payload of an envelope that ``verifier``'s key signed as ``payload_type``.
+def open_envelope(envelope: bytes, payload_type: str, *allowed: Verifier | Sequence[Verifier]) -> bytes:
+    """The payload of an envelope that was signed as ``payload_type`` by exactly the keys in ``allowed``, in order.
+
+    An element of ``allowed`` may be a sequence of keys of which one signs.
 
     Raises:
         Tampered: not canonical (DP082), another type or key (DP072), or a signature that does not verify (DP071).
@@ -188,16 +195,26 @@ def open_envelope(envelope: bytes, payload_type: str, verifier: Verifier) -> byt
     signatures = value.get("signatures")
     if set(value) != {"payload", "payloadType", "signatures"} or not isinstance(signatures, list):
         raise Tampered("not a DSSE envelope", code="DP082")
-    if len(signatures) != 1 or not isinstance(signatures[0], dict) or set(signatures[0]) != {"keyid", "sig"}:
-        raise Tampered("an envelope carries exactly one signature with keyid and sig", code="DP082")
     if value["payloadType"] != payload_type:
         raise Tampered(f"envelope of type {str(value['payloadType'])[:80]!r}, expected {payload_type!r}", code="DP082")
-    payload, signature = strict_base64(value["payload"]), strict_base64(signatures[0]["sig"])
-    if signatures[0]["keyid"] != verifier.key_id:
-        raise Tampered(f"envelope signed by key {str(signatures[0]['keyid'])[:64]}, not by the owner", code="DP072")
-    if not verifier.verify(pae(payload_type, payload), signature):
-        raise Tampered("the owner's signature does not verify")
+    if len(signatures) != len(allowed):
+        raise Tampered(f"an envelope with {len(signatures)} signatures, not {len(allowed)}", code="DP082")
+    payload = strict_base64(value["payload"])
+    message = pae(payload_type, payload)
+    for signature, keys in zip(signatures, allowed, strict=True):
+        _check_signature(signature, keys if isinstance(keys, Sequence) else (keys,), message)
     return payload
+
+
+def _check_signature(signature: object, keys: Sequence[Verifier], message: bytes) -> None:
+    if not isinstance(signature, dict) or set(signature) != {"keyid", "sig"}:
+        raise Tampered("a signature of an envelope has keyid and sig", code="DP082")
+    blob = strict_base64(signature["sig"])
+    key = next((key for key in keys if key.key_id == signature["keyid"]), None)
+    if key is None:
+        raise Tampered(f"envelope signed by key {str(signature['keyid'])[:64]}, not by the owner", code="DP072")
+    if not key.verify(message, blob):
+        raise Tampered("the owner's signature does not verify")
 
 
 def strict_base64(text: object) -> bytes:

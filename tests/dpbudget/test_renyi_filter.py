@@ -158,4 +158,4 @@ def test_a_count_that_is_no_natural_number_is_refused(count):
 
 
 def test_the_package_names_its_filters():
-    assert set(filters.__all__) == {"PortfolioFilter", "RDPFilter", "Spent"}
+    assert set(filters.__all__) == {"LedgerFilter", "PortfolioFilter", "RDPFilter", "Spent"}

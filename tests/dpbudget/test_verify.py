@@ -14,7 +14,7 @@ import pytest
 
 import dpbudget
 from dpbudget import errors
-from dpbudget._verify import _sum_up
+from dpbudget._recompute import sum_up
 from dpbudget.filters import PortfolioFilter
 from dpbudget.ledger.signing import Ed25519Signer
 from dpbudget.plan import Budget, Plan
@@ -292,5 +292,5 @@ def test_sums_of_claims_and_deltas_are_rounded_up_and_printed_so(tmp_path):
 def test_float_sums_that_round_down_are_pushed_up():
     values = [1.0, 2.0**-53]
     assert sum(values) == 1.0
-    assert Fraction(_sum_up(values)) >= sum(map(Fraction, values))
-    assert _sum_up([0.5, 0.25]) == 0.75
+    assert Fraction(sum_up(values)) >= sum(map(Fraction, values))
+    assert sum_up([0.5, 0.25]) == 0.75

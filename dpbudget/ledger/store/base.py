@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,9 +10,19 @@ from typing import Protocol
 from dpbudget.ledger.entries import Entry
 
 
+class Reading(Protocol):
+    """A consistent reading of a whole store, one record at a time: a long ledger need not fit into memory."""
+
+    def entries(self) -> Iterator[Entry]:
+        """Every record, in order; once."""
+
+    def heads(self) -> tuple[bytes, ...]:
+        """The kept heads, oldest first, the newest included. Of an export: after its entries."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
-    """A consistent reading of a whole store.
+    """A whole store in memory.
 
     Attributes:
         entries: every record, in order.
@@ -24,11 +34,33 @@ class Snapshot:
     note: bytes | None
     heads: tuple[bytes, ...]
 
+    @classmethod
+    def of(cls, reading: Reading) -> Snapshot:
+        """All of a reading."""
+        entries = tuple(reading.entries())
+        heads = reading.heads()
+        return cls(entries, heads[-1] if heads else None, heads)
+
+    def reading(self) -> Reading:
+        """The same, record by record."""
+        return _SnapshotReading(self)
+
+
+class _SnapshotReading:
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+
+    def entries(self) -> Iterator[Entry]:
+        return iter(self._snapshot.entries)
+
+    def heads(self) -> tuple[bytes, ...]:
+        return self._snapshot.heads
+
 
 class Transaction(Protocol):
     """The store under its exclusive lock."""
 
-    def read(self, start: int) -> tuple[Entry, ...]:
+    def read(self, start: int) -> Iterable[Entry]:
         """The records from sequence number ``start`` on."""
 
     def note(self) -> bytes | None:
@@ -52,7 +84,7 @@ class LedgerStore(Protocol):
                 store refuses everything (DP075): a sync that failed once cannot be trusted when it is repeated.
         """
 
-    def snapshot(self) -> Snapshot:
+    def reading(self) -> AbstractContextManager[Reading]:
         """Everything, consistently."""
 
     def close(self) -> None:

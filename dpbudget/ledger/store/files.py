@@ -7,6 +7,7 @@ import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 from dpbudget.errors import InvalidParameter, Unreadable
 
@@ -78,8 +79,8 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_regular(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file of at most ``limit`` bytes; links to one are followed, FIFOs and devices refused."""
+def open_regular(path: Path, limit: int) -> BinaryIO:
+    """A regular file of at most ``limit`` bytes, opened for reading; links are followed, FIFOs and devices refused."""
     try:
         # O_NONBLOCK: opening a FIFO must not wait for its other end.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -89,9 +90,15 @@ def read_regular(path: Path, limit: int) -> bytes:
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise Unreadable(f"{path} is not a regular file", code="DP083", hint="name the file itself")
-    with os.fdopen(descriptor, "rb") as file:
-        if status.st_size > limit:
-            raise Unreadable(f"{path} has {status.st_size} bytes; the limit is {limit}")
+    if status.st_size > limit:
+        os.close(descriptor)
+        raise Unreadable(f"{path} has {status.st_size} bytes; the limit is {limit}")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The bytes of such a file."""
+    with open_regular(path, limit) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise Unreadable(f"{path} grew beyond {limit} bytes while it was read")

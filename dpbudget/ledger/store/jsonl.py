@@ -8,6 +8,7 @@ everything, so that changing any byte makes the file unreadable or a signature w
 from __future__ import annotations
 
 import base64
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,58 +16,78 @@ from typing import BinaryIO
 
 from dpbudget._record import MAX_LINE_BYTES, decode, encode
 from dpbudget.errors import Tampered
-from dpbudget.ledger.entries import ENVELOPED, MAX_ENVELOPE_BYTES, Entry, read
+from dpbudget.ledger.entries import ENVELOPED, FIELDS, MAX_ENVELOPE_BYTES, Entry, kind_of, read
 from dpbudget.ledger.head import MAX_NOTE_BYTES
 from dpbudget.ledger.signing import strict_base64
-from dpbudget.ledger.store.base import Snapshot
+from dpbudget.ledger.store.base import Reading, Snapshot
 
 #: A ledger of a million records stays below it.
 MAX_EXPORT_BYTES = 1 << 30
 
 
-def write_export(snapshot: Snapshot, file: BinaryIO) -> None:
-    """Write ``snapshot`` in the export format; its newest head must cover all its records."""
-    if snapshot.note is None:
-        raise Tampered("a ledger without a signed head cannot be exported", code="DP070")
-    for entry in snapshot.entries:
+def write_export(reading: Reading, file: BinaryIO) -> bytes:
+    """Write a reading in the export format and return its head, which must cover all its records."""
+    for entry in reading.entries():
         file.write(entry.line + b"\n")
         if entry.envelope is not None:
             file.write(entry.envelope + b"\n")
-    file.write(encode({"note": base64.b64encode(snapshot.note).decode("ascii")}) + b"\n")
+    heads = reading.heads()
+    if not heads:
+        raise Tampered("a ledger without a signed head cannot be exported", code="DP070")
+    file.write(encode({"note": base64.b64encode(heads[-1]).decode("ascii")}) + b"\n")
+    return heads[-1]
+
+
+class ExportReading:
+    """The records and the head of an export; what they say is not checked here but by the rules."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._heads: tuple[bytes, ...] = ()
+
+    def entries(self) -> Iterator[Entry]:
+        """Every record, in order.
+
+        Raises:
+            Tampered: not exactly in the export format (DP070 for another kind of file, DP082 for a damaged one).
+        """
+        first, lines = True, _lines(self._file)
+        for line in lines:
+            if line.startswith(b'{"note":'):
+                self._heads = (_note(line),)
+                if next(lines, None) is not None:
+                    raise Tampered("the export goes on after its signed head", code="DP082")
+                return
+            kind = None if first else kind_of(line)
+            if kind not in FIELDS:
+                # Only to name what is wrong with it: the rules read every line.
+                try:
+                    kind = read(line)["type"]
+                except Tampered as error:
+                    raise Tampered(f"export: {error.message}", code="DP070" if first else error.code) from None
+            yield Entry(line, next(lines, None) if kind in ENVELOPED else None)
+            first = False
+        raise Tampered("the export has no signed head at its end: it was cut", code="DP082")
+
+    def heads(self) -> tuple[bytes, ...]:
+        """The head, once the entries were read."""
+        return self._heads
 
 
 def read_export(data: bytes) -> Snapshot:
-    """The records and the head of an export; what they say is not checked here but by the rules.
-
-    Raises:
-        Tampered: not exactly in the export format (DP070 for another kind of file, DP082 for a damaged one).
-    """
-    lines = _lines(data)
-    entries: list[Entry] = []
-    for line in lines:
-        if line.startswith(b'{"note":'):
-            note = _note(line)
-            if next(lines, None) is not None:
-                raise Tampered("the export goes on after its signed head", code="DP082")
-            return Snapshot(tuple(entries), note, (note,))
-        try:
-            kind = read(line)["type"]
-        except Tampered as error:
-            code = error.code if entries else "DP070"
-            raise Tampered(f"export, record {len(entries)}: {error.message}", code=code) from None
-        envelope = next(lines, None) if kind in ENVELOPED else None
-        entries.append(Entry(line, envelope))
-    raise Tampered("the export has no signed head at its end: it was cut", code="DP082")
+    """All of an export in memory; raises :class:`Tampered` like :class:`ExportReading`."""
+    return Snapshot.of(ExportReading(io.BytesIO(data)))
 
 
-def _lines(data: bytes) -> Iterator[bytes]:
-    start = 0
-    while start < len(data):
-        end = data.find(b"\n", start, start + MAX_ENVELOPE_BYTES + 1)
-        if end < 0:
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    limit, total = MAX_ENVELOPE_BYTES + 1, 0
+    while line := file.readline(limit):
+        total += len(line)
+        if not line.endswith(b"\n"):
             raise Tampered("the export has a line that is too long or does not end", code="DP082")
-        yield data[start:end]
-        start = end + 1
+        if total > MAX_EXPORT_BYTES:
+            raise Tampered(f"the export has more than {MAX_EXPORT_BYTES} bytes", code="DP082")
+        yield line[:-1]
 
 
 def _note(line: bytes) -> bytes:
@@ -76,10 +97,11 @@ def _note(line: bytes) -> bytes:
     return strict_base64(value["note"])
 
 
-def create_export(snapshot: Snapshot, path: Path) -> None:
-    """Write an export to a new file and sync it; the caller has checked that the path is free."""
+def create_export(reading: Reading, path: Path) -> bytes:
+    """Write an export to a new file, sync it and return its head; the caller has checked that the path is free."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o644)
     with os.fdopen(descriptor, "wb") as file:
-        write_export(snapshot, file)
+        head = write_export(reading, file)
         file.flush()
         os.fsync(descriptor)
+    return head

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from dpbudget.errors import StorageFailed
 from dpbudget.ledger.entries import Entry
-from dpbudget.ledger.store.base import Snapshot
+from dpbudget.ledger.store.base import Reading, Snapshot
 
 
 class MemoryStore:
@@ -36,11 +36,13 @@ class MemoryStore:
             yield transaction
             transaction.commit()
 
-    def snapshot(self) -> Snapshot:
+    @contextmanager
+    def reading(self) -> Iterator[Reading]:
         """Everything, consistently."""
         with self._lock:
             notes = tuple(note for note, _ in self._heads)
-            return Snapshot(tuple(self._entries), notes[-1] if notes else None, notes)
+            snapshot = Snapshot(tuple(self._entries), notes[-1] if notes else None, notes)
+        yield snapshot.reading()
 
     def close(self) -> None:
         """Refuse further transactions."""

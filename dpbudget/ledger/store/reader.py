@@ -11,20 +11,22 @@ import sqlite3
 import stat
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dpbudget.errors import StorageFailed, Tampered, Unreadable
 from dpbudget.ledger.store import files
-from dpbudget.ledger.store.base import Snapshot
-from dpbudget.ledger.store.jsonl import MAX_EXPORT_BYTES, read_export
+from dpbudget.ledger.store.base import Reading, Snapshot
+from dpbudget.ledger.store.jsonl import MAX_EXPORT_BYTES, ExportReading
 from dpbudget.ledger.store.sqlite import (
     MAGIC,
+    SqliteReading,
     SqliteStore,
     check_schema,
     journal_of,
     limit_values,
     live_store,
-    read_snapshot,
     refuse_super_journal,
     refuse_wal,
     refuse_wal_header,
@@ -36,6 +38,13 @@ _PATIENCE_SECONDS = 10.0
 
 
 def read_ledger(path: str | os.PathLike[str]) -> Snapshot:
+    """All of :func:`reading_of` in memory."""
+    with reading_of(path) as reading:
+        return Snapshot.of(reading)
+
+
+@contextmanager
+def reading_of(path: str | os.PathLike[str]) -> Iterator[Reading]:
     """The records of a ledger file or of an export, by its first bytes; nothing is written beside it.
 
     Raises:
@@ -45,13 +54,18 @@ def read_ledger(path: str | os.PathLike[str]) -> Snapshot:
     place = files.as_path(path)
     live = _live(place)
     if live is not None:
-        return live.snapshot()
+        with live.reading() as reading:
+            yield reading
+        return
     head = _first_bytes(place)
     if head == MAGIC:
-        return _read_copy(place)
-    if head[:1] == b"{":
-        return read_export(files.read_regular(place, MAX_EXPORT_BYTES))
-    raise Unreadable(f"{place} is neither a ledger nor an export", hint="name a file made by dpbudget")
+        with _copied(place) as reading:
+            yield reading
+    elif head[:1] == b"{":
+        with files.open_regular(place, MAX_EXPORT_BYTES) as file:
+            yield ExportReading(file)
+    else:
+        raise Unreadable(f"{place} is neither a ledger nor an export", hint="name a file made by dpbudget")
 
 
 def _live(place: Path) -> SqliteStore | None:
@@ -74,7 +88,8 @@ def _first_bytes(place: Path) -> bytes:
         return file.read(len(MAGIC))
 
 
-def _read_copy(place: Path) -> Snapshot:
+@contextmanager
+def _copied(place: Path) -> Iterator[Reading]:
     files.identity(place)
     with tempfile.TemporaryDirectory(prefix="dpbudget-") as folder:  # mode 0700
         copy = Path(folder) / "ledger"
@@ -86,7 +101,7 @@ def _read_copy(place: Path) -> Snapshot:
             connection.execute("PRAGMA cell_size_check=ON")
             connection.execute("PRAGMA mmap_size=0")
             check_schema(connection, place)
-            return read_snapshot(connection)
+            yield SqliteReading(connection)
         except sqlite3.Error as error:
             raise Tampered(f"{place} is damaged: {error}") from None
         finally:
@@ -108,32 +123,48 @@ def _copy_consistently(place: Path, copy: Path) -> None:
         if present is None or time.monotonic() - quiet_since > _STALE_SECONDS:
             # A copy without the log beside it would be an older ledger, and valid.
             refuse_wal(place)
-            data = files.read_regular(place, MAX_EXPORT_BYTES)
-            refuse_wal_header(place, data)
-            torn = _journal_bytes(journal) if present is not None else None
+            journal_of(copy).unlink(missing_ok=True)  # of an attempt before
+            header = _copy_file(place, copy)
+            refuse_wal_header(place, header)
+            torn = present is not None and _copy_journal(journal, journal_of(copy))
             if (
-                (torn is None) == (present is None)
+                torn == (present is not None)
                 and _journal_mark(journal) == present
-                and counter == _counter(place) == data[24:28]
+                and counter == _counter(place) == header[24:28]
             ):
-                copy.write_bytes(data)
-                if torn is not None:
-                    journal_of(copy).write_bytes(torn)
+                if torn:
                     refuse_super_journal(journal_of(copy))
                 return
         time.sleep(0.005)
     raise StorageFailed(f"{place} was written to all the time; nothing could be read", hint="read it again later")
 
 
-def _journal_bytes(journal: Path) -> bytes | None:
+def _copy_file(source: Path, target: Path) -> bytes:
+    """Copy a regular file and return its first hundred bytes, the header of a database."""
+    with files.open_regular(source, MAX_EXPORT_BYTES) as old, open(target, "wb") as new:
+        header = old.read(100)
+        new.write(header)
+        left = MAX_EXPORT_BYTES - len(header)
+        while chunk := old.read(1 << 20):
+            left -= len(chunk)
+            if left < 0:
+                raise Unreadable(f"{source} grew beyond {MAX_EXPORT_BYTES} bytes while it was read")
+            new.write(chunk)
+    return header
+
+
+def _copy_journal(journal: Path, target: Path) -> bool:
+    """Copy a journal; False when its writer finished meanwhile."""
     if journal.is_symlink():
         raise Unreadable(f"{journal} is not a regular file", code="DP083", hint="a journal is never a link")
     try:
-        return files.read_regular(journal, MAX_EXPORT_BYTES)
+        _copy_file(journal, target)
     except Unreadable:
         if os.path.lexists(journal):
             raise
-        return None  # its writer finished meanwhile
+        target.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def _counter(place: Path) -> bytes:

@@ -18,7 +18,6 @@ from typing import Any
 from dpbudget.errors import StorageFailed, Tampered, Unreadable
 from dpbudget.ledger.entries import Entry
 from dpbudget.ledger.store import files
-from dpbudget.ledger.store.base import Snapshot
 
 #: "dpbl", so that file(1) and a reader can tell a ledger from any other database.
 APPLICATION_ID = 0x6470626C
@@ -137,14 +136,15 @@ class SqliteStore:
                 self._roll_back()
                 raise
 
-    def snapshot(self) -> Snapshot:
+    @contextmanager
+    def reading(self) -> Iterator[SqliteReading]:
         """Everything, read in one transaction."""
         with self._lock:
             self._check_alive()
             try:
                 self._connection.execute("BEGIN")
                 try:
-                    return read_snapshot(self._connection)
+                    yield SqliteReading(self._connection)
                 finally:
                     self._connection.execute("ROLLBACK")
             except sqlite3.Error as error:
@@ -202,8 +202,8 @@ class _SqliteTransaction:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
 
-    def read(self, start: int) -> tuple[Entry, ...]:
-        return tuple(_read_entries(self._connection, start))
+    def read(self, start: int) -> Iterator[Entry]:
+        return _read_entries(self._connection, start)
 
     def note(self) -> bytes | None:
         row = self._connection.execute("SELECT note FROM head ORDER BY size DESC LIMIT 1").fetchone()
@@ -217,10 +217,19 @@ class _SqliteTransaction:
         self._connection.execute("INSERT INTO head (size, keep, note) VALUES (?, ?, ?)", (size, int(keep), note))
 
 
-def read_snapshot(connection: sqlite3.Connection) -> Snapshot:
-    """Everything that an open database holds."""
-    entries = tuple(_read_entries(connection, 0))
-    return Snapshot(entries, *_read_heads(connection))
+class SqliteReading:
+    """What an open database holds, under a transaction of its owner."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def entries(self) -> Iterator[Entry]:
+        """Every record, in order."""
+        return _read_entries(self._connection, 0)
+
+    def heads(self) -> tuple[bytes, ...]:
+        """The kept heads, oldest first, the newest included."""
+        return _read_heads(self._connection)
 
 
 def _read_entries(connection: sqlite3.Connection, start: int) -> Iterator[Entry]:
@@ -236,7 +245,7 @@ def _read_entries(connection: sqlite3.Connection, start: int) -> Iterator[Entry]
         yield entry
 
 
-def _read_heads(connection: sqlite3.Connection) -> tuple[bytes | None, tuple[bytes, ...]]:
+def _read_heads(connection: sqlite3.Connection) -> tuple[bytes, ...]:
     """The newest head and all that were kept."""
     heads, total = [], 0
     for (note,) in connection.execute("SELECT note FROM head ORDER BY size"):
@@ -244,7 +253,7 @@ def _read_heads(connection: sqlite3.Connection) -> tuple[bytes | None, tuple[byt
         total += len(heads[-1])
         if total > MAX_TOTAL_BYTES:
             raise Tampered(f"the heads hold more than {MAX_TOTAL_BYTES} bytes", code="DP082")
-    return heads[-1] if heads else None, tuple(heads)
+    return tuple(heads)
 
 
 def _blob(value: Any) -> bytes:

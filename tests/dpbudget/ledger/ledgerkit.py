@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dpbudget._renyi import PhaseCost, RenyiTerms
 from dpbudget.ledger.journal import Draft
 from dpbudget.ledger.ledger import Ledger
 from dpbudget.ledger.signing import Ed25519Signer
@@ -17,6 +18,7 @@ from dpbudget.plan import Budget, Claim, Phase, Plan, rate_from_float
 OWNER = Ed25519Signer.from_seed(b"\x01" * 32)
 WRITER = Ed25519Signer.from_seed(b"\x02" * 32)
 STRANGER = Ed25519Signer.from_seed(b"\x03" * 32)
+NEXT_OWNER, NEXT_WRITER = Ed25519Signer.from_seed(b"\x04" * 32), Ed25519Signer.from_seed(b"\x05" * 32)
 BUDGET = Budget(epsilon=3.0, delta=1e-6)
 HALF_DELTA = 5e-7
 
@@ -26,6 +28,21 @@ class SumFilter:
 
     def joint_claim(self, plans: Sequence[Plan], delta: float) -> float:
         return float(sum(plan.claim.epsilon for plan in plans))
+
+    def what_fits(self, others: Sequence[Plan], plan: Plan, delta: float, room: float) -> str:
+        return f"what fits: {room:g}"
+
+    def renyi_terms(self, budget: Budget) -> RenyiTerms:
+        """Two orders; an order may spend the budget's epsilon, or half of it."""
+        return RenyiTerms((2.0, 8.0), (1, 3), self.renyi_allowances(budget, None))
+
+    def renyi_allowances(self, budget: Budget, terms: RenyiTerms | None) -> tuple[float, ...]:
+        return budget.epsilon, budget.epsilon / 2
+
+    def renyi_costs(self, plan: Plan, terms: RenyiTerms) -> tuple[PhaseCost, ...]:
+        """Every step costs a hundredth of its claim at order 2, and twice that at order 8."""
+        one = plan.claim.epsilon / 128
+        return tuple(PhaseCost((one, 2 * one), 2.0**-150, 2.0**-60) for _ in plan.phases)
 
 
 def make_plan(steps: int = 4, epsilon: float = 1.0, delta: float = HALF_DELTA, **changes: Any) -> Plan:
@@ -67,6 +84,27 @@ def lived_in_ledger(path: Path | None = None) -> Ledger:
     return ledger
 
 
+def rdp_ledger(path: Path | None = None) -> Ledger:
+    """A ledger with the filter rdp, and with every type of record that :func:`lived_in_ledger` lacks.
+
+    Every step costs 1/128 at order 2 and 2/128 at order 8, of allowances 3 and 1.5 at first.
+    """
+    ledger = make_ledger(path, kind="rdp")
+    run = ledger.start(ledger.sign_plan(make_plan(5), owner=OWNER), lease_steps=2)
+    for _ in range(3):
+        run.settle(run.next_receipt(), "cd" * 32)
+    run.close()
+    ledger.change_budget(Budget(epsilon=4.0, delta=1e-6), owner=OWNER)
+    ledger.note("checked")
+    ledger.rekey("writer", new=NEXT_WRITER, by=WRITER)
+    with ledger.start(ledger.sign_plan(make_plan(2, epsilon=2.0), owner=OWNER)) as other:
+        for _ in other:
+            pass
+    ledger.rekey("owner", new=NEXT_OWNER, by=OWNER)
+    ledger.change_budget(Budget(epsilon=2.0, delta=1e-6), owner=NEXT_OWNER)
+    return ledger
+
+
 def export_bytes(ledger: Ledger) -> bytes:
     file = io.BytesIO()
     ledger.export(file)
@@ -79,3 +117,9 @@ def snapshot_of(ledger: Ledger) -> Snapshot:
 
 def draft_of(ledger: Ledger) -> Draft:
     return Draft(ledger.state)
+
+
+def snapshot_in(ledger: Ledger) -> Snapshot:
+    """What the store of an open ledger holds."""
+    with ledger._journal.store.reading() as reading:
+        return Snapshot.of(reading)

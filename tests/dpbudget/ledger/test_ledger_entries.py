@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ledgerkit import lived_in_ledger, snapshot_of
+from ledgerkit import lived_in_ledger, rdp_ledger, snapshot_of
 
 from dpbudget._record import encode
 from dpbudget.errors import Tampered
@@ -28,6 +28,10 @@ GOOD: dict[str, dict[str, Any]] = {
         "public_data": False,
     },
     "portfolio": {"index": 1, "delta": 5e-7, "epsilon": None},
+    "renyi": {"orders": [2.0, 8.0], "shares": [1, 3], "allowances": [2.5, -1.0]},
+    "budget": {"epsilon": 4.0, "delta": 1e-6, "allowances": None},
+    "rekey": {"role": "writer", "old": DIGEST, "key": "ef" * 32},
+    "note": {"event": "checked"},
     "plan": {"run": RUN, "statement": DIGEST, "portfolio": 1},
     "lease": {"run": RUN, "nonce": DIGEST, "commitment": DIGEST, "first": 0, "count": 1, "claim": 1.5},
     "reserve": {"run": RUN, "step": 0, "count": 1},
@@ -122,7 +126,21 @@ def test_a_value_of_another_kind_or_range_is_refused(kind: str, name: str) -> No
         ("genesis", "epsilon", "0X1.8000000000000p+1"),
         ("genesis", "adjacency", "add_remove"),
         ("genesis", "unit", "user"),
-        ("genesis", "filter", "rdp"),
+        ("genesis", "filter", "renyi"),
+        ("renyi", "orders", [(1.0).hex()]),
+        ("renyi", "orders", (2.0).hex()),
+        ("renyi", "orders", [[(2.0).hex()]]),
+        ("renyi", "orders", [2]),
+        ("renyi", "shares", [0]),
+        ("renyi", "shares", [True]),
+        ("renyi", "shares", [1] * 65),
+        ("renyi", "allowances", [None]),
+        ("renyi", "allowances", [(2e6).hex()]),
+        ("budget", "allowances", []),
+        ("budget", "epsilon", None),
+        ("rekey", "role", "auditor"),
+        ("note", "event", "the loss was 0.3"),
+        ("lease", "count", [1]),
         ("genesis", "public_data", 1),
         ("portfolio", "index", 0),
         ("portfolio", "index", 10_001),
@@ -132,9 +150,8 @@ def test_a_value_of_another_kind_or_range_is_refused(kind: str, name: str) -> No
         ("settle", "output", "ab" * 16),
         ("plan", "v", 2),
         ("plan", "v", True),
-        ("plan", "type", "budget"),  # reserved for later: unknown now
-        ("plan", "type", "rekey"),
-        ("plan", "type", "note"),
+        ("plan", "type", "refund"),
+        ("plan", "portfolio", -1),
         ("plan", "type", None),
         ("plan", "prev", "0" * 63),
     ],
@@ -198,7 +215,7 @@ def test_a_value_without_a_canonical_form_cannot_be_built() -> None:
 
 
 def test_every_type_occurs_in_a_lived_in_ledger_and_is_short() -> None:
-    lines = [entry.line for entry in snapshot_of(lived_in_ledger()).entries]
+    lines = [entry.line for made in (lived_in_ledger(), rdp_ledger()) for entry in snapshot_of(made).entries]
     assert {read(line)["type"] for line in lines} == set(FIELDS)
     assert max(map(len, lines)) < 1024
 

@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ledgerkit import OWNER, STRANGER, WRITER, export_bytes, lived_in_ledger, make_ledger, make_plan
+from ledgerkit import (
+    NEXT_WRITER,
+    OWNER,
+    STRANGER,
+    WRITER,
+    export_bytes,
+    lived_in_ledger,
+    make_ledger,
+    make_plan,
+    snapshot_in,
+)
 
 from dpbudget._record import encode
 from dpbudget.errors import DPBudgetError, InvalidParameter, Tampered, Unreadable
@@ -20,11 +30,13 @@ from dpbudget.ledger.entries import FIELDS, Entry, build, read
 from dpbudget.ledger.head import sign_head
 from dpbudget.ledger.journal import check_head, check_kept_heads, replay
 from dpbudget.ledger.ledger import Ledger
+from dpbudget.ledger.rules import admit
 from dpbudget.ledger.signing import PublicKey
 from dpbudget.ledger.state import LedgerState
 from dpbudget.ledger.store.base import Snapshot
 from dpbudget.ledger.store.jsonl import read_export, write_export
-from dpbudget.ledger.tree import leaf_hash
+from dpbudget.ledger.tree import Frontier, leaf_hash
+from dpbudget.plan import Budget
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +58,34 @@ def test_an_export_verifies_and_says_what_was_spent(export: bytes) -> None:
 
 def test_an_export_is_reproduced_byte_for_byte(export: bytes) -> None:
     file = io.BytesIO()
-    write_export(read_export(export), file)
+    write_export(read_export(export).reading(), file)
     assert file.getvalue() == export
 
 
-@pytest.fixture(scope="module")
-def small() -> bytes:
-    """A complete export with one record of every type."""
-    ledger = make_ledger()
-    run_id = ledger.sign_plan(make_plan(3), owner=OWNER)
-    with ledger.start(run_id, lease_steps=2) as run:
-        run.settle(run.next_receipt(), "ab" * 32)
-    return export_bytes(ledger)
+def small_exports() -> list[bytes]:
+    """Two complete exports with, together, records of every type."""
+    portfolio, rdp = make_ledger(), make_ledger(kind="rdp")
+    for ledger in (portfolio, rdp):
+        run_id = ledger.sign_plan(make_plan(3), owner=OWNER)
+        with ledger.start(run_id, lease_steps=2) as run:
+            run.settle(run.next_receipt(), "ab" * 32)
+    rdp.change_budget(Budget(epsilon=4.0, delta=1e-6), owner=OWNER)
+    rdp.note("checked")
+    rdp.rekey("writer", new=NEXT_WRITER, by=WRITER)
+    return [export_bytes(portfolio), export_bytes(rdp)]
 
 
+SMALL = small_exports()
+
+
+def test_the_small_exports_hold_every_type_of_record() -> None:
+    kinds = {read(entry.line)["type"] for small in SMALL for entry in read_export(small).entries}
+    assert kinds == set(FIELDS)
+
+
+@pytest.mark.parametrize("small", SMALL, ids=["portfolio", "rdp"])
 def test_every_changed_byte_is_noticed(small: bytes) -> None:
     """Two substitutions of every byte; what stands before the changed record is the same for any verifier."""
-    kinds = {read(entry.line)["type"] for entry in read_export(small).entries}
-    assert kinds == set(FIELDS)
     state, start = LedgerState(trust=OWNER.public), 0
     for entry in read_export(small).entries:
         end = start + len(entry.line) + 1 + (len(entry.envelope) + 1 if entry.envelope is not None else 0)
@@ -71,7 +93,7 @@ def test_every_changed_byte_is_noticed(small: bytes) -> None:
             for byte in other_bytes(small[at]):
                 tail = small[start:at] + bytes([byte]) + small[at + 1 :]
                 assert not _continues(state, tail), (at, byte)
-        state, start = state.admit(entry), end
+        state, start = admit(state, entry), end
     for at in range(start, len(small)):
         for byte in other_bytes(small[at]):
             assert not _accepts(small[:at] + bytes([byte]) + small[at + 1 :]), (at, byte)
@@ -86,7 +108,7 @@ def _continues(state: LedgerState, tail: bytes) -> bool:
     try:
         snapshot = read_export(tail)
         for entry in snapshot.entries:
-            state = state.admit(entry)
+            state = admit(state, entry)
         assert snapshot.note is not None
         check_head(state, snapshot.note)
     except Tampered:
@@ -166,7 +188,7 @@ def test_every_prefix_under_its_own_head_verifies_as_a_shorter_history(export: b
     for size in range(3, len(snapshot.entries)):
         state = LedgerState()
         for entry in snapshot.entries[:size]:
-            state = state.admit(entry)
+            state = admit(state, entry)
         head = sign_head(whole.genesis.ledger_id, size, state.tree.root, WRITER)
         shorter, signed = replay(snapshot.entries[:size], head.note.encode(), OWNER.public)
         assert signed.size == shorter.size == size
@@ -209,23 +231,33 @@ def test_repeated_randomness_marks_a_cloned_process() -> None:
     for name in ("nonce", "commitment"):
         fields = {"nonce": "01" * 32, "commitment": "02" * 32, name: old[name]}
         line = build("lease", seq=state.size, prev=state.last, run=run_id, first=2, count=2, claim=None, **fields)
-        after = state.admit(Entry(line))
+        after = admit(state, Entry(line))
         head = sign_head(after.genesis.ledger_id, after.size, after.tree.root, WRITER)
         with pytest.raises(Tampered, match=f"repeats the {name}"):
             replay([*snapshot.entries, Entry(line)], head.note.encode(), OWNER.public)
 
 
+def roots_of(snapshot: Snapshot) -> dict[int, bytes]:
+    """The Merkle root at every size."""
+    tree, roots = Frontier(), {}
+    for entry in snapshot.entries:
+        tree = tree.append(leaf_hash(entry.line))
+        roots[tree.size] = tree.root
+    return roots
+
+
 def test_kept_heads_are_checked_against_their_prefixes() -> None:
     ledger = lived_in_ledger()
-    snapshot = ledger._journal.store.snapshot()
-    assert check_kept_heads(snapshot, ledger.state) == len(snapshot.heads) > 5
+    snapshot = snapshot_in(ledger)
+    roots = roots_of(snapshot)
+    assert check_kept_heads(snapshot.heads, ledger.state, roots) == len(snapshot.heads) > 5
     first, second = snapshot.heads[:2]
     for heads in ((second, first, *snapshot.heads[2:]), (*snapshot.heads, snapshot.heads[-1])):
         with pytest.raises(Tampered):
-            check_kept_heads(Snapshot(snapshot.entries, snapshot.note, heads), ledger.state)
+            check_kept_heads(heads, ledger.state, roots)
     forged = sign_head(ledger.id, 2, b"\x07" * 32, WRITER).note.encode()
     with pytest.raises(Tampered, match="another root"):
-        check_kept_heads(Snapshot(snapshot.entries, snapshot.note, (forged, *snapshot.heads[1:])), ledger.state)
+        check_kept_heads((forged, *snapshot.heads[1:]), ledger.state, roots)
 
 
 # --- hostile input ---------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def signed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def interrupted_at(target: int, path: Path, before: int) -> tuple[bool, list[int], Path]:
     """Take ``before`` receipts, interrupt the next at one instruction, then go on to the end."""
-    ledger = reopen(path)
+    ledger = reopen(path, high_water=False)  # every trial begins from the same copy
     run = ledger.start(next(iter(ledger.state.runs)), lease_steps=2)
     steps = [run.next_receipt().step for _ in range(before)]
     tracer, previous = Tracer(target), sys.gettrace()

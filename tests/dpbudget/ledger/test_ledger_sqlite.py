@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ledgerkit import OWNER, WRITER, lived_in_ledger, make_ledger, make_plan, reopen
+from ledgerkit import OWNER, WRITER, lived_in_ledger, make_ledger, make_plan, reopen, snapshot_in
 
 from dpbudget.errors import DPBudgetError, InvalidParameter, StorageFailed, Tampered, Unreadable
 from dpbudget.ledger.ledger import Ledger
@@ -252,7 +252,7 @@ def test_overwritten_bytes_are_noticed_or_were_unused(path: Path) -> None:
         path.write_bytes(data[:offset] + os.urandom(8) + data[offset + 8 :])
         try:
             with Ledger.open(path, trust=OWNER.public) as ledger:
-                assert ledger._journal.store.snapshot().entries == whole.entries
+                assert snapshot_in(ledger).entries == whole.entries
         except (Tampered, Unreadable):
             noticed += 1
     assert noticed > len(data) // 331 // 3

@@ -1,0 +1,130 @@
+"""The verdict of a verification: what holds, what does not, what nobody can know from the file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpbudget.curve import Bounds, round_down, round_up, show_delta
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """One signed plan and what became of it.
+
+    Attributes:
+        run_id: the run.
+        claim: epsilon and delta that the plan claims for itself.
+        steps: planned steps.
+        charged: steps that stand in durable leases, whether or not they were released.
+        released: steps whose receipt is recorded as issued.
+    """
+
+    run_id: str
+    claim: tuple[float, float]
+    steps: int
+    charged: int
+    released: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The verdict on one ledger.
+
+    Attributes:
+        ok: everything holds, and every demanded anchor was met.
+        problems: what does not hold, in words; empty exactly when everything holds.
+        warnings: what a reader should know all the same.
+        epsilon: what all runs together spent at ``delta``: the upper end is the guarantee (the sum of the recorded
+            claims; in an ``rdp`` ledger the total or the odometer, whichever is less), the lower end was computed for
+            the mechanisms in real arithmetic. None where a claim does not hold.
+        delta: the deltas of the portfolios that were begun, together; in an ``rdp`` ledger the total.
+        budget: the owner's total epsilon and delta.
+        filter: ``portfolio`` or ``rdp``.
+        steps: charged steps of all runs.
+        head: ``size:root`` of the newest signed head.
+        ledger_id: leaf hash of the first record.
+        trusted: the owner's key came from outside.
+        anchored: a head from outside was found in this history.
+        anchors: the heads from outside that were found, as ``size:root``.
+        heads: how many kept heads were checked; None where that was not asked for.
+        runs: every signed plan.
+        checked_by: names of the accountants that recomputed epsilon.
+    """
+
+    ok: bool
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    epsilon: Bounds | None = None
+    delta: float | None = None
+    budget: tuple[float, float] | None = None
+    filter: str | None = None
+    steps: int = 0
+    head: str | None = None
+    ledger_id: str | None = None
+    trusted: bool = False
+    anchored: bool = False
+    anchors: tuple[str, ...] = ()
+    heads: int | None = None
+    runs: tuple[RunReport, ...] = ()
+    checked_by: tuple[str, ...] = ()
+    _unanchored: bool = field(default=False, repr=False)
+
+    @property
+    def exit_code(self) -> int:
+        """0 everything holds, 1 something does not, 5 valid in itself but the demanded anchor was not met."""
+        if self.ok:
+            return 0
+        return 5 if self._unanchored else 1
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values, epsilon as ``{"lower", "upper", "kind"}``."""
+        return {
+            "ok": self.ok,
+            "problems": list(self.problems),
+            "warnings": list(self.warnings),
+            "epsilon": self.epsilon
+            and {"lower": self.epsilon.lower, "upper": self.epsilon.upper, "kind": self.epsilon.kind},
+            "delta": self.delta,
+            "budget": self.budget and {"epsilon": self.budget[0], "delta": self.budget[1]},
+            "filter": self.filter,
+            "steps": self.steps,
+            "head": self.head,
+            "ledger": self.ledger_id,
+            "trusted": self.trusted,
+            "anchored": self.anchored,
+            "anchors": list(self.anchors),
+            "heads": self.heads,
+            "checked_by": list(self.checked_by),
+            "runs": [
+                {
+                    "run": run.run_id,
+                    "epsilon": run.claim[0],
+                    "delta": run.claim[1],
+                    "planned": run.steps,
+                    "charged": run.charged,
+                    "released": run.released,
+                }
+                for run in self.runs
+            ],
+        }
+
+    def summary(self) -> str:
+        """The verdict in a few lines of plain words."""
+        lines = ["VALID" if self.ok else "NOT VALID" if self.exit_code == 1 else "VALID, BUT NOT ANCHORED"]
+        if self.epsilon is not None and self.budget is not None and self.delta is not None:
+            lines[0] += f": epsilon <= {round_up(self.epsilon.upper, 10)} at delta {show_delta(self.delta)}"
+            checked_by = " and ".join(self.checked_by)
+            lines.append(f"  lower bound {round_down(self.epsilon.lower, 10)}; recomputed by {checked_by}")
+            lines.append(f"  budget epsilon {self.budget[0]:g}, delta {self.budget[1]:g}; {self.steps} steps charged")
+            lines.append(
+                "  every epsilon assumes honest training code, key and operating system (docs/threat-model.md)"
+            )
+        if self.head:
+            lines.append(f"  head {self.head}")
+        lines += [f"  anchored by the head {anchor}" for anchor in self.anchors]
+        if self.heads is not None:
+            lines.append(f"  all {self.heads} heads that the store kept are the writer's and part of this history")
+        lines += [f"  problem: {problem}" for problem in self.problems]
+        lines += [f"  note: {warning}" for warning in self.warnings]
+        return "\n".join(lines)

@@ -1,0 +1,27 @@
+"""From a location to its store: a path is an SQLite file or an export."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+
+from dpbudget.ledger.store.base import LedgerStore, Reading
+from dpbudget.ledger.store.reader import reading_of
+from dpbudget.ledger.store.sqlite import SqliteStore
+
+Location = str | os.PathLike[str]
+
+
+def create_store(location: Location) -> LedgerStore:
+    """A new, empty store; what exists there is refused (DP074)."""
+    return SqliteStore.create(location)
+
+
+def open_store(location: Location) -> LedgerStore:
+    """An existing store, for reading and writing."""
+    return SqliteStore.open(location)
+
+
+def reading_at(location: Location) -> AbstractContextManager[Reading]:
+    """A consistent reading of a ledger or an export, which writes nothing."""
+    return reading_of(location)

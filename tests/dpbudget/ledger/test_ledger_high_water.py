@@ -1,0 +1,99 @@
+"""The high-water mark: an older copy, and a second one, are refused on the machine that saw more."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from ledgerkit import OWNER, make_ledger, make_plan, reopen
+
+from dpbudget.errors import Tampered
+from dpbudget.ledger.high_water import HighWater, state_folder
+from dpbudget.ledger.ledger import Ledger
+
+
+def signed(path: Path) -> str:
+    with make_ledger(path) as ledger:
+        return ledger.sign_plan(make_plan(8), owner=OWNER)
+
+
+def spend(path: Path, run_id: str, steps: int) -> None:
+    with reopen(path) as ledger, ledger.start(run_id, lease_steps=1) as run:
+        for _ in range(steps):
+            run.next_receipt()
+
+
+def test_an_old_ledger_restored_from_backup_is_refused(tmp_path: Path) -> None:
+    path, backup = tmp_path / "ledger", tmp_path / "backup"
+    run_id = signed(path)
+    spend(path, run_id, 1)
+    shutil.copy(path, backup)
+    spend(path, run_id, 3)
+    shutil.copy(backup, path)
+    with pytest.raises(Tampered, match=r"has seen \d+ records of the ledger, and this copy has \d+") as caught:
+        reopen(path)
+    assert caught.value.code == "DP079"
+    assert str(state_folder()) in caught.value.hint
+
+
+def test_of_two_copies_that_both_spent_the_second_is_refused(tmp_path: Path) -> None:
+    path, copy = tmp_path / "ledger", tmp_path / "copy"
+    run_id = signed(path)
+    shutil.copy(path, copy)
+    spend(path, run_id, 1)
+    with reopen(copy, high_water=False) as other, other.start(run_id, lease_steps=1) as run:
+        for _ in range(3):
+            run.next_receipt()
+    with pytest.raises(Tampered, match="another history"):
+        reopen(copy)
+    reopen(path).close()
+
+
+def test_a_reader_is_not_refused_since_it_spends_nothing(tmp_path: Path) -> None:
+    path, backup = tmp_path / "ledger", tmp_path / "backup"
+    run_id = signed(path)
+    shutil.copy(path, backup)
+    spend(path, run_id, 2)
+    with Ledger.open(backup, trust=OWNER.public) as ledger:
+        assert ledger.state.runs[run_id].charged == 0
+
+
+def test_the_mark_holds_size_and_root_and_nothing_else(tmp_path: Path) -> None:
+    with make_ledger(tmp_path / "ledger") as ledger:
+        (mark,) = (state_folder() / "heads").iterdir()
+        assert mark.name == ledger.id
+        assert mark.read_text() == f"{ledger.head}\n"
+        assert mark.stat().st_mode & 0o077 == 0
+
+
+def test_a_mark_that_cannot_be_read_or_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "no folder"
+    place.write_text("a file where the folder would be")
+    monkeypatch.setenv("DPBUDGET_STATE", str(place))
+    run_id = signed(tmp_path / "ledger")
+    spend(tmp_path / "ledger", run_id, 2)
+    assert HighWater.of_user() is not None
+    assert HighWater(place).known("00" * 32) is None
+
+
+def test_a_damaged_mark_counts_as_absent(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    run_id = signed(path)
+    (mark,) = (state_folder() / "heads").iterdir()
+    for content in (b"", b"\xff\xfe", b"12:abc\n", b"0:" + b"00" * 32 + b"\n", b"x" * 4096):
+        mark.write_bytes(content)
+        reopen(path).close()
+    spend(path, run_id, 1)
+    assert mark.read_bytes().endswith(b"\n")
+    assert os.listdir(mark.parent) == [mark.name]
+
+
+def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert state_folder() == Path(os.environ["DPBUDGET_STATE"])
+    monkeypatch.delenv("DPBUDGET_STATE")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert state_folder() == tmp_path / "dpbudget"
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    assert state_folder() == Path.home() / ".local" / "state" / "dpbudget"
