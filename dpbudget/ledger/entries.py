@@ -102,7 +102,8 @@ _DIGEST, _RUN = _hex_digits(64), _hex_digits(32)
 _EPSILON = _real(0.0, 1e6, open_low=True)
 _DELTA = _real(0.0, 1.0, open_low=True, open_high=True)
 _ALLOWANCE = _real(-1e300, 1e6)
-_STEPS = MAX_STEPS * 1024  # steps of a phase times phases of a plan
+#: Steps of a phase times phases of a plan.
+MAX_STEP = MAX_STEPS * 1024
 
 _COMMON: Mapping[str, Check] = {
     "v": _integer(VERSION, VERSION),
@@ -137,18 +138,18 @@ FIELDS: Mapping[str, Mapping[str, Check]] = {
         "run": _RUN,
         "nonce": _DIGEST,
         "commitment": _DIGEST,
-        "first": _integer(0, _STEPS),
-        "count": _integer(1, _STEPS),
+        "first": _integer(0, MAX_STEP),
+        "count": _integer(1, MAX_STEP),
         "claim": _optional(_real(0.0, 1e6)),
     },
-    "reserve": {"run": _RUN, "step": _integer(0, _STEPS), "count": _integer(1, _STEPS)},
+    "reserve": {"run": _RUN, "step": _integer(0, MAX_STEP), "count": _integer(1, MAX_STEP)},
     "settle": {
         "run": _RUN,
-        "step": _integer(0, _STEPS),
+        "step": _integer(0, MAX_STEP),
         "fresh": _hex_digits(32),
         "output": _optional(_DIGEST),
     },
-    "close": {"run": _RUN, "first": _integer(0, _STEPS), "unspent": _integer(0, _STEPS)},
+    "close": {"run": _RUN, "first": _integer(0, MAX_STEP), "unspent": _integer(0, MAX_STEP)},
 }
 
 

@@ -124,7 +124,7 @@ class Machine:
         """
         for entry in entries:
             try:
-                self._apply(entry)
+                self._apply(entry.line, entry.envelope, entry)
             except Tampered as error:
                 raise Tampered(
                     f"record {self.size}: {error.message}", code=error.code, hint=error.hint or _DAMAGED
@@ -165,17 +165,16 @@ class Machine:
                     raise Tampered(f"a record repeats the {name} {value.hex()}: a cloned process repeats its noise")
                 seen.add(value)
 
-    def _apply(self, entry: Entry) -> None:
-        line = entry.line
+    def _apply(self, line: bytes, envelope: bytes | None, entry: Entry) -> None:
         record = scan(line) or read(line)
-        kind = record["type"]
-        if record["seq"] != self.size:
+        kind, size = record["type"], self.size
+        if record["seq"] != size:
             raise Tampered(f"has sequence number {record['seq']}")
         if record["prev"] != self._prev:
             raise Tampered("does not continue the chain: prev is not the leaf hash before it")
-        if (entry.envelope is not None) != (kind in ENVELOPED):
+        if (envelope is not None) != (kind in ENVELOPED):
             raise Tampered(f"{kind} with a missing or a superfluous envelope")
-        if (kind == "genesis") != (self.size == 0):
+        if (kind == "genesis") != (size == 0):
             raise Tampered(f"{kind} cannot stand here; genesis comes first and once")
         leaf = leaf_hash(line)
         _RULES[kind](self, record, entry, leaf)
@@ -184,11 +183,11 @@ class Machine:
     def _append(self, leaf: bytes) -> None:
         # Frontier.append, in place.
         carry, size, peaks = leaf, self.size, self._peaks
+        self.size = size + 1
         while size & 1:
             carry = node_hash(peaks.pop(), carry)
             size >>= 1
         peaks.append(carry)
-        self.size += 1
         self.last, self._prev = leaf, leaf.hex()
         if self.size in self._watch:
             self.roots[self.size] = Frontier(self.size, tuple(peaks)).root
