@@ -29,6 +29,7 @@ ONE_PERSON = "Owner and writer keys were made together, so both roles are one pe
 @click.option("--owner-key", metavar="FILE", help="Key that grants; PATH.owner.key is made if not given.")
 @click.option("--writer-key", metavar="FILE", help="Key that spends; PATH.writer.key is made if not given.")
 @click.option("--adjacency", type=ADJACENCY, default="add-remove", help="add-remove (default), zero-out, replace-one.")
+@click.option("--filter", "kind", default="portfolio", help="portfolio (default, tight) or rdp (adaptive).")
 @click.option("--whole-budget", is_flag=True, help="Let the first portfolio of plans use all of delta, not half.")
 @click.option("--public-data", is_flag=True, help="Declare that the data are public anyway.")
 @PASSPHRASE_FD
@@ -40,12 +41,16 @@ def command(
     owner_key: str | None,
     writer_key: str | None,
     adjacency: str,
+    kind: str,
     whole_budget: bool,
     public_data: bool,
     passphrase_fd: int | None,
     as_json: bool,
 ) -> None:
-    """Make the ledger PATH with a budget for one dataset, signed by its owner.
+    """Make the ledger PATH (a file, or postgresql://...#name) with a budget for one dataset, signed by its owner.
+
+    With the filter portfolio, plans that are signed before any of them runs are composed jointly, as tightly as is
+    known, and portfolios add up. With rdp every plan and step may be chosen after all others, by Renyi accounting.
 
     Examples:
       dpbudget ledger init budget.ledger --epsilon 3 --delta 1e-5 --whole-budget
@@ -55,6 +60,13 @@ def command(
     from dpbudget.mechanisms import Adjacency
     from dpbudget.plan import Budget
 
+    if kind not in ("portfolio", "rdp") or (kind == "rdp" and whole_budget):
+        raise InvalidParameter(
+            f"--filter {kind[:40]}{' with --whole-budget' if whole_budget else ''}: a filter is portfolio or rdp, and "
+            "rdp has no portfolios to take the whole",
+            code="DP062",
+            hint="leave --filter out unless steps are to be chosen after the outputs of others",
+        )
     budget = Budget(epsilon=epsilon, delta=delta)
     passphrases, made = read_passphrases(passphrase_fd), list[str]()
 
@@ -67,6 +79,7 @@ def command(
             adjacency=Adjacency(adjacency),
             public_data=public_data,
             whole_budget=whole_budget,
+            kind="rdp" if kind == "rdp" else "portfolio",
         )
 
     try:

@@ -5,17 +5,32 @@ from __future__ import annotations
 import click
 
 from dpbudget_cli import _output as out
-from dpbudget_cli._options import JSON
+from dpbudget_cli._options import JSON, POSITIVE
 from dpbudget_cli.main import Leaf
 
 
 @click.command("verify", cls=Leaf)
 @click.argument("path")
 @click.option("--trust", metavar="KEY", help="The owner's public key: a .pub file or 64 hexadecimal digits.")
-@click.option("--expect-head", metavar="SIZE:ROOT", help="A head seen before, which must be part of this history.")
+@click.option(
+    "--expect-head",
+    multiple=True,
+    metavar="HEAD",
+    help="A head seen before, SIZE:ROOT or a checkpoint file, which must be part of this history. May be repeated.",
+)
+@click.option("--all-heads", is_flag=True, help="Check every head that the store kept, not the newest alone.")
+@click.option("--time-limit", type=POSITIVE, metavar="SECONDS", help="Give up after this; 6 without a trusted key.")
 @JSON
 @click.pass_context
-def command(ctx: click.Context, path: str, trust: str | None, expect_head: str | None, as_json: bool) -> None:
+def command(
+    ctx: click.Context,
+    path: str,
+    trust: str | None,
+    expect_head: tuple[str, ...],
+    all_heads: bool,
+    time_limit: float | None,
+    as_json: bool,
+) -> None:
     """Replay every record of a ledger or an export and recompute its epsilon with two accountants.
 
     Reads only. Exits with 0 if everything holds, 1 if something does not, 5 if it is valid but --expect-head is not
@@ -28,7 +43,13 @@ def command(ctx: click.Context, path: str, trust: str | None, expect_head: str |
     from dpbudget._verify import verify
     from dpbudget.ledger.keys import load_public_key
 
-    report = verify(path, trust=None if trust is None else load_public_key(trust), expect_head=expect_head)
+    report = verify(
+        path,
+        trust=None if trust is None else load_public_key(trust),
+        expect_head=expect_head,
+        all_heads=all_heads,
+        time_limit=time_limit,
+    )
     if as_json:
         out.emit_json(report.to_json())
     else:

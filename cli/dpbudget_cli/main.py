@@ -133,8 +133,8 @@ app = Root(
         "calibrate": (_leaf("calibrate"), "The smallest noise (or the most steps) for a budget."),
         "epsilon": (_leaf("epsilon"), "The epsilon of a schedule at a delta."),
         "delta": (_leaf("delta"), "The delta of a schedule at an epsilon."),
-        "key": ("dpbudget_cli.main:key", "Make and show signing keys."),
-        "ledger": ("dpbudget_cli.main:ledger", "Grant a budget; show, export and verify its ledger."),
+        "key": ("dpbudget_cli.main:key", "Make, show and rotate signing keys."),
+        "ledger": ("dpbudget_cli.main:ledger", "Grant a budget; show, export, prove and verify its ledger."),
         "plan": ("dpbudget_cli.main:plan", "Sign a training plan into a ledger."),
         "train": (_leaf("train"), "Train a model on a file under a signed plan."),
         "verify": (_leaf("ledger_verify"), "Check a ledger and recompute its epsilon (same as ledger verify)."),
@@ -145,12 +145,13 @@ app = Root(
 key = LazyGroup(
     "key",
     context_settings=_CONTEXT,
-    help="Make and show signing keys. The owner's key grants budget, the writer's key spends it.\n\n"
+    help="Make, show and rotate signing keys. The owner's key grants budget, the writer's key spends it.\n\n"
     "\b\nExamples:\n  dpbudget key new owner.key\n  dpbudget key show owner.key",
     epilog=EXIT_CODES,
     lazy={
         "new": (_leaf("key_new"), "Make a new Ed25519 key file."),
         "show": (_leaf("key_show"), "Show the public half of a key."),
+        "rotate": (_leaf("key_rotate"), "Hand a role of a ledger to a new key."),
     },
 )
 
@@ -163,9 +164,16 @@ ledger = LazyGroup(
     epilog=EXIT_CODES,
     lazy={
         "init": (_leaf("ledger_init"), "Make a ledger for one dataset."),
+        "grant": ("dpbudget_cli.ledger_grant:grant", "Raise the total."),
+        "lower": ("dpbudget_cli.ledger_grant:lower", "Take back what is not in use."),
         "show": (_leaf("ledger_show"), "What was granted, planned and spent."),
+        "plans": ("dpbudget_cli.ledger_runs:plans", "The signed plans."),
+        "runs": ("dpbudget_cli.ledger_runs:runs", "What became of every plan."),
+        "note": (_leaf("ledger_note"), "Record that something happened."),
         "verify": (_leaf("ledger_verify"), "Check every record and recompute epsilon."),
+        "head": (_leaf("ledger_head"), "The signed head, to keep elsewhere."),
         "export": (_leaf("ledger_export"), "Write the ledger as JSON lines."),
+        "import": (_leaf("ledger_import"), "Make a ledger from an export."),
     },
 )
 

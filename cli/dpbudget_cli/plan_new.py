@@ -79,6 +79,8 @@ def _plan(question: Question, ledger: Ledger) -> Plan:
 
     values, state = question.values, ledger.state
     refuse_together(values, "epsilon", "noise_multiplier")
+    if not state.portfolios:
+        return _adaptive_plan(question, ledger)
     newest = state.portfolios[-1]
     room = out.floor_float(state.remaining_epsilon if newest.frozen else state.room_for(newest))
     if room <= 0.0 or ledger.plan_delta <= 0.0:
@@ -100,6 +102,30 @@ def _plan(question: Question, ledger: Ledger) -> Plan:
     _refuse_crumbs(beside, room, ledger.plan_delta)
     question.note("epsilon", room, "all that is left of the budget; pass --epsilon to leave some")
     return calibrate(epsilon=room, beside=beside, **facts)
+
+
+def _adaptive_plan(question: Question, ledger: Ledger) -> Plan:
+    """A plan for an rdp ledger: what it claims for itself is asked for, and the ledger has no share to propose."""
+    from dpbudget._calibrate import calibrate, plan_for
+    from dpbudget_cli._question import ask_schedule
+
+    values = question.values
+    values["adjacency"] = str(ledger.state.genesis.adjacency)
+    question.note("delta", ledger.plan_delta, "the total of the ledger")
+    question.need("dataset_size")
+    ask_schedule(question)
+    question.need("clip_norm", "max_parameters")
+    facts = question.pick("sample_rate", "batch_size", "steps", "epochs", "dataset_size", "delta")
+    facts |= question.pick("clip_norm", "adjacency", "accountant", "max_parameters")
+    if question.has("noise_multiplier"):
+        return plan_for(noise_multiplier=values["noise_multiplier"], **facts)
+    if question.has("epsilon"):
+        return calibrate(epsilon=values["epsilon"], **facts)
+    raise InvalidParameter(
+        "a plan for a ledger with the filter rdp needs its noise or its own epsilon",
+        code="DP064",
+        hint="pass --noise-multiplier S, or --epsilon E for what the plan alone may cost",
+    )
 
 
 def _refuse_crumbs(beside: tuple[Plan, ...], room: float, delta: float) -> None:

@@ -169,6 +169,40 @@ class Ledger:
         return cls(Journal(store, writer, state, head, high_water=marks), filter)
 
     @classmethod
+    def import_export(
+        cls,
+        source: str | os.PathLike[str],
+        path: str | os.PathLike[str],
+        *,
+        writer: Signer,
+        trust: PublicKey,
+        filter: SpendingFilter | None = None,
+        high_water: HighWater | bool = True,
+    ) -> Ledger:
+        """A new ledger with the records of another one or of its export, and a note that tells both apart.
+
+        Only one of the two may spend from then on: a second one is a fork, which nothing but a kept head shows.
+
+        Raises:
+            Tampered: the source breaks a rule, has another owner, or is older than this machine has seen (DP079).
+            InvalidParameter: the target exists (DP074), or ``writer`` is not the writer (DP080).
+        """
+        with reading_at(source) as reading:
+            snapshot = Snapshot.of(reading)
+        marks = _marks(high_water)
+        state, _ = replay_store(MemoryStore(snapshot), trust, high_water=marks)
+        check_writer(state, writer)
+        store = create_store(path)
+        try:
+            with store.transaction() as transaction:
+                transaction.append(snapshot.entries, snapshot.note or b"", size=state.size, keep=True)
+            ledger = cls.open(path, writer=writer, filter=filter, trust=trust, high_water=marks or False)
+        finally:
+            store.close()
+        ledger.note("imported")
+        return ledger
+
+    @classmethod
     def replace_writer(
         cls,
         path: str | os.PathLike[str],

@@ -243,6 +243,12 @@ def test_every_example_of_every_help_page_runs(run_cli: Cli, folder: Path, words
     if words in {("key", "new"), ("ledger", "init")}:
         for name in folder.glob("*"):
             name.unlink()
+    if words == ("ledger", "lower"):
+        assert run_cli("ledger", "grant", "budget.ledger", "--epsilon", "9").code == 0
+    if words == ("ledger", "import"):
+        shutil.copy("budget.ledger.writer.key", "writer.key")
+        shutil.copy("budget.ledger.owner.key.pub", "owner.key.pub")
+        assert run_cli("ledger", "export", "budget.ledger", "budget.jsonl").code == 0
     answer = run_cli(*shlex.split(line)[1:])
     assert answer.code == 0, answer.err
 

@@ -1,0 +1,136 @@
+"""Budgets that change, keys that rotate, notes, heads and moved ledgers, by commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpbudget.ledger.keys import load_public_key
+
+Cli = Callable[..., Any]
+Seen = Callable[[Path], dict[str, tuple[int, str]]]
+LEDGER = "budget.ledger"
+SMALL = ("--dataset-size", "100", "--batch-size", "20", "--steps", "20", "--max-parameters", "5000")
+
+
+def test_a_grant_raises_the_total_and_verify_goes_on(run_cli: Cli, folder: Path) -> None:
+    answer = run_cli("ledger", "grant", LEDGER, "--epsilon", "5", "--json").json
+    assert (answer["epsilon"], answer["delta"]) == (5.0, 1e-5)
+    assert answer["before"] == {"epsilon": 3.0, "delta": 1e-5}
+    assert answer["left"]["epsilon"] == 2.0  # the whole-budget portfolio took 3
+    assert run_cli("ledger", "show", LEDGER, "--json").json["budget"]["epsilon"] == 5.0
+    report = run_cli("verify", LEDGER, "--trust", f"{LEDGER}.owner.key.pub", "--json").json
+    assert (report["ok"], report["budget"]["epsilon"]) == (True, 5.0)
+
+
+def test_grant_does_not_lower_and_lower_does_not_grant(run_cli: Cli, folder: Path, seen: Seen) -> None:
+    before = seen(folder)
+    for command, epsilon in (("grant", "2"), ("lower", "4"), ("grant", "3"), ("lower", "3"), ("lower", "2.5")):
+        answer = run_cli("ledger", command, LEDGER, "--epsilon", epsilon)
+        assert answer.code == 2, (command, epsilon)
+        assert "Fix:" in answer.err
+    assert run_cli("ledger", "lower", LEDGER).code == 2
+    assert seen(folder) == before
+
+
+def test_only_the_owner_grants(run_cli: Cli, folder: Path) -> None:
+    answer = run_cli("ledger", "grant", LEDGER, "--epsilon", "5", "--owner-key", f"{LEDGER}.writer.key")
+    assert (answer.code, "DP080" in answer.err) == (2, True)
+
+
+def test_a_rotated_writer_replaces_the_old_one(run_cli: Cli, folder: Path) -> None:
+    answer = run_cli("key", "rotate", "writer", LEDGER, "--new-key", "writer2.key", "--json").json
+    assert answer["new"] == load_public_key("writer2.key.pub").hex
+    refused = run_cli("plan", "new", "--ledger", LEDGER, *SMALL, "--epsilon", "1")
+    assert (refused.code, "DP080" in refused.err) == (2, True)
+    plan = run_cli("plan", "new", "--ledger", LEDGER, *SMALL, "--epsilon", "1", "--writer-key", "writer2.key")
+    assert plan.code == 0, plan.err
+    assert run_cli("verify", LEDGER, "--trust", f"{LEDGER}.owner.key.pub", "--all-heads").code == 0
+
+
+def test_a_lost_writer_is_replaced_by_the_owner(run_cli: Cli, folder: Path) -> None:
+    (folder / f"{LEDGER}.writer.key").unlink()
+    assert run_cli("key", "rotate", "writer", LEDGER, "--new-key", "w.key").code == 4
+    assert run_cli("key", "rotate", "writer", LEDGER, "--new-key", "w.key", "--lost").code == 0
+    assert run_cli("ledger", "note", LEDGER, "incident", "--writer-key", "w.key").code == 0
+
+
+def test_a_rotated_owner_is_a_root_of_trust_like_the_first(run_cli: Cli, folder: Path) -> None:
+    assert run_cli("key", "rotate", "owner", LEDGER, "--new-key", "owner2.key").code == 0
+    for trust, code in ((f"{LEDGER}.owner.key.pub", 0), ("owner2.key.pub", 0), ("owner.key.pub", 1)):
+        assert run_cli("verify", LEDGER, "--trust", trust).code == code
+    assert run_cli("ledger", "grant", LEDGER, "--epsilon", "5").code == 2
+    assert run_cli("ledger", "grant", LEDGER, "--epsilon", "5", "--owner-key", "owner2.key").code == 0
+
+
+@pytest.mark.parametrize("line", ["rotate auditor b --new-key n", "rotate owner b --new-key n --lost"])
+def test_a_role_that_cannot_be_rotated_is_refused_before_a_key_is_made(run_cli: Cli, folder: Path, line: str) -> None:
+    answer = run_cli("key", *line.split())
+    assert (answer.code, "DP080" in answer.err) == (2, True)
+    assert not (folder / "n").exists()
+
+
+def test_a_note_is_a_word_of_the_list(run_cli: Cli, folder: Path) -> None:
+    assert run_cli("ledger", "note", LEDGER, "published").code == 0
+    answer = run_cli("ledger", "note", LEDGER, "accuracy was 93 %")
+    assert (answer.code, "DP082" in answer.err, "published" in answer.err) == (2, True, True)
+
+
+def test_a_head_is_shown_kept_and_demanded_later(run_cli: Cli, folder: Path) -> None:
+    head = run_cli("ledger", "head", LEDGER, "--output", "head.txt", "--json").json
+    assert (folder / "head.txt").read_text(encoding="utf-8") == head["note"]
+    assert head["head"] == f"{head['size']}:{head['root']}"
+    assert head["writer_key"].startswith("dpbudget.ledger/")
+    assert run_cli("ledger", "head", LEDGER, "--output", "head.txt").code == 2
+    assert run_cli("ledger", "note", LEDGER, "checked").code == 0
+    report = run_cli("verify", LEDGER, "--expect-head", head["head"], "--json").json
+    assert (report["anchored"], report["anchors"]) == (True, [head["head"]])
+    wrong = f"{head['size']}:{'0' * 64}"
+    assert run_cli("verify", LEDGER, "--expect-head", head["head"], "--expect-head", wrong).code == 5
+
+
+def test_an_exported_ledger_moves_and_the_old_copy_may_not_spend_here(run_cli: Cli, folder: Path) -> None:
+    assert run_cli("ledger", "export", LEDGER, "b.jsonl").code == 0
+    keys = ("--writer-key", f"{LEDGER}.writer.key", "--trust", f"{LEDGER}.owner.key.pub")
+    answer = run_cli("ledger", "import", "b.jsonl", "moved.ledger", *keys)
+    assert (answer.code, "retire the other" in answer.err) == (0, True)
+    assert run_cli("verify", "moved.ledger", "--trust", f"{LEDGER}.owner.key.pub").code == 0
+    refused = run_cli("ledger", "note", LEDGER, "checked")
+    assert (refused.code, "DP079" in refused.err) == (1, True)
+    assert run_cli("ledger", "import", "b.jsonl", "moved.ledger", *keys).code != 0
+
+
+def test_plans_and_runs_are_listed(run_cli: Cli, folder: Path) -> None:
+    (plan,) = run_cli("ledger", "plans", LEDGER, "--json").json["plans"]
+    (run,) = run_cli("ledger", "runs", LEDGER, "--json").json["runs"]
+    assert run == {"run": plan["run"], "planned": 20, "charged": 0, "released": 0, "left": 20, "open_leases": 0}
+    assert "planned" in run_cli("ledger", "runs", LEDGER).out
+
+
+def test_an_rdp_ledger_is_made_planned_and_verified(run_cli: Cli, empty: Path) -> None:
+    init = ("ledger", "init", "a.ledger", "--epsilon", "6", "--delta", "1e-5", "--filter", "rdp")
+    assert run_cli(*init, "--whole-budget").code == 2
+    assert run_cli("ledger", "init", "a.ledger", "--epsilon", "6", "--delta", "1e-5", "--filter", "gdp").code == 2
+    assert run_cli(*init).code == 0
+    plan = ("plan", "new", "--ledger", "a.ledger", *SMALL)
+    assert run_cli(*plan).code == 2
+    assert run_cli(*plan, "--noise-multiplier", "3").code == 0
+    refused = run_cli(*plan, "--noise-multiplier", "0.8")
+    assert (refused.code, "no Renyi order has room" in refused.err) == (3, True)
+    report = run_cli("verify", "a.ledger", "--trust", "a.ledger.owner.key.pub", "--json").json
+    assert (report["ok"], report["filter"]) == (True, "rdp")
+    assert run_cli("ledger", "show", "a.ledger").code == 0
+    assert run_cli("ledger", "grant", "a.ledger", "--epsilon", "7").code == 0
+
+
+def test_a_plan_that_does_not_fit_is_told_what_would(run_cli: Cli, folder: Path) -> None:
+    plan = ("plan", "new", "--ledger", LEDGER, *SMALL)
+    refused = run_cli(*plan, "--epsilon", "4")
+    assert refused.code == 3
+    hint = refused.err.split("what fits: ")[1]
+    steps, noise = hint.split("at most ")[1].split()[0], hint.split("multiplier of at least ")[1].split(";")[0]
+    assert 1 <= int(steps) < 20
+    assert run_cli(*plan, "--noise-multiplier", noise.split()[0].rstrip(".;,")).code == 0
