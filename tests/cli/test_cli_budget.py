@@ -134,3 +134,33 @@ def test_a_plan_that_does_not_fit_is_told_what_would(run_cli: Cli, folder: Path)
     steps, noise = hint.split("at most ")[1].split()[0], hint.split("multiplier of at least ")[1].split(";")[0]
     assert 1 <= int(steps) < 20
     assert run_cli(*plan, "--noise-multiplier", noise.split()[0].rstrip(".;,")).code == 0
+
+
+def test_an_auditor_signs_the_verdict_and_anybody_reads_it_again(run_cli: Cli, folder: Path) -> None:
+    assert run_cli("key", "new", "auditor.key").code == 0
+    head = run_cli("ledger", "head", LEDGER, "--json").json["head"]
+    attest = ("ledger", "attest", LEDGER, "r.dsse", "--trust", f"{LEDGER}.owner.key.pub", "--key", "auditor.key")
+    assert run_cli(*attest).code == 0
+    assert run_cli(*attest).code == 2  # nothing is overwritten
+    report = run_cli("verify", "r.dsse", "--trust", "auditor.key.pub", "--json").json
+    assert (report["ok"], report["head"], report["budget"]["epsilon"]) == (True, head, 3.0)
+    assert run_cli("verify", "r.dsse").code == 2
+    assert run_cli("verify", "r.dsse", "--trust", "owner.key.pub").code == 1
+    assert run_cli("verify", "r.dsse", "--trust", "auditor.key.pub", "--expect-head", head).code == 0
+    assert run_cli("verify", "r.dsse", "--trust", "auditor.key.pub", "--expect-head", "1:" + "0" * 64).code == 5
+    data = bytearray((folder / "r.dsse").read_bytes())
+    for at in range(11, len(data), 97):
+        changed = data.copy()
+        changed[at] ^= 1
+        (folder / "changed.dsse").write_bytes(changed)
+        assert run_cli("verify", "changed.dsse", "--trust", "auditor.key.pub").code in (1, 4)
+
+
+def test_a_ledger_that_does_not_hold_is_not_attested(run_cli: Cli, folder: Path) -> None:
+    attest = ("ledger", "attest", LEDGER, "r.dsse", "--key", "owner.key")
+    answer = run_cli(*attest, "--trust", "owner.key.pub")
+    assert (answer.code, "does not hold" in answer.err) == (1, True)
+    head = run_cli("ledger", "head", LEDGER, "--json").json["head"]
+    wrong = f"{head.split(':')[0]}:{'0' * 64}"
+    assert run_cli(*attest, "--trust", f"{LEDGER}.owner.key.pub", "--expect-head", wrong).code == 1
+    assert not (folder / "r.dsse").exists()
