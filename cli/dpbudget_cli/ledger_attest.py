@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
 from dpbudget.curve import round_up, show_delta
-from dpbudget.errors import InvalidParameter, Tampered, Unreadable
+from dpbudget.errors import Tampered
 from dpbudget_cli import _output as out
+from dpbudget_cli._files import write_new
 from dpbudget_cli._keys import PASSPHRASE_FD, load_signer, read_passphrases
 from dpbudget_cli._options import JSON
 from dpbudget_cli.main import Leaf
@@ -53,14 +52,7 @@ def command(
             f"the ledger does not hold: {report.problems[0]}", hint=f"see all of it: dpbudget ledger verify {path}"
         )
     data = attest(report, signer)
-    try:
-        descriptor = os.open(target, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o644)
-    except FileExistsError:
-        raise InvalidParameter(f"{target} exists", code="DP074", hint="choose another path") from None
-    except OSError as error:
-        raise Unreadable(f"cannot create {target}: {error.strerror}", hint="make the folder first") from None
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
+    write_new(target, data)
     if as_json:
         out.emit_json({"attestation": target, "head": report.head, "signed_by": signer.public.hex})
         return

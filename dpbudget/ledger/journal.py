@@ -49,7 +49,10 @@ class Draft:
     def add(self, kind: str, *, seal: Callable[[bytes], bytes] | None = None, **fields: Any) -> None:
         """Append one record; ``seal`` makes its envelope from its line."""
         line = build(kind, seq=self._machine.size, prev=self._machine.last, **fields)
-        entry = Entry(line, seal(line) if seal else None)
+        self.put(Entry(line, seal(line) if seal else None), kind)
+
+    def put(self, entry: Entry, kind: str) -> None:
+        """Append a record of this kind that was made elsewhere, by an owner for example."""
         self._machine.feed((entry,))
         self._state = None
         self.entries.append(entry)

@@ -164,3 +164,25 @@ def test_a_ledger_that_does_not_hold_is_not_attested(run_cli: Cli, folder: Path)
     wrong = f"{head.split(':')[0]}:{'0' * 64}"
     assert run_cli(*attest, "--trust", f"{LEDGER}.owner.key.pub", "--expect-head", wrong).code == 1
     assert not (folder / "r.dsse").exists()
+
+
+def test_an_owner_elsewhere_signs_a_plan_and_new_totals(run_cli: Cli, folder: Path) -> None:
+    owner = folder / f"{LEDGER}.owner.key"
+    owner.rename(folder / "safe.key")
+    assert run_cli("plan", "new", "--ledger", LEDGER, *SMALL, "--epsilon", "1").code == 2  # another owner.key
+    asked = run_cli("plan", "new", "--ledger", LEDGER, *SMALL, "--epsilon", "1", "--request", "p.req", "--json").json
+    shown = run_cli("key", "sign", "p.req", "p.signed", "--owner-key", "safe.key", "--json").json
+    assert (shown["wishes"][0]["wish"], shown["wishes"][0]["run"]) == ("a plan", asked["run"])
+    assert run_cli("ledger", "apply", LEDGER, "p.signed", "--json").json["run"] == asked["run"]
+    assert run_cli("ledger", "grant", LEDGER, "--epsilon", "5", "--request", "g.req").code == 0
+    assert run_cli("ledger", "apply", LEDGER, "g.req").code == 1
+    assert run_cli("key", "sign", "g.req", "g.signed", "--owner-key", "safe.key").code == 0
+    assert run_cli("ledger", "apply", LEDGER, "g.signed", "--json").json["epsilon"] == 5.0
+    assert run_cli("ledger", "apply", LEDGER, "g.signed").code == 2
+
+
+def test_what_is_no_request_is_not_signed(run_cli: Cli, folder: Path) -> None:
+    for name in ("train.csv", LEDGER, "owner.key", "missing"):
+        answer = run_cli("key", "sign", name, "x.signed", "--owner-key", "owner.key")
+        assert answer.code in (1, 4), name
+    assert not (folder / "x.signed").exists()
