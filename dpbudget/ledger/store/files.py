@@ -69,9 +69,21 @@ def create_private(path: Path) -> None:
     sync_folder(path.parent)
 
 
+def open_folder(folder: Path) -> int:
+    """A descriptor through which the names in ``folder`` can be synced.
+
+    Raises:
+        Unreadable: it cannot be opened (DP070).
+    """
+    try:
+        return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Unreadable(f"{folder}: {error.strerror}", hint="a ledger's folder must be readable") from None
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = open_folder(folder)
     try:
         os.fsync(descriptor)
     finally:
