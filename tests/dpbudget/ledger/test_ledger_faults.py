@@ -138,7 +138,8 @@ def refuse_repeated_sync(events: list[Event], number: int) -> None:
 def check_failure(outcome: Outcome, place: Place, before: int) -> None:
     """Everything from the failure on is refused without another call, and nothing more was released."""
     assert outcome.signal == 0
-    assert [name for name, _, _ in outcome.failures] == ["step", "step", "step", "close"]
+    # A run that never got a lease has nothing to write at its close.
+    assert [name for name, _, _ in outcome.failures] == ["step"] * 3 + ["close"] * (before > 0)
     assert {code for _, code, _ in outcome.failures} == {"DP075"}
     assert len({calls for _, _, calls in outcome.failures}) == 1
     assert place.released() == list(range(before))
