@@ -36,9 +36,8 @@ def open_ledger(location: str) -> Spendable:
 @pytest.mark.parametrize(
     ("asked", "planned", "lease_steps"),
     [
-        (60, 240, 1),
         (60, 480, 5),
-        pytest.param(500, 2000, 1, marks=pytest.mark.slow),
+        (500, 2000, 1),
         pytest.param(500, 4000, 1, marks=pytest.mark.slow),
     ],
 )

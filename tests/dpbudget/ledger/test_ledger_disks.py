@@ -20,6 +20,7 @@ from dpbudget.errors import DPBudgetError, StorageFailed
 from dpbudget.ledger.ledger import Ledger
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
+from dpbudget.ledger.store.sqlite import SqliteStore, _SqliteTransaction
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 PLANNED = 3000
@@ -213,8 +214,9 @@ def swap_for_copy(path: Path) -> None:
 
 def rename_and_begin_anew(path: Path) -> None:
     """The file moves away and another ledger takes its name."""
+    make_ledger(path.with_name("new")).close()
     path.rename(path.with_name("moved"))
-    make_ledger(path).close()
+    path.with_name("new").rename(path)
 
 
 def charged_in(folder: Path) -> int:
@@ -226,20 +228,24 @@ def charged_in(folder: Path) -> int:
 SWAPS = [swap_for_copy, rename_and_begin_anew]
 
 
+@pytest.mark.parametrize("moment", ["_begin", "append"])
 @pytest.mark.parametrize("swap", SWAPS)
 def test_a_file_that_is_swapped_inside_a_transaction_takes_no_spend(
-    tmp_path: Path, swap: Callable[[Path], None]
+    tmp_path: Path, swap: Callable[[Path], None], moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Right after the lock was taken, and right before the commit, when SQLite itself looks no more."""
     path = tmp_path / "ledger"
     ledger, run = started(path)
     run.next_receipt()
-    begin = ledger._journal.store._begin  # type: ignore[attr-defined]
+    place = SqliteStore if moment == "_begin" else _SqliteTransaction
+    act = getattr(place, moment)
 
-    def begin_and_swap() -> None:
-        begin()
+    def act_and_swap(*args: Any, **options: Any) -> None:
+        act(*args, **options)
+        monkeypatch.undo()  # the new file is made without being swapped
         swap(path)
 
-    ledger._journal.store._begin = begin_and_swap  # type: ignore[attr-defined]
+    monkeypatch.setattr(place, moment, act_and_swap)
     assert spend_until_it_fails(run) == []
     ledger._journal.close()
     assert charged_in(tmp_path) == 1
