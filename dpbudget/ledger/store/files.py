@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from dpbudget.errors import InvalidParameter, Unreadable
+from dpbudget.errors import InvalidParameter, StorageFailed, Unreadable
 
 #: File systems whose locks or syncs do not hold across machines.
 # fmt: off
@@ -55,6 +55,7 @@ def create_private(path: Path) -> None:
     Raises:
         InvalidParameter: something of this name exists (DP074).
         Unreadable: the folder is missing or not writable (DP070).
+        StorageFailed: a sync failed (DP075); an empty file is left.
     """
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o600)
@@ -64,9 +65,15 @@ def create_private(path: Path) -> None:
         ) from None
     except OSError as error:
         raise Unreadable(f"cannot create {path}: {error.strerror}", hint="make the folder first") from None
-    os.fsync(descriptor)
-    os.close(descriptor)
-    sync_folder(path.parent)
+    try:
+        os.fsync(descriptor)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise StorageFailed(
+            f"cannot make {path} durable: {error.strerror}", hint="see to the disk and remove the empty file"
+        ) from error
+    finally:
+        os.close(descriptor)
 
 
 def open_folder(folder: Path) -> int:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ledgerkit import reopen
+from ledgerkit import OWNER, make_ledger, make_plan, reopen
 
 from dpbudget.errors import DPBudgetError, StorageFailed
 from dpbudget.ledger.run import Run
@@ -56,8 +56,12 @@ class Spender:
 
     def work(self) -> None:
         job = self.job
-        if job.get("arm") == "open":
+        if job.get("arm") in ("open", "create"):
             self.arm()
+        if job.get("arm") == "create":
+            with make_ledger(Path(job["path"])) as ledger:
+                ledger.sign_plan(make_plan(4), owner=OWNER)
+            return
         ledger = reopen(job["path"])
         if job.get("unsynced"):
             ledger._journal.store._connection.execute("PRAGMA synchronous=OFF")  # type: ignore[attr-defined]
