@@ -36,11 +36,12 @@ _LEAVE_WAL = 'close what has it open, then run: sqlite3 LEDGER "PRAGMA journal_m
 _live: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
 
 
-def _close_in_owner(connection: sqlite3.Connection, pid: int) -> None:
+def _close_in_owner(connection: sqlite3.Connection, folder: int, pid: int) -> None:
     # In a forked child, closing could roll back a transaction that the parent is in.
     if os.getpid() == pid:
         with suppress(sqlite3.Error):
             connection.close()
+        os.close(folder)
 
 
 class SqliteStore:
@@ -58,9 +59,15 @@ class SqliteStore:
         self._identity = identity
         self._lock = threading.RLock()
         self._poison: str | None = None
+        try:
+            # Open from the start: see _sync_folder().
+            self._folder = files.open_folder(path.parent)
+        except Unreadable:
+            connection.close()
+            raise
         # A ledger that nobody closed: every commit was synced, so this only spares the warning of Python 3.13. The
         # finalizer holds the connection, which therefore outlives the store in any order of collection.
-        self._close = weakref.finalize(self, _close_in_owner, connection, os.getpid())
+        self._close = weakref.finalize(self, _close_in_owner, connection, self._folder, os.getpid())
         _live.add(self)
 
     @classmethod
@@ -117,9 +124,12 @@ class SqliteStore:
             try:
                 # Inside, so that an interrupt right after BEGIN gives the lock back.
                 self._begin()
-                yield _SqliteTransaction(self._connection)
+                transaction = _SqliteTransaction(self._connection)
+                yield transaction
                 self._check_in_place()
                 self._commit()
+                if transaction.wrote:
+                    self._sync_folder()
                 self._check_in_place()
             except StorageFailed:
                 self._roll_back()
@@ -174,6 +184,12 @@ class SqliteStore:
     def _commit(self) -> None:
         self._connection.execute("COMMIT")
 
+    def _sync_folder(self) -> None:
+        # SQLite syncs the folder after it made the journal and ignores whether that worked; it opens the folder anew
+        # each time, so no later sync of its own hears of it. A descriptor that was open all the while does: Linux
+        # reports a failed write-back once to each.
+        os.fsync(self._folder)
+
     def _roll_back(self) -> None:
         with suppress(sqlite3.Error):
             if self._connection.in_transaction:
@@ -201,6 +217,7 @@ class SqliteStore:
 class _SqliteTransaction:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
+        self.wrote = False
 
     def read(self, start: int) -> Iterator[Entry]:
         return _read_entries(self._connection, start)
@@ -210,6 +227,7 @@ class _SqliteTransaction:
         return None if row is None else _blob(row[0])
 
     def append(self, entries: Sequence[Entry], note: bytes, *, size: int, keep: bool) -> None:
+        self.wrote = True
         first = size - len(entries)
         rows = [(first + index, entry.line, entry.envelope) for index, entry in enumerate(entries)]
         self._connection.executemany("INSERT INTO record (seq, line, envelope) VALUES (?, ?, ?)", rows)
