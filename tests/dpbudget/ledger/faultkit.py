@@ -158,7 +158,7 @@ class Place:
         assert len(steps) <= charged, f"{len(steps)} steps released, {charged} charged"
         assert charged <= len(steps) + waste
         assert all(step < charged for step in steps)
-        with reopen(self.path) as ledger:
+        with reopen(self.path, high_water=False) as ledger:
             step = ledger.start(self.run_id, lease_steps=1).next_receipt().step
         assert step == charged
         assert self.charged() == charged + 1

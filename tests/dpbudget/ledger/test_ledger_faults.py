@@ -221,7 +221,7 @@ def test_a_fault_while_a_ledger_is_made_leaves_a_whole_one_or_none(zygote: Zygot
         outcome = zygote.run(**place.job, arm="create", number=number, mode=mode, error=errno.EIO)
         assert died(outcome) or outcome.code == ("DP070" if number == 1 else "DP075")
         try:
-            with reopen(place.path) as ledger:
+            with reopen(place.path, high_water=False) as ledger:
                 found.add((ledger.state.size, len(ledger.state.runs)))
         except DPBudgetError as error:
             found.add((error.code, 0))
@@ -286,7 +286,7 @@ def power_cuts(zygote: Zygote, place: Place, chances: int, **job: object) -> Ite
             chance = random.Random(number * 1000 + seed) if seed > 1 else None
             disk.cut(image, chance, all_kept=seed == 1)
             try:
-                with reopen(image / "ledger") as ledger:
+                with reopen(image / "ledger", high_water=False) as ledger:
                     yield released, ledger.state.runs[place.run_id].charged
             except DPBudgetError:
                 yield released, None

@@ -62,7 +62,7 @@ class Spender:
             with make_ledger(Path(job["path"])) as ledger:
                 ledger.sign_plan(make_plan(4), owner=OWNER)
             return
-        ledger = reopen(job["path"])
+        ledger = reopen(job["path"], high_water=False)  # trials restore the same copy
         if job.get("unsynced"):
             ledger._journal.store._connection.execute("PRAGMA synchronous=OFF")  # type: ignore[attr-defined]
         run = ledger.start(job["run"], lease_steps=job.get("lease_steps", 1))
