@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from typing import Any
 from dpbudget.errors import StorageFailed, Tampered, Unreadable
 from dpbudget.ledger.entries import Entry
 from dpbudget.ledger.store import files
+from dpbudget.ledger.store.bound import BoundStore, live_stores
 
 #: "dpbl", so that file(1) and a reader can tell a ledger from any other database.
 APPLICATION_ID = 0x6470626C
@@ -33,7 +33,6 @@ _SUPER_JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
 #: file could otherwise name the same bytes a million times.
 _MAX_VALUE_BYTES, MAX_TOTAL_BYTES = 2 << 20, 1 << 30
 _LEAVE_WAL = 'close what has it open, then run: sqlite3 LEDGER "PRAGMA journal_mode=DELETE"'
-_live: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
 
 
 def _close_in_owner(connection: sqlite3.Connection, folder: int, pid: int) -> None:
@@ -44,7 +43,7 @@ def _close_in_owner(connection: sqlite3.Connection, folder: int, pid: int) -> No
         os.close(folder)
 
 
-class SqliteStore:
+class SqliteStore(BoundStore):
     """An open ledger file for reading and writing; use :meth:`create` or :meth:`open`.
 
     Every failure of a write or a sync, and a file that was renamed or replaced, poisons the handle: from then on
@@ -54,11 +53,10 @@ class SqliteStore:
     durable = True
 
     def __init__(self, path: Path, connection: sqlite3.Connection, identity: tuple[int, int]) -> None:
+        super().__init__(str(path))
         self.path = path
         self._connection = connection
         self._identity = identity
-        self._lock = threading.RLock()
-        self._poison: str | None = None
         try:
             # Open from the start: see _sync_folder().
             self._folder = files.open_folder(path.parent)
@@ -68,7 +66,6 @@ class SqliteStore:
         # A ledger that nobody closed: every commit was synced, so this only spares the warning of Python 3.13. The
         # finalizer holds the connection, which therefore outlives the store in any order of collection.
         self._close = weakref.finalize(self, _close_in_owner, connection, self._folder, os.getpid())
-        _live.add(self)
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], *, busy_seconds: float = 30.0) -> SqliteStore:
@@ -194,12 +191,6 @@ class SqliteStore:
         with suppress(sqlite3.Error):
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
-
-    def _check_alive(self) -> None:
-        if self._poison is not None:
-            raise StorageFailed(
-                f"the ledger {self.path} refuses to go on: {self._poison}", hint="open the ledger in a new process"
-            )
 
     def _check_in_place(self) -> None:
         # A spend in a file that nobody will open again would be a spend that nobody counts.
@@ -349,7 +340,8 @@ def live_store(identity: tuple[int, int]) -> SqliteStore | None:
 
     Closing any other descriptor of the file would drop its POSIX locks, so a reader in the same process asks the store.
     """
-    return next((s for s in list(_live) if s._identity == identity and s._poison is None), None)
+    stores = (store for store in live_stores() if isinstance(store, SqliteStore))
+    return next((store for store in stores if store._identity == identity), None)
 
 
 def journal_of(path: Path) -> Path:
@@ -389,25 +381,3 @@ def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
             hint=_LEAVE_WAL if mode == "wal" else "",
         )
     return connection
-
-
-def _lock_before_fork() -> None:
-    # No transaction may be open in the child: closing its copy would roll back the parent's journal.
-    for store in list(_live):
-        store._lock.acquire()
-
-
-def _unlock_after_fork() -> None:
-    for store in list(_live):
-        with suppress(RuntimeError):
-            store._lock.release()
-
-
-def _disown_in_child() -> None:
-    for store in list(_live):
-        store._poison = "this process was forked from the one that opened the ledger"
-        with suppress(RuntimeError):
-            store._lock.release()
-
-
-os.register_at_fork(before=_lock_before_fork, after_in_parent=_unlock_after_fork, after_in_child=_disown_in_child)

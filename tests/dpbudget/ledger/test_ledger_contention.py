@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from ledgerkit import OWNER, WRITER, SumFilter, make_ledger, make_plan
 from spenders import (
-    Opener,
     Spendable,
     UnlockedCounter,
     assert_released_exactly,
@@ -23,6 +22,7 @@ from spenders import (
 )
 
 from dpbudget.ledger.ledger import Ledger
+from tests.postgres_server import Server
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 PROCESSES = 8
@@ -32,7 +32,15 @@ def open_ledger(location: str) -> Spendable:
     return Ledger.open(location, writer=WRITER, filter=SumFilter(), trust=OWNER.public)
 
 
-@pytest.mark.parametrize("opener", [open_ledger], ids=["sqlite"])
+def check_eight_writers(location: str, log: Path, asked: int, planned: int, lease_steps: int) -> None:
+    with make_ledger(location) as ledger:
+        run_id = ledger.sign_plan(make_plan(planned), owner=OWNER)
+    steps = spend_at_once(location, open_ledger, run_id, log, processes=PROCESSES, asked=asked, lease_steps=lease_steps)
+    assert_released_exactly(steps, planned)
+    with Ledger.open(location, trust=OWNER.public) as ledger:
+        assert ledger.state.runs[run_id].charged == planned
+
+
 @pytest.mark.parametrize(
     ("asked", "planned", "lease_steps"),
     [
@@ -42,15 +50,20 @@ def open_ledger(location: str) -> Spendable:
     ],
 )
 def test_eight_writers_that_ask_for_more_release_exactly_the_plan(
-    tmp_path: Path, opener: Opener, asked: int, planned: int, lease_steps: int
+    tmp_path: Path, asked: int, planned: int, lease_steps: int
 ) -> None:
-    path, log = tmp_path / "ledger", tmp_path / "log"
-    with make_ledger(path) as ledger:
-        run_id = ledger.sign_plan(make_plan(planned), owner=OWNER)
-    steps = spend_at_once(str(path), opener, run_id, log, processes=PROCESSES, asked=asked, lease_steps=lease_steps)
-    assert_released_exactly(steps, planned)
-    with Ledger.open(path, trust=OWNER.public) as ledger:
-        assert ledger.state.runs[run_id].charged == planned
+    check_eight_writers(str(tmp_path / "ledger"), tmp_path / "log", asked, planned, lease_steps)
+
+
+@pytest.mark.parametrize(
+    ("asked", "planned", "lease_steps"),
+    [(60, 480, 5), (60, 240, 1), pytest.param(500, 2000, 1, marks=pytest.mark.slow)],
+)
+def test_eight_writers_on_one_database_release_exactly_the_plan(
+    tmp_path: Path, postgres_server: Server, asked: int, planned: int, lease_steps: int
+) -> None:
+    location = postgres_server.url("team", database=postgres_server.database())
+    check_eight_writers(location, tmp_path / "log", asked, planned, lease_steps)
 
 
 @pytest.mark.parametrize("kills", [12, pytest.param(400, marks=pytest.mark.slow)])
