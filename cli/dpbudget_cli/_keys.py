@@ -58,6 +58,20 @@ def ask_passphrase(*, twice: bool = False) -> bytes:
     return str(text).encode()
 
 
+def local_name(ledger: str) -> str:
+    """The name beside which keys of a ledger lie: its path, or for a database the ledger's name in this folder."""
+    from dpbudget.ledger.store.postgres import is_database
+
+    return (ledger.partition("#")[2] or "main") if is_database(ledger) else ledger
+
+
+def shown(ledger: str) -> str:
+    """A location as it may be printed: without a password."""
+    from dpbudget.ledger.store.postgres import is_database, show_location
+
+    return show_location(ledger) if is_database(ledger) else ledger
+
+
 def key_path(given: str | None, ledger: str, role: str) -> str:
     """The key file that was named, else PATH.<role>.key or <role>.key beside the ledger.
 
@@ -66,7 +80,8 @@ def key_path(given: str | None, ledger: str, role: str) -> str:
     """
     if given is not None:
         return given
-    candidates = (f"{ledger}.{role}.key", str(Path(ledger).with_name(f"{role}.key")))
+    name = local_name(ledger)
+    candidates = (f"{name}.{role}.key", str(Path(name).with_name(f"{role}.key")))
     for name in candidates:
         if Path(name).exists():
             return name
