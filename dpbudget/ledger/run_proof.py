@@ -33,7 +33,7 @@ class RunProof:
         portfolio_epsilon: the epsilon that the owner declared for the portfolio; None where none was.
         portfolio_claim: epsilon of all plans of the portfolio together at ``plan.claim.delta``; None where another
             run's lease carries it, and in an ``rdp`` ledger.
-        unspent: steps in closed leases whose receipt was never issued; they stay charged.
+        unspent: steps without a reserve in leases whose close is shown; they stay charged.
         reserved, settled: steps with a reserve and with a settle among the records shown.
     """
 
