@@ -173,6 +173,7 @@ ledger = LazyGroup(
         "runs": ("dpbudget_cli.ledger_runs:runs", "What became of every plan."),
         "note": (_leaf("ledger_note"), "Record that something happened."),
         "verify": (_leaf("ledger_verify"), "Check every record and recompute epsilon."),
+        "prove": (_leaf("ledger_prove"), "Prove a run, or a head, without the ledger."),
         "attest": (_leaf("ledger_attest"), "Verify, and sign the verdict."),
         "head": (_leaf("ledger_head"), "The signed head, to keep elsewhere."),
         "export": (_leaf("ledger_export"), "Write the ledger as JSON lines."),
