@@ -53,6 +53,12 @@ def test_eight_writers_that_ask_for_more_release_exactly_the_plan(
         assert ledger.state.runs[run_id].charged == planned
 
 
+def wait_for_a_release(log: Path, before: int) -> None:
+    deadline = time.monotonic() + 20
+    while len(released(log)) == before and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
 @pytest.mark.parametrize("kills", [12, pytest.param(400, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("lease_steps", [1, 5])
 def test_writers_that_are_killed_among_others_undercount_nothing_and_stop_nobody(
@@ -67,7 +73,8 @@ def test_writers_that_are_killed_among_others_undercount_nothing_and_stop_nobody
         work = partial(spend, str(path), open_ledger, run_id, log, lease_steps=lease_steps)
         writers = [spawn(work) for _ in range(3)]
         for _ in range(min(40, kills)):
-            time.sleep(chance.uniform(0.005, 0.06))
+            wait_for_a_release(log, len(released(log)))
+            time.sleep(chance.uniform(0, 0.05))
             victim = writers.pop(chance.randrange(3))
             os.kill(victim, signal.SIGKILL)
             assert os.waitpid(victim, 0)[1] == signal.SIGKILL
@@ -82,7 +89,7 @@ def test_writers_that_are_killed_among_others_undercount_nothing_and_stop_nobody
         assert len(steps) <= charged <= len(steps) + (min(40, kills) + 3) * lease_steps
         assert all(step < charged for step in steps)
         released_steps += len(steps)
-    assert released_steps > kills
+    assert released_steps >= kills
 
 
 def test_eight_writers_without_a_lock_over_release_and_the_same_check_notices(tmp_path: Path) -> None:
