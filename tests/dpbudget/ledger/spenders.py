@@ -82,10 +82,16 @@ def spend_at_once(
     location: str, opener: Opener, run_id: str, log: Path, *, processes: int, asked: int, lease_steps: int = 1
 ) -> list[int]:
     """Let ``processes`` workers ask for ``asked`` steps each at the same time; every released step, sorted."""
-    children = [
-        spawn(lambda: spend(location, opener, run_id, log, lease_steps=lease_steps, most=asked))
-        for _ in range(processes)
-    ]
+    gate, hold = os.pipe()
+
+    def work() -> None:
+        os.close(hold)
+        os.read(gate, 1)  # ends when every process was started and the last holder let go
+        spend(location, opener, run_id, log, lease_steps=lease_steps, most=asked)
+
+    children = [spawn(work) for _ in range(processes)]
+    os.close(hold)
+    os.close(gate)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * processes
     return sorted(released(log))
 
@@ -115,7 +121,7 @@ class UnlockedCounter:
             self.step = int(self._path.read_bytes() or b"0")
             if self.step >= self._allowed:
                 return
-            time.sleep(0.0002)  # about what a synced write takes
+            time.sleep(0.001)  # about what a synced write takes
             self._path.write_bytes(b"%d" % (self.step + 1))
             yield self
 

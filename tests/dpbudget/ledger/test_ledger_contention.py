@@ -66,6 +66,18 @@ def test_eight_writers_on_one_database_release_exactly_the_plan(
     check_eight_writers(location, tmp_path / "log", asked, planned, lease_steps)
 
 
+def kill(writer: int) -> None:
+    os.kill(writer, signal.SIGKILL)
+    status = os.waitpid(writer, 0)[1]
+    assert status == signal.SIGKILL, f"a writer had ended by itself with status {status}; its error is on stdout"
+
+
+def wait_for_a_release(log: Path, before: int) -> None:
+    deadline = time.monotonic() + 20
+    while len(released(log)) == before and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
 @pytest.mark.parametrize("kills", [12, pytest.param(400, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("lease_steps", [1, 5])
 def test_writers_that_are_killed_among_others_undercount_nothing_and_stop_nobody(
@@ -79,15 +91,15 @@ def test_writers_that_are_killed_among_others_undercount_nothing_and_stop_nobody
             run_id = ledger.sign_plan(make_plan(100_000), owner=OWNER)
         work = partial(spend, str(path), open_ledger, run_id, log, lease_steps=lease_steps)
         writers = [spawn(work) for _ in range(3)]
-        for _ in range(min(40, kills)):
-            time.sleep(chance.uniform(0.005, 0.06))
-            victim = writers.pop(chance.randrange(3))
-            os.kill(victim, signal.SIGKILL)
-            assert os.waitpid(victim, 0)[1] == signal.SIGKILL
-            writers.append(spawn(work))
-        for writer in writers:
-            os.kill(writer, signal.SIGKILL)
-            assert os.waitpid(writer, 0)[1] == signal.SIGKILL
+        try:
+            for _ in range(min(40, kills)):
+                wait_for_a_release(log, len(released(log)))
+                time.sleep(chance.uniform(0, 0.05))
+                kill(writers.pop(chance.randrange(3)))
+                writers.append(spawn(work))
+        finally:
+            while writers:  # or they would spend on beside the next tests
+                kill(writers.pop())
         steps = released(log)
         with Ledger.open(path, trust=OWNER.public) as ledger:
             charged = ledger.state.runs[run_id].charged
@@ -95,7 +107,7 @@ def test_writers_that_are_killed_among_others_undercount_nothing_and_stop_nobody
         assert len(steps) <= charged <= len(steps) + (min(40, kills) + 3) * lease_steps
         assert all(step < charged for step in steps)
         released_steps += len(steps)
-    assert released_steps > kills
+    assert released_steps >= kills
 
 
 def test_eight_writers_without_a_lock_over_release_and_the_same_check_notices(tmp_path: Path) -> None:

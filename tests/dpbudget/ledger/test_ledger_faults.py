@@ -239,8 +239,12 @@ def kill_cycles(zygote: Zygote, place: Place, cycles: int, lease_steps: int, see
         if chance.random() < 0.5:
             zygote.start(**job, number=chance.randint(1, 120), mode=chance.choice(list(KILLS.values())))
         else:
+            before, deadline = len(place.released()), time.monotonic() + 20
             child = zygote.start(**job)
-            time.sleep(chance.uniform(0.005, 0.05))
+            if chance.random() < 0.5:  # else perhaps while it opens the ledger
+                while len(place.released()) == before and time.monotonic() < deadline:
+                    time.sleep(0.001)
+            time.sleep(chance.uniform(0, 0.04))
             os.kill(child, signal.SIGKILL)
         assert died(zygote.wait())
         steps, charged = place.released(), place.charged()
@@ -255,7 +259,7 @@ def test_thirty_kills_at_random_moments_and_calls_undercount_nothing(
     zygote: Zygote, tmp_path: Path, lease_steps: int
 ) -> None:
     place = Place(tmp_path / "place", 10_000)
-    assert kill_cycles(zygote, place, 15, lease_steps, seed=lease_steps) > 15
+    assert kill_cycles(zygote, place, 15, lease_steps, seed=lease_steps) > 7
 
 
 @slow
@@ -267,7 +271,7 @@ def test_a_thousand_kills_at_random_moments_and_calls_undercount_nothing(
 ) -> None:
     for part in range(10):  # a new ledger every 25, since every cycle verifies it from the start
         place = Place(tmp_path / str(part), 10_000)
-        assert kill_cycles(zygote, place, 25, lease_steps, seed=1000 * shard + 10 * part + lease_steps) > 25
+        assert kill_cycles(zygote, place, 25, lease_steps, seed=1000 * shard + 10 * part + lease_steps) > 12
 
 
 def power_cuts(zygote: Zygote, place: Place, chances: int, **job: object) -> Iterator[tuple[int, int | None]]:
