@@ -7,8 +7,9 @@ and by another one.
 
 from __future__ import annotations
 
+import base64
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dpbudget._recompute import Clock, Recomputation, spent
@@ -16,7 +17,7 @@ from dpbudget._verdict import Report, RunReport
 from dpbudget.accountants import ACCOUNTANTS, get_accountant
 from dpbudget.errors import InvalidParameter, Tampered
 from dpbudget.ledger.entries import Entry
-from dpbudget.ledger.head import Head
+from dpbudget.ledger.head import Head, check_cosignature, read_checkpoint
 from dpbudget.ledger.journal import begin, check_kept_heads, conclude
 from dpbudget.ledger.rules import Machine
 from dpbudget.ledger.signing import PublicKey
@@ -35,6 +36,8 @@ def verify(
     *,
     trust: PublicKey | None = None,
     expect_head: str | Sequence[str] | None = None,
+    checkpoints: Sequence[bytes] = (),
+    witnesses: Sequence[str] = (),
     all_heads: bool = False,
     time_limit: float | None = None,
 ) -> Report:
@@ -46,6 +49,9 @@ def verify(
             inside the file proves nothing.
         expect_head: ``size:root`` of heads that were seen before; each must be part of this history. A cut tail or a
             rewritten history can be seen in no other way.
+        checkpoints: signed notes of heads that were kept (``Ledger.head.note``), perhaps with cosignatures; each must
+            be the writer's and part of this history.
+        witnesses: verifier keys (name+hash+base64) of C2SP witnesses; each must have cosigned one of ``checkpoints``.
         all_heads: check the signature and place of every head that the store kept, not the newest alone.
         time_limit: seconds; what is not recomputed by then is reported as a problem. The default is no limit for a
             ledger of the trusted owner, and 6 s for any other.
@@ -55,7 +61,8 @@ def verify(
 
     Raises:
         Unreadable: missing or no ledger at all (DP070), or unsafe to read (DP083).
-        InvalidParameter: ``expect_head`` is not of the form ``size:root`` (DP082), or ``trust`` is no key (DP072).
+        InvalidParameter: ``expect_head`` is not of the form ``size:root`` or a checkpoint is no note (DP082), a witness
+            without a checkpoint (DP064), or ``trust`` is no key (DP072).
     """
     if trust is not None and not isinstance(trust, PublicKey):
         raise InvalidParameter(
@@ -63,12 +70,16 @@ def verify(
             code="DP072",
             hint="pass trust=dpbudget.load_public_key(FILE) with the owner's .pub file",
         )
-    anchors = _parse_anchors(expect_head)
+    anchors = [*_parse_anchors(expect_head), *map(_anchor_of, checkpoints)]
+    if witnesses and not checkpoints:
+        raise InvalidParameter(
+            "a witness cosigns a checkpoint, and none was given", code="DP064", hint="pass the checkpoint's file too"
+        )
     try:
         history = _replay(location, trust, anchors, all_heads, time_limit)
     except Tampered as error:
         return Report(ok=False, problems=(str(error),), trusted=trust is not None)
-    return _judge(history, anchors)
+    return _judge(history, anchors, _check_notes(history.state, checkpoints, witnesses))
 
 
 @dataclass(frozen=True)
@@ -121,10 +132,10 @@ def _size_of(note: bytes) -> int:
     return int(lines[1]) if len(lines) == 3 and lines[1].isdigit() and len(lines[1]) <= 16 else 0
 
 
-def _judge(history: _History, anchors: Sequence[tuple[int, str]]) -> Report:
+def _judge(history: _History, anchors: Sequence[tuple[int, str]], forged: Sequence[str]) -> Report:
     state, head = history.state, history.head
     found = Recomputation(state, history.clock).run()
-    missed = [problem for anchor in anchors if (problem := _missed(anchor, history))]
+    missed = [*forged, *(problem for anchor in anchors if (problem := _missed(anchor, history)))]
     met = tuple(f"{size}:{root}" for size, root in anchors if not _missed((size, root), history))
     epsilon, delta = spent(state, history.clock)
     return Report(
@@ -170,6 +181,46 @@ def _parse_anchors(expect_head: str | Sequence[str] | None) -> list[tuple[int, s
             )
         anchors.append((int(match[1]), match[2]))
     return anchors
+
+
+def _anchor_of(note: bytes) -> tuple[int, str]:
+    """Size and root that a checkpoint names, before its signature is looked at."""
+    lines = note.split(b"\n", 3)
+    size = _size_of(note)
+    try:
+        root = base64.b64decode(lines[2], validate=True) if len(lines) == 4 else b""
+    except ValueError:
+        root = b""
+    if not size or len(root) != 32:
+        raise InvalidParameter(
+            "the checkpoint is not a signed note of a ledger's head",
+            code="DP082",
+            hint="pass the file that dpbudget ledger head --output wrote, or size:root",
+        )
+    return size, root.hex()
+
+
+def _check_notes(state: LedgerState, checkpoints: Sequence[bytes], witnesses: Sequence[str]) -> list[str]:
+    """What is wrong with the signatures of checkpoints and with the cosignatures that were demanded."""
+    problems = []
+    for note in checkpoints:
+        failed = [error for writer in state.writers if (error := _refusal(read_checkpoint, note, state, writer))]
+        if len(failed) == len(state.writers):
+            problems.append(f"a checkpoint is not this ledger's: {failed[-1]}")
+    for witness in witnesses:
+        failed = [error for note in checkpoints if (error := _refusal(check_cosignature, note, witness))]
+        if len(failed) == len(checkpoints):
+            problems.append(f"no checkpoint carries the cosignature of {witness[:60]}: {failed[-1]}")
+    return problems
+
+
+def _refusal(check: Callable[..., object], note: bytes, *facts: object) -> str | None:
+    arguments = (facts[0].genesis.ledger_id, *facts[1:]) if isinstance(facts[0], LedgerState) else facts
+    try:
+        check(note, *arguments)
+    except Tampered as error:
+        return error.message
+    return None
 
 
 def _missed(anchor: tuple[int, str], history: _History) -> str | None:

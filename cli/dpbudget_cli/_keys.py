@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dpbudget.errors import InvalidParameter, Unreadable
+from dpbudget.errors import DPBudgetError, InvalidParameter, Unreadable
 
 if TYPE_CHECKING:
     from dpbudget.ledger.signing import Ed25519Signer
@@ -58,6 +58,20 @@ def ask_passphrase(*, twice: bool = False) -> bytes:
     return str(text).encode()
 
 
+def local_name(ledger: str) -> str:
+    """The name beside which keys of a ledger lie: its path, or for a database the ledger's name in this folder."""
+    from dpbudget.ledger.store.postgres import is_database
+
+    return (ledger.partition("#")[2] or "main") if is_database(ledger) else ledger
+
+
+def shown(ledger: str) -> str:
+    """A location as it may be printed: without a password."""
+    from dpbudget.ledger.store.postgres import is_database, show_location
+
+    return show_location(ledger) if is_database(ledger) else ledger
+
+
 def key_path(given: str | None, ledger: str, role: str) -> str:
     """The key file that was named, else PATH.<role>.key or <role>.key beside the ledger.
 
@@ -66,7 +80,8 @@ def key_path(given: str | None, ledger: str, role: str) -> str:
     """
     if given is not None:
         return given
-    candidates = (f"{ledger}.{role}.key", str(Path(ledger).with_name(f"{role}.key")))
+    name = local_name(ledger)
+    candidates = (f"{name}.{role}.key", str(Path(name).with_name(f"{role}.key")))
     for name in candidates:
         if Path(name).exists():
             return name
@@ -78,7 +93,7 @@ def key_path(given: str | None, ledger: str, role: str) -> str:
 
 
 def load_signer(path: str, passphrases: tuple[bytes, ...] = ()) -> Ed25519Signer:
-    """The private key of a file; an encrypted one is tried with each passphrase, else asked for at a terminal.
+    """The private key of a file; an encrypted one by the given passphrases, the keyring, or a person at the terminal.
 
     Raises:
         Unreadable: missing, unsafe, not a key, or no passphrase opens it (DP070, DP073).
@@ -96,6 +111,22 @@ def load_signer(path: str, passphrases: tuple[bytes, ...] = ()) -> Ed25519Signer
             return load_key(path, passphrase)
         except Unreadable as error:
             refusal = error
+    if not passphrases:
+        kept = _kept_passphrase(path)
+        if kept is not None:
+            return load_key(path, kept)
     if passphrases or not sys.stdin.isatty():
         raise refusal
     return load_key(path, ask_passphrase())
+
+
+def _kept_passphrase(path: str) -> bytes | None:
+    """What the keyring has for the key whose public half lies beside it; None for nothing."""
+    from dpbudget.ledger.keys import load_public_key
+    from dpbudget_cli._keyring import recall
+
+    try:
+        public = load_public_key(f"{path}.pub")
+    except DPBudgetError:
+        return None
+    return recall(public.hex)

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
+REQUEST = click.option(
+    "--request", metavar="FILE", help="Write an unsigned request for an owner elsewhere; no key is needed."
+)
+
 
 def key_options(command: _Command) -> _Command:
     """--owner-key, --writer-key and --passphrase-fd."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
+from pathlib import Path
+
 import click
 
 from dpbudget_cli import _output as out
+from dpbudget_cli._keyring import remember
 from dpbudget_cli._keys import PASSPHRASE_FD, ask_passphrase, read_passphrases
 from dpbudget_cli._options import JSON
 from dpbudget_cli.main import Leaf
@@ -13,9 +17,10 @@ from dpbudget_cli.main import Leaf
 @click.command("new", cls=Leaf)
 @click.argument("path")
 @click.option("--passphrase", is_flag=True, help="Encrypt the key; asks for a passphrase at the terminal.")
+@click.option("--keyring", is_flag=True, help="Encrypt the key with a random passphrase kept in your keyring.")
 @PASSPHRASE_FD
 @JSON
-def command(path: str, passphrase: bool, passphrase_fd: int | None, as_json: bool) -> None:
+def command(path: str, passphrase: bool, keyring: bool, passphrase_fd: int | None, as_json: bool) -> None:
     """Make an Ed25519 key: the private half in PATH (mode 0600), the public half in PATH.pub.
 
     Nothing is overwritten. A passphrase is never taken from the command line, where others could read it.
@@ -27,9 +32,18 @@ def command(path: str, passphrase: bool, passphrase_fd: int | None, as_json: boo
     from dpbudget.ledger.keys import new_key
 
     secret = next(iter(read_passphrases(passphrase_fd)), None)
-    if passphrase and secret is None:
+    if passphrase and secret is None and not keyring:
         secret = ask_passphrase(twice=True)
+    if keyring and secret is None:
+        secret = secrets.token_hex(32).encode()
     signer = new_key(path, secret)
+    if keyring and secret is not None:
+        try:
+            remember(signer.public.hex, secret.decode("utf-8", "surrogateescape"))
+        except BaseException:
+            for name in (path, f"{path}.pub"):  # a key that nobody can open is none
+                Path(name).unlink(missing_ok=True)
+            raise
     if as_json:
         out.emit_json({"key": path, "public_file": f"{path}.pub", "public": signer.public.hex})
         return

@@ -8,13 +8,15 @@ import click
 
 from dpbudget.errors import InvalidParameter
 from dpbudget_cli import _output as out
+from dpbudget_cli._files import write_new
 from dpbudget_cli._options import DELTA, EPSILON, JSON
-from dpbudget_cli._owner import key_options, open_for_owner
+from dpbudget_cli._owner import REQUEST, key_options, open_for_owner
 from dpbudget_cli.ledger_show import left
 from dpbudget_cli.main import Leaf
 
 if TYPE_CHECKING:
     from dpbudget.ledger.ledger import Ledger
+    from dpbudget.ledger.signing import Signer
     from dpbudget.plan import Budget
 
 RAISED = (
@@ -26,12 +28,14 @@ RAISED = (
 @click.argument("path")
 @click.option("--epsilon", type=EPSILON, metavar="E", help="The new total epsilon; as it was if not given.")
 @click.option("--delta", type=DELTA, metavar="D", help="The new total delta; as it was if not given.")
+@REQUEST
 @key_options
 @JSON
 def grant(
     path: str,
     epsilon: float | None,
     delta: float | None,
+    request: str | None,
     owner_key: str | None,
     writer_key: str | None,
     passphrase_fd: int | None,
@@ -43,7 +47,7 @@ def grant(
       dpbudget ledger grant budget.ledger --epsilon 5
       dpbudget ledger grant budget.ledger --epsilon 6 --delta 2e-5 --json
     """
-    ledger, owner = open_for_owner(path, owner_key, writer_key, passphrase_fd)
+    ledger, owner = _open(path, request, owner_key, writer_key, passphrase_fd)
     with ledger:
         before, after = _totals(ledger, epsilon, delta)
         if after.epsilon < before[0] or after.delta < before[1]:
@@ -53,20 +57,22 @@ def grant(
                 hint="take a budget back with dpbudget ledger lower",
             )
         charged = any(run.charged for run in ledger.state.runs.values())
-        ledger.change_budget(after, owner=owner)
-        _report(ledger, before, [RAISED] if charged else [], as_json)
+        _change(ledger, after, owner, request)
+        _report(ledger, before, [RAISED] if charged else [], request, as_json)
 
 
 @click.command("lower", cls=Leaf)
 @click.argument("path")
 @click.option("--epsilon", type=EPSILON, metavar="E", help="The new total epsilon; as it was if not given.")
 @click.option("--delta", type=DELTA, metavar="D", help="The new total delta; as it was if not given.")
+@REQUEST
 @key_options
 @JSON
 def lower(
     path: str,
     epsilon: float | None,
     delta: float | None,
+    request: str | None,
     owner_key: str | None,
     writer_key: str | None,
     passphrase_fd: int | None,
@@ -78,7 +84,7 @@ def lower(
       dpbudget ledger lower budget.ledger --epsilon 4
       dpbudget ledger lower budget.ledger --epsilon 4 --json
     """
-    ledger, owner = open_for_owner(path, owner_key, writer_key, passphrase_fd)
+    ledger, owner = _open(path, request, owner_key, writer_key, passphrase_fd)
     with ledger:
         before, after = _totals(ledger, epsilon, delta)
         if after.epsilon > before[0] or after.delta > before[1]:
@@ -87,8 +93,26 @@ def lower(
                 code="DP052",
                 hint="raise a budget with dpbudget ledger grant",
             )
+        _change(ledger, after, owner, request)
+        _report(ledger, before, [], request, as_json)
+
+
+def _open(
+    path: str, request: str | None, owner_key: str | None, writer_key: str | None, passphrase_fd: int | None
+) -> tuple[Ledger, Signer | None]:
+    """The ledger and the owner's key; for a request the ledger alone, opened for reading."""
+    if request is None:
+        return open_for_owner(path, owner_key, writer_key, passphrase_fd)
+    from dpbudget._surface import open_ledger
+
+    return open_ledger(path), None
+
+
+def _change(ledger: Ledger, after: Budget, owner: Signer | None, request: str | None) -> None:
+    if owner is not None:
         ledger.change_budget(after, owner=owner)
-        _report(ledger, before, [], as_json)
+    elif request is not None:
+        write_new(request, ledger.request_budget(after))
 
 
 def _totals(ledger: Ledger, epsilon: float | None, delta: float | None) -> tuple[tuple[float, float], Budget]:
@@ -105,7 +129,14 @@ def _totals(ledger: Ledger, epsilon: float | None, delta: float | None) -> tuple
     return before, after
 
 
-def _report(ledger: Ledger, before: tuple[float, float], notes: list[str], as_json: bool) -> None:
+def _report(ledger: Ledger, before: tuple[float, float], notes: list[str], request: str | None, as_json: bool) -> None:
+    if request is not None:
+        if as_json:
+            out.emit_json({"request": request, "notes": notes})
+        else:
+            out.emit_table([("request", request)])
+            out.talk(f"Nothing is written yet. The owner signs: dpbudget key sign {request} OUT --owner-key FILE")
+        return
     state = ledger.state
     epsilon_left, delta_left = left(state)
     if as_json:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import click
 
-from dpbudget.errors import InvalidParameter, Unreadable
 from dpbudget_cli import _output as out
+from dpbudget_cli._files import write_new
 from dpbudget_cli._options import JSON
 from dpbudget_cli.main import Leaf
 
@@ -32,7 +29,7 @@ def command(path: str, output: str | None, as_json: bool) -> None:
     with Ledger.open(path) as ledger:
         head, witness = ledger.head, ledger.witness_key
     if output is not None:
-        _write_new(output, head.note)
+        write_new(output, head.note.encode("utf-8"))
     if as_json:
         out.emit_json(
             {"head": str(head), "size": head.size, "root": head.root, "note": head.note, "writer_key": witness}
@@ -42,14 +39,3 @@ def command(path: str, output: str | None, as_json: bool) -> None:
     if output is None:
         click.echo()
         click.echo(head.note, nl=False)
-
-
-def _write_new(name: str, text: str) -> None:
-    try:
-        descriptor = os.open(name, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o644)
-    except FileExistsError:
-        raise InvalidParameter(f"{name} exists", code="DP074", hint="choose another path") from None
-    except OSError as error:
-        raise Unreadable(f"cannot create {Path(name)}: {error.strerror}", hint="make the folder first") from None
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)

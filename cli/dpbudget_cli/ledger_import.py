@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from dpbudget_cli import _output as out
-from dpbudget_cli._keys import PASSPHRASE_FD, load_signer, read_passphrases
+from dpbudget_cli._keys import PASSPHRASE_FD, load_signer, read_passphrases, shown
 from dpbudget_cli._options import JSON
 from dpbudget_cli.main import Leaf
 
@@ -39,7 +39,7 @@ def command(source: str, path: str, writer_key: str, trust: str, passphrase_fd: 
     with Ledger.import_export(source, path, writer=writer, trust=load_public_key(trust)) as ledger:
         head, records = ledger.head, ledger.state.size
     if as_json:
-        out.emit_json({"ledger": path, "records": records, "head": str(head), "notes": [ONE_COPY]})
+        out.emit_json({"ledger": shown(path), "records": records, "head": str(head), "notes": [ONE_COPY]})
     else:
-        out.emit_table([("ledger", path), ("records", records), ("head", head)])
+        out.emit_table([("ledger", shown(path)), ("records", records), ("head", head)])
         out.talk(ONE_COPY)

@@ -9,7 +9,7 @@ import click
 
 from dpbudget.errors import InvalidParameter, Unreadable
 from dpbudget_cli import _output as out
-from dpbudget_cli._keys import PASSPHRASE_FD, load_signer, read_passphrases
+from dpbudget_cli._keys import PASSPHRASE_FD, load_signer, local_name, read_passphrases, shown
 from dpbudget_cli._options import ADJACENCY, DELTA, EPSILON, JSON
 from dpbudget_cli.main import Leaf
 
@@ -92,7 +92,7 @@ def command(
             Path(name).unlink(missing_ok=True)
         raise
     with ledger:
-        _report(path, ledger, budget, made, as_json)
+        _report(shown(path), ledger, budget, made, as_json)
 
 
 def _signer(ledger: str, given: str | None, role: str, passphrases: tuple[bytes, ...], made: list[str]) -> Signer:
@@ -101,6 +101,7 @@ def _signer(ledger: str, given: str | None, role: str, passphrases: tuple[bytes,
         return load_signer(given, passphrases)
     from dpbudget.ledger.keys import new_key
 
+    ledger = local_name(ledger)
     place = Path(ledger)
     if place.exists() or place.is_symlink():
         raise InvalidParameter(f"{ledger} exists", code="DP074", hint="choose another path; nothing was written")

@@ -151,6 +151,7 @@ key = LazyGroup(
     lazy={
         "new": (_leaf("key_new"), "Make a new Ed25519 key file."),
         "show": (_leaf("key_show"), "Show the public half of a key."),
+        "sign": (_leaf("key_sign"), "Sign a request away from the ledger."),
         "rotate": (_leaf("key_rotate"), "Hand a role of a ledger to a new key."),
     },
 )
@@ -166,11 +167,14 @@ ledger = LazyGroup(
         "init": (_leaf("ledger_init"), "Make a ledger for one dataset."),
         "grant": ("dpbudget_cli.ledger_grant:grant", "Raise the total."),
         "lower": ("dpbudget_cli.ledger_grant:lower", "Take back what is not in use."),
+        "apply": (_leaf("ledger_apply"), "Write what the owner signed elsewhere."),
         "show": (_leaf("ledger_show"), "What was granted, planned and spent."),
         "plans": ("dpbudget_cli.ledger_runs:plans", "The signed plans."),
         "runs": ("dpbudget_cli.ledger_runs:runs", "What became of every plan."),
         "note": (_leaf("ledger_note"), "Record that something happened."),
         "verify": (_leaf("ledger_verify"), "Check every record and recompute epsilon."),
+        "prove": (_leaf("ledger_prove"), "Prove a run, or a head, without the ledger."),
+        "attest": (_leaf("ledger_attest"), "Verify, and sign the verdict."),
         "head": (_leaf("ledger_head"), "The signed head, to keep elsewhere."),
         "export": (_leaf("ledger_export"), "Write the ledger as JSON lines."),
         "import": (_leaf("ledger_import"), "Make a ledger from an export."),

@@ -9,8 +9,10 @@ import click
 from dpbudget.curve import round_up, show_delta
 from dpbudget.errors import BudgetExceeded, InvalidParameter
 from dpbudget_cli import _output as out
+from dpbudget_cli._files import write_new
 from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, read_passphrases
 from dpbudget_cli._options import ACCOUNTANT, CLIP, COUNT, EPSILON, JSON, NOISE, schedule_options
+from dpbudget_cli._owner import REQUEST
 from dpbudget_cli.main import Leaf
 
 if TYPE_CHECKING:
@@ -33,15 +35,22 @@ _FULL = 0.999
 @click.option("--clip-norm", type=CLIP, metavar="C", help="L2 bound of each record's gradient.")
 @click.option("--max-parameters", type=COUNT, metavar="D", help="Most trainable parameters.")
 @click.option("--accountant", type=ACCOUNTANT, help="prv (default, tight) or rdp (looser).")
+@REQUEST
 @PASSPHRASE_FD
 @JSON
 def command(
-    path: str, owner_key: str | None, writer_key: str | None, passphrase_fd: int | None, as_json: bool, **values: Any
+    path: str,
+    owner_key: str | None,
+    writer_key: str | None,
+    request: str | None,
+    passphrase_fd: int | None,
+    as_json: bool,
+    **values: Any,
 ) -> None:
     """Calibrate a plan and sign it into a ledger. It is charged when it begins to run, and then as a whole.
 
     Delta is that of the ledger's open portfolio. Plans signed before any of them runs share a portfolio and are
-    composed jointly. The dataset size is a public, nominal one.
+    composed jointly. The dataset size is a public, nominal one. --request is for an owner whose key is elsewhere.
 
     Examples:
       dpbudget plan new --ledger budget.ledger --epsilon 1 --dataset-size 60000 --batch-size 256 --epochs 10
@@ -51,15 +60,24 @@ def command(
     from dpbudget_cli._question import Question
 
     passphrases = read_passphrases(passphrase_fd)
-    owner = load_signer(key_path(owner_key, path, "owner"), passphrases)
-    writer = load_signer(key_path(writer_key, path, "writer"), passphrases)
+    owner = writer = None
+    if request is None:
+        owner = load_signer(key_path(owner_key, path, "owner"), passphrases)
+        writer = load_signer(key_path(writer_key, path, "writer"), passphrases)
     with open_ledger(path, writer=writer) as ledger:
-        _require_owner(ledger, owner)
+        if owner is not None:
+            _require_owner(ledger, owner)
         question = Question(values)
         plan = _plan(question, ledger)
-        run_id = ledger.sign_plan(plan, owner=owner)
+        if owner is not None:
+            run_id = ledger.sign_plan(plan, owner=owner)
+        else:
+            run_id, wish = ledger.request_plan(plan)
+            write_new(str(request), wish)
         head = str(ledger.head)
     _report(plan, question, run_id, head, as_json)
+    if request is not None and not as_json:
+        out.talk(f"Nothing is written yet. The owner signs: dpbudget key sign {request} OUT --owner-key FILE")
 
 
 def _require_owner(ledger: Ledger, owner: Signer) -> None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 
+from dpbudget._renyi import PhaseCost
 from dpbudget.curve import round_up
 from dpbudget.errors import BudgetExceeded, InvalidParameter, Tampered
 from dpbudget.ledger.claims import covers, portfolio_claim
 from dpbudget.ledger.journal import Draft, Journal
-from dpbudget.ledger.renyi import steps_that_fit
+from dpbudget.ledger.renyi import RenyiAccount, steps_that_fit
 from dpbudget.ledger.signing import RECORD_TYPE, STATEMENT_TYPE, Signer, sign_envelope
 from dpbudget.ledger.state import LedgerState, Portfolio, SpendingFilter
 from dpbudget.ledger.statement import plan_statement, statement_digest
@@ -32,39 +33,58 @@ def admit_plan(journal: Journal, spending: SpendingFilter, plan: Plan, owner: Si
 
     Raises:
         BudgetExceeded: the joint claim, or the plan's delta, does not fit (DP052); nothing was written.
-        InvalidParameter: see :func:`check_plan`.
+        InvalidParameter: see :func:`check_owner` and :func:`check_facts`.
         Tampered: see :func:`check_frozen`.
     """
-    check_plan(journal.state, plan, owner)
+    check_owner(journal.state, owner)
+    check_facts(journal.state, plan)
     run_id = secrets.token_hex(16)
     if journal.state.genesis.filter == "rdp":
         return _admit_rdp(journal, spending, plan, owner, run_id)
     while True:
         # The accountant takes its time, so it answers outside the lock; inside, its question must still be the same.
-        target = _target(journal.state, plan)
-        check_frozen(journal.state, spending)
-        _check_claim(journal.state, target, spending, plan)
+        target = check_portfolio(journal.state, spending, plan)
         if journal.transact(partial(_write, target, plan, owner, run_id)):
             return run_id
 
 
-def _admit_rdp(journal: Journal, spending: SpendingFilter, plan: Plan, owner: Signer, run_id: str) -> str:
-    account = journal.state.account
-    if account is None:
+def check_portfolio(state: LedgerState, spending: SpendingFilter, plan: Plan) -> Target:
+    """The portfolio that a plan fits.
+
+    Raises:
+        BudgetExceeded: the joint claim, or the plan's delta, does not fit (DP052).
+        InvalidParameter: the plan claims less than the filter certifies, or at another delta (DP052).
+        Tampered: see :func:`check_frozen`.
+    """
+    target = _target(state, plan)
+    check_frozen(state, spending)
+    _check_claim(state, target, spending, plan)
+    return target
+
+
+def check_rdp(state: LedgerState, spending: SpendingFilter, plan: Plan, run_id: str) -> tuple[PhaseCost, ...]:
+    """The costs of a plan for which some order of an ``rdp`` ledger has room.
+
+    Raises:
+        BudgetExceeded: no order has (DP052).
+        InvalidParameter: the plan claims less than the filter certifies (DP052).
+    """
+    if state.account is None:
         raise Tampered("an rdp ledger without its orders", code="DP082")
     _check_alone(spending, plan, plan.claim.delta)
-    costs = spending.renyi_costs(plan, account.terms)
+    costs = spending.renyi_costs(plan, state.account.terms)
+    _check_fits(state.account, run_id, plan, costs)
+    return costs
+
+
+def _admit_rdp(journal: Journal, spending: SpendingFilter, plan: Plan, owner: Signer, run_id: str) -> str:
+    costs = check_rdp(journal.state, spending, plan, run_id)
     payload = plan_statement(plan, ledger_id=journal.state.genesis.ledger_id, run_id=run_id, costs=costs)
     envelope = sign_envelope(payload, STATEMENT_TYPE, owner)
 
     def write(draft: Draft) -> None:
-        room = draft.state.account or account
-        fitting = steps_that_fit(room, run_id, plan, costs, plan.steps)
-        if fitting < plan.steps:
-            raise BudgetExceeded(
-                f"no Renyi order has room for the {plan.steps} steps of the plan beside what is spent",
-                hint=(f"{fitting} of its steps would fit; nothing was written" if fitting else _NOT_ONE),
-            )
+        if draft.state.account is not None:
+            _check_fits(draft.state.account, run_id, plan, costs)
         fields = {"run": run_id, "statement": statement_digest(payload), "portfolio": 0}
         draft.add("plan", seal=lambda _: envelope, **fields)
 
@@ -72,17 +92,25 @@ def _admit_rdp(journal: Journal, spending: SpendingFilter, plan: Plan, owner: Si
     return run_id
 
 
+def _check_fits(account: RenyiAccount, run_id: str, plan: Plan, costs: tuple[PhaseCost, ...]) -> None:
+    fitting = steps_that_fit(account, run_id, plan, costs, plan.steps)
+    if fitting < plan.steps:
+        raise BudgetExceeded(
+            f"no Renyi order has room for the {plan.steps} steps of the plan beside what is spent",
+            hint=(f"{fitting} of its steps would fit; nothing was written" if fitting else _NOT_ONE),
+        )
+
+
 _NOT_ONE = "not one of its steps fits: plan with more noise, or let the owner grant more; nothing was written"
 
 
-def check_plan(state: LedgerState, plan: Plan, owner: Signer) -> None:
+def check_facts(state: LedgerState, plan: Plan) -> None:
     """Refuse a plan that the rules would refuse, with the way out.
 
     Raises:
-        InvalidParameter: another owner (DP080), adjacency (DP062) or delta (DP053), or no nominal size (DP009).
+        InvalidParameter: another adjacency or unit (DP062), or no nominal size (DP009).
     """
     genesis = state.genesis
-    check_owner(state, owner)
     if plan.nominal_size is None:
         raise InvalidParameter(
             "the plan has no nominal dataset size, from which rate and divisor come",
@@ -129,14 +157,14 @@ def check_frozen(state: LedgerState, spending: SpendingFilter) -> None:
 
 
 @dataclass(frozen=True)
-class _Target:
+class Target:
     """The portfolio that a plan would join; a new one when ``opens``."""
 
     portfolio: Portfolio
     opens: bool
 
 
-def _target(state: LedgerState, plan: Plan) -> _Target:
+def _target(state: LedgerState, plan: Plan) -> Target:
     newest, delta = state.portfolios[-1], plan.claim.delta
     if not newest.frozen:
         if delta != newest.delta:
@@ -146,7 +174,7 @@ def _target(state: LedgerState, plan: Plan) -> _Target:
                 code="DP052",
                 hint=f"plan with delta {newest.delta!r}",
             )
-        return _Target(newest, opens=False)
+        return Target(newest, opens=False)
     left = state.remaining_delta
     if Fraction(delta) > left:
         raise BudgetExceeded(
@@ -154,10 +182,10 @@ def _target(state: LedgerState, plan: Plan) -> _Target:
             f"left for another one",
             hint="plan with a smaller delta" if left else "the delta of the budget is used up",
         )
-    return _Target(Portfolio(newest.index + 1, delta, None), opens=True)
+    return Target(Portfolio(newest.index + 1, delta, None), opens=True)
 
 
-def _check_claim(state: LedgerState, target: _Target, spending: SpendingFilter, plan: Plan) -> None:
+def _check_claim(state: LedgerState, target: Target, spending: SpendingFilter, plan: Plan) -> None:
     portfolio = target.portfolio
     alone = _check_alone(spending, plan, portfolio.delta)
     others = state.plans_of(portfolio)
@@ -197,7 +225,7 @@ def _before(spending: SpendingFilter, plans: tuple[Plan, ...], portfolio: Portfo
     return f"epsilon {round_up(portfolio_claim(spending, plans, portfolio.delta), 6)}"
 
 
-def _write(target: _Target, plan: Plan, owner: Signer, run_id: str, draft: Draft) -> bool:
+def _write(target: Target, plan: Plan, owner: Signer, run_id: str, draft: Draft) -> bool:
     """Draft the plan; False where another process changed the portfolios meanwhile."""
     state, portfolio = draft.state, target.portfolio
     newest = state.portfolios[-1]

@@ -8,12 +8,13 @@ refused, and the meaning of a type never changes: what is new gets a new name.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpbudget._record import MAX_INTEGER, MAX_STATEMENT_BYTES, decode, encode, float_to_hex, hex_to_float
+from dpbudget._record import MAX_INTEGER, MAX_STATEMENT_BYTES, decode, float_to_hex, hex_to_float
 from dpbudget._renyi import MAX_ORDERS, MAX_SHARE
 from dpbudget.errors import Tampered
 from dpbudget.mechanisms import Adjacency
@@ -155,13 +156,19 @@ FIELDS: Mapping[str, Mapping[str, Check]] = {
 
 def build(kind: str, *, seq: int, prev: bytes, **fields: Any) -> bytes:
     """Canonical line of a record; floats are given as floats. Raises :class:`Tampered` for what no reader accepts."""
-    plain = {name: _plain(value) for name, value in fields.items()}
-    try:
-        line = encode({"v": VERSION, "type": kind, "seq": seq, "prev": prev.hex(), **plain})
-    except ValueError as error:
-        raise Tampered(f"{kind} record: {error}", code="DP082") from None
+    line = draft(kind, seq=seq, prev=prev, **fields)
     read(line)
     return line
+
+
+def draft(kind: str, *, seq: int, prev: bytes, **fields: Any) -> bytes:
+    """What :func:`build` gives, unread: for a caller that reads it next, as the rules do."""
+    record = {"v": VERSION, "type": kind, "seq": seq, "prev": prev.hex()}
+    try:
+        record.update((name, _plain(value)) for name, value in fields.items())
+        return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+    except (TypeError, ValueError) as error:
+        raise Tampered(f"{kind} record: {error}", code="DP082") from None
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from dpbudget.errors import Tampered
 from dpbudget.ledger.head import Head
 from dpbudget.ledger.state import LedgerState
 
-_MARK = re.compile(r"([1-9][0-9]{0,15}):([0-9a-f]{64})\n")
+_MARK = re.compile(r"([0-9]{16}):([0-9a-f]{64})\n")
 
 
 def state_folder() -> Path:
@@ -86,23 +85,22 @@ class HighWater:
         )
 
     def raise_to(self, ledger_id: str, head: Head) -> None:
-        """Remember ``head``; replaced whole, so that a crash leaves the old mark or the new one."""
-        place = self._file(ledger_id)
-        fresh = place.with_name(f"{place.name}.{secrets.token_hex(8)}")
+        """Remember ``head``: one write of one length over the old mark; a torn one counts as absent."""
         with suppress(OSError):
             try:
-                self._write(fresh, head)
+                descriptor = self._open(ledger_id)
             except FileNotFoundError:
                 self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._write(fresh, head)
-            os.replace(fresh, place)
+                descriptor = self._open(ledger_id)
+            try:
+                mark = f"{head.size:016d}:{head.root}\n".encode("ascii")
+                os.pwrite(descriptor, mark, 0)
+                os.ftruncate(descriptor, len(mark))
+            finally:
+                os.close(descriptor)
 
-    def _write(self, place: Path, head: Head) -> None:
-        descriptor = os.open(place, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(descriptor, f"{head}\n".encode("ascii"))
-        finally:
-            os.close(descriptor)
+    def _open(self, ledger_id: str) -> int:
+        return os.open(self._file(ledger_id), os.O_CREAT | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o600)
 
     def _file(self, ledger_id: str) -> Path:
         return self.folder / ledger_id

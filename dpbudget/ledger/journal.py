@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Any, TypeVar
 
 from dpbudget.errors import InvalidParameter, ReceiptSpent, Tampered
-from dpbudget.ledger.entries import Entry, build, read
+from dpbudget.ledger.entries import Entry, draft, read
 from dpbudget.ledger.head import Head, read_head, sign_head
 from dpbudget.ledger.high_water import HighWater
 from dpbudget.ledger.rules import Machine
@@ -48,8 +48,11 @@ class Draft:
 
     def add(self, kind: str, *, seal: Callable[[bytes], bytes] | None = None, **fields: Any) -> None:
         """Append one record; ``seal`` makes its envelope from its line."""
-        line = build(kind, seq=self._machine.size, prev=self._machine.last, **fields)
-        entry = Entry(line, seal(line) if seal else None)
+        line = draft(kind, seq=self._machine.size, prev=self._machine.last, **fields)
+        self.put(Entry(line, seal(line) if seal else None), kind)
+
+    def put(self, entry: Entry, kind: str) -> None:
+        """Append a record of this kind that was made elsewhere, by an owner for example."""
         self._machine.feed((entry,))
         self._state = None
         self.entries.append(entry)
@@ -278,9 +281,11 @@ class Journal:
 
     def _catch_up(self, transaction: Transaction) -> tuple[LedgerState, Head | None]:
         state = self.state
-        machine = Machine(state)
-        machine.feed(transaction.read(state.size))
-        if machine.size > state.size:
+        added = iter(transaction.read(state.size))
+        first = next(added, None)
+        if first is not None:
+            machine = Machine(state)
+            machine.feed(chain((first,), added))
             state = machine.state()
         return state, self._newest(state, transaction.note())
 

@@ -28,6 +28,7 @@ from dpbudget.ledger.head import Head, verifier_key
 from dpbudget.ledger.high_water import HighWater
 from dpbudget.ledger.journal import CheckedReading, Draft, Journal, check_writer, replay, replay_store
 from dpbudget.ledger.rekey import change_key
+from dpbudget.ledger.requests import apply_request, request_budget, request_plan
 from dpbudget.ledger.run import Run
 from dpbudget.ledger.signing import PublicKey, Signer
 from dpbudget.ledger.state import LedgerState, SpendingFilter
@@ -292,6 +293,33 @@ class Ledger:
         """
         return admit_plan(self._journal, self._arithmetic(), plan, owner)
 
+    def request_plan(self, plan: Plan) -> tuple[str, bytes]:
+        """Run id and request of a plan, for an owner whose key is elsewhere; see :mod:`dpbudget.ledger.requests`.
+
+        Raises:
+            BudgetExceeded: the plan does not fit (DP052).
+            InvalidParameter: as :meth:`sign_plan`.
+        """
+        return request_plan(self.refresh(), self._arithmetic(), plan)
+
+    def request_budget(self, budget: Budget) -> bytes:
+        """The request of new totals, for an owner whose key is elsewhere; good until something else is written."""
+        state = self.refresh()
+        allowances = self._allowances(state, budget)
+        _check_lowering(state, budget, allowances)
+        return request_budget(state, budget, allowances)
+
+    def apply_request(self, signed: bytes) -> str | None:
+        """Write what the owner signed elsewhere; the run id of a plan, None for new totals.
+
+        Raises:
+            Tampered: a signature is not the owner's (DP071, DP072).
+            InvalidParameter: the ledger went on since (DP081), or the request is for another ledger (DP081).
+            BudgetExceeded: the plan does not fit any more (DP052).
+        """
+        self.refresh()
+        return apply_request(self._journal, self._arithmetic(), signed)
+
     def change_budget(self, budget: Budget, *, owner: Signer) -> None:
         """Set new totals: a raise or a lower, signed by the owner.
 
@@ -305,9 +333,7 @@ class Ledger:
 
         def write(draft: Draft) -> None:
             state = draft.state
-            allowances = None
-            if state.account is not None:
-                allowances = self._arithmetic().renyi_allowances(budget, state.account.terms)
+            allowances = self._allowances(state, budget)
             _check_lowering(state, budget, allowances)
             seal = partial(seal_record, owner)
             draft.add("budget", seal=seal, epsilon=budget.epsilon, delta=budget.delta, allowances=allowances)
@@ -332,6 +358,11 @@ class Ledger:
         if event not in NOTES:
             raise InvalidParameter(f"note {event[:40]!r} is not one of {', '.join(NOTES)}", code="DP082")
         self._journal.transact(lambda draft: draft.add("note", event=event))
+
+    def _allowances(self, state: LedgerState, budget: Budget) -> tuple[float, ...] | None:
+        if state.account is None:
+            return None
+        return self._arithmetic().renyi_allowances(budget, state.account.terms)
 
     def _arithmetic(self) -> SpendingFilter:
         if self._filter is None:

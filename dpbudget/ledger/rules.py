@@ -105,13 +105,11 @@ class Machine:
         self._genesis, self._grants = state.first_genesis, list(state.grants)
         self._owners, self._writers = list(state.owners), list(state.writers)
         self._portfolios = list(state.portfolios)
-        self._charged = sum(run.charged for run in state.runs.values())
+        self._charged = state.charged
         self._account, self._own_account = state.account, False
         self._cells: dict[str, _Cell] = {}
-        self._taken_epsilon = sum((Fraction(p.charged_epsilon) for p in self._portfolios), Fraction())
-        self._taken_delta = sum((Fraction(p.delta) for p in self._portfolios), Fraction())
-        self._runs = len(state.runs)
-        self._phases = sum(len(run.plan.phases) for run in state.runs.values())
+        self._taken: list[Fraction] | None = None
+        self._runs, self._phases = len(state.runs), state.phases
         self._drawn: dict[str, bytearray] | None = None
         if remember:
             self._drawn = {"nonce": bytearray(), "commitment": bytearray(), "fresh": bytearray()}
@@ -148,6 +146,8 @@ class Machine:
             portfolios=tuple(self._portfolios),
             account=self._account,
             runs=runs,
+            charged=self._charged,
+            phases=self._phases,
         )
 
     def refuse_repeats(self) -> None:
@@ -219,14 +219,22 @@ class Machine:
 
     def put_portfolio(self, portfolio: Portfolio) -> None:
         """Add a portfolio, or put it in the place of its older self."""
+        taken = self.taken()
         old = self._portfolios[portfolio.index - 1] if portfolio.index <= len(self._portfolios) else None
         if old is None:
+            taken[1] += Fraction(portfolio.delta)
             self._portfolios.append(portfolio)
-            self._taken_delta += Fraction(portfolio.delta)
         else:
+            taken[0] -= Fraction(old.charged_epsilon)
             self._portfolios[portfolio.index - 1] = portfolio
-            self._taken_epsilon -= Fraction(old.charged_epsilon)
-        self._taken_epsilon += Fraction(portfolio.charged_epsilon)
+        taken[0] += Fraction(portfolio.charged_epsilon)
+
+    def taken(self) -> list[Fraction]:
+        """Epsilon and delta that the portfolios take, exactly; kept up to date once it was asked for."""
+        if self._taken is None:
+            epsilon = sum((Fraction(p.charged_epsilon) for p in self._portfolios), Fraction())
+            self._taken = [epsilon, sum((Fraction(p.delta) for p in self._portfolios), Fraction())]
+        return self._taken
 
 
 def _require(condition: bool, problem: str) -> None:
@@ -272,8 +280,8 @@ def _portfolio(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: 
     _require(machine.facts().filter == "portfolio", "portfolio in a ledger with another filter")
     _require(index == len(portfolios) + 1, f"portfolio {index} after {len(portfolios)} portfolios")
     _require(not portfolios or portfolios[-1].frozen, f"portfolio {index} before the previous one froze")
-    left_epsilon = Fraction(machine._grants[-1].epsilon) - machine._taken_epsilon
-    left_delta = Fraction(machine._grants[-1].delta) - machine._taken_delta
+    taken, granted = machine.taken(), machine._grants[-1]
+    left_epsilon, left_delta = Fraction(granted.epsilon) - taken[0], Fraction(granted.delta) - taken[1]
     _require(Fraction(delta) <= left_delta, f"portfolio {index} takes delta {delta:g} beyond the total")
     within = epsilon is None or Fraction(epsilon) <= left_epsilon
     _require(within, f"portfolio {index} takes epsilon {epsilon} beyond the total")
@@ -292,10 +300,11 @@ def _budget(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: byt
         account.grant(allowances, totals[1])
         _require(account.fits, f"totals of epsilon {totals[0]:g} and delta {totals[1]:g} below what is spent")
     else:
-        taken = float(machine._taken_epsilon), float(machine._taken_delta)
+        epsilon, delta = machine.taken()
         _require(
-            Fraction(totals[0]) >= machine._taken_epsilon and Fraction(totals[1]) >= machine._taken_delta,
-            f"totals of epsilon {totals[0]:g} and delta {totals[1]:g} below the {taken[0]:g} and {taken[1]:g} in use",
+            Fraction(totals[0]) >= epsilon and Fraction(totals[1]) >= delta,
+            f"totals of epsilon {totals[0]:g} and delta {totals[1]:g} below the {float(epsilon):g} and "
+            f"{float(delta):g} in use",
         )
     machine._grants.append(Grant(machine.size, *totals, allowances, machine._charged))
 
@@ -382,7 +391,7 @@ def _lease(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: byte
 
 
 def _freeze(machine: Machine, portfolio: Portfolio, claim: float) -> None:
-    room = Fraction(machine._grants[-1].epsilon) - machine._taken_epsilon + Fraction(portfolio.charged_epsilon)
+    room = Fraction(machine._grants[-1].epsilon) - machine.taken()[0] + Fraction(portfolio.charged_epsilon)
     if portfolio.epsilon is not None:
         room = min(room, Fraction(portfolio.epsilon))
     _require(Fraction(claim) <= room, f"claim {claim} where {float(room)} is left for portfolio {portfolio.index}")

@@ -150,6 +150,8 @@ class LedgerState:
         portfolios: in order; empty in an ``rdp`` ledger.
         account: what was spent at each Renyi order; None in a ``portfolio`` ledger. Never changed in place.
         runs: by run id; never changed in place.
+        charged: steps of all runs that are charged.
+        phases: phases of all plans.
     """
 
     trust: PublicKey | None = None
@@ -162,6 +164,8 @@ class LedgerState:
     portfolios: tuple[Portfolio, ...] = ()
     account: RenyiAccount | None = None
     runs: Mapping[str, RunState] = field(default_factory=dict)
+    charged: int = 0
+    phases: int = 0
 
     @property
     def size(self) -> int:

@@ -7,7 +7,7 @@ rules add integers and compute nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpbudget._record import MAX_STATEMENT_BYTES, decode, encode
@@ -71,6 +71,19 @@ def read_statement(
 def statement_digest(payload: bytes) -> str:
     """SHA-256 of the statement, as the plan record names it."""
     return hashlib.sha256(payload).hexdigest()
+
+
+def plan_subject(statement: Mapping[str, Any]) -> tuple[str, str]:
+    """Ledger and run that a statement names; raises :class:`Tampered` (DP082) where it names none."""
+    subject = statement.get("subject")
+    try:
+        ledger_id, name = subject[0]["digest"]["sha256"], subject[0]["name"]  # type: ignore[index]
+        run_id = name.removeprefix("dpbudget-run/")
+    except (TypeError, KeyError, IndexError, AttributeError):
+        raise Tampered("a plan statement names one ledger and one run", code="DP082") from None
+    if subject != [_subject(ledger_id, run_id)] or "predicate" not in statement:
+        raise Tampered("a plan statement names one ledger and one run", code="DP082")
+    return ledger_id, run_id
 
 
 def _subject(ledger_id: str, run_id: str) -> dict[str, Any]:

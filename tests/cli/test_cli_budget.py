@@ -134,3 +134,103 @@ def test_a_plan_that_does_not_fit_is_told_what_would(run_cli: Cli, folder: Path)
     steps, noise = hint.split("at most ")[1].split()[0], hint.split("multiplier of at least ")[1].split(";")[0]
     assert 1 <= int(steps) < 20
     assert run_cli(*plan, "--noise-multiplier", noise.split()[0].rstrip(".;,")).code == 0
+
+
+def test_an_auditor_signs_the_verdict_and_anybody_reads_it_again(run_cli: Cli, folder: Path) -> None:
+    assert run_cli("key", "new", "auditor.key").code == 0
+    head = run_cli("ledger", "head", LEDGER, "--json").json["head"]
+    attest = ("ledger", "attest", LEDGER, "r.dsse", "--trust", f"{LEDGER}.owner.key.pub", "--key", "auditor.key")
+    assert run_cli(*attest).code == 0
+    assert run_cli(*attest).code == 2  # nothing is overwritten
+    report = run_cli("verify", "r.dsse", "--trust", "auditor.key.pub", "--json").json
+    assert (report["ok"], report["head"], report["budget"]["epsilon"]) == (True, head, 3.0)
+    assert run_cli("verify", "r.dsse").code == 2
+    assert run_cli("verify", "r.dsse", "--trust", "owner.key.pub").code == 1
+    assert run_cli("verify", "r.dsse", "--trust", "auditor.key.pub", "--expect-head", head).code == 0
+    assert run_cli("verify", "r.dsse", "--trust", "auditor.key.pub", "--expect-head", "1:" + "0" * 64).code == 5
+    data = bytearray((folder / "r.dsse").read_bytes())
+    for at in range(11, len(data), 97):
+        changed = data.copy()
+        changed[at] ^= 1
+        (folder / "changed.dsse").write_bytes(changed)
+        assert run_cli("verify", "changed.dsse", "--trust", "auditor.key.pub").code in (1, 4)
+
+
+def test_a_ledger_that_does_not_hold_is_not_attested(run_cli: Cli, folder: Path) -> None:
+    attest = ("ledger", "attest", LEDGER, "r.dsse", "--key", "owner.key")
+    answer = run_cli(*attest, "--trust", "owner.key.pub")
+    assert (answer.code, "does not hold" in answer.err) == (1, True)
+    head = run_cli("ledger", "head", LEDGER, "--json").json["head"]
+    wrong = f"{head.split(':')[0]}:{'0' * 64}"
+    assert run_cli(*attest, "--trust", f"{LEDGER}.owner.key.pub", "--expect-head", wrong).code == 1
+    assert not (folder / "r.dsse").exists()
+
+
+def test_an_owner_elsewhere_signs_a_plan_and_new_totals(run_cli: Cli, folder: Path) -> None:
+    owner = folder / f"{LEDGER}.owner.key"
+    owner.rename(folder / "safe.key")
+    assert run_cli("plan", "new", "--ledger", LEDGER, *SMALL, "--epsilon", "1").code == 2  # another owner.key
+    asked = run_cli("plan", "new", "--ledger", LEDGER, *SMALL, "--epsilon", "1", "--request", "p.req", "--json").json
+    shown = run_cli("key", "sign", "p.req", "p.signed", "--owner-key", "safe.key", "--json").json
+    assert (shown["wishes"][0]["wish"], shown["wishes"][0]["run"]) == ("a plan", asked["run"])
+    assert run_cli("ledger", "apply", LEDGER, "p.signed", "--json").json["run"] == asked["run"]
+    assert run_cli("ledger", "grant", LEDGER, "--epsilon", "5", "--request", "g.req").code == 0
+    assert run_cli("ledger", "apply", LEDGER, "g.req").code == 1
+    assert run_cli("key", "sign", "g.req", "g.signed", "--owner-key", "safe.key").code == 0
+    assert run_cli("ledger", "apply", LEDGER, "g.signed", "--json").json["epsilon"] == 5.0
+    assert run_cli("ledger", "apply", LEDGER, "g.signed").code == 2
+
+
+def test_what_is_no_request_is_not_signed(run_cli: Cli, folder: Path) -> None:
+    for name in ("train.csv", LEDGER, "owner.key", "missing"):
+        answer = run_cli("key", "sign", name, "x.signed", "--owner-key", "owner.key")
+        assert answer.code in (1, 4), name
+    assert not (folder / "x.signed").exists()
+
+
+def test_a_run_is_proved_without_the_ledger(run_cli: Cli, folder: Path) -> None:
+    head = run_cli("ledger", "head", LEDGER, "--output", "head.txt", "--json").json
+    run = run_cli("ledger", "runs", LEDGER, "--json").json["runs"][0]["run"]
+    assert run_cli("ledger", "prove", LEDGER, "run.proof", "--run", run[:8]).code == 0
+    assert run_cli("ledger", "prove", LEDGER, "run.proof", "--run", run[:8]).code == 2
+    for line in (("--run", run, "--since", "2"), (), ("--details", "--since", "1"), ("--run", "nothing")):
+        assert run_cli("ledger", "prove", LEDGER, "x.proof", *line).code == 2
+    verify = ("verify", "run.proof", "--trust", f"{LEDGER}.owner.key.pub")
+    proof = run_cli(*verify, "--json").json
+    assert (proof["run"], proof["charged"], proof["planned"], proof["head"]) == (run, 0, 20, head["head"])
+    assert "PROVED" in run_cli(*verify, "--expect-head", head["head"]).out
+    assert run_cli(*verify, "--expect-head", "1:" + "0" * 64).code == 5
+    assert run_cli("verify", "run.proof").code == 2
+    assert run_cli("verify", "run.proof", "--trust", "owner.key.pub").code == 1
+    data = (folder / "run.proof").read_bytes()
+    (folder / "bad.proof").write_bytes(data.replace(b'"records":', b'"records" :', 1))
+    assert run_cli("verify", "bad.proof", *verify[2:]).code == 1
+
+
+def test_a_head_is_proved_to_continue_an_older_one(run_cli: Cli, folder: Path) -> None:
+    old = run_cli("ledger", "head", LEDGER, "--json").json
+    assert run_cli("ledger", "note", LEDGER, "checked").code == 0
+    new = run_cli("ledger", "head", LEDGER, "--json").json
+    assert run_cli("ledger", "prove", LEDGER, "c.proof", "--since", str(old["size"])).code == 0
+    heads = ("--expect-head", old["head"], "--expect-head", new["head"])
+    assert "CONSISTENT" in run_cli("verify", "c.proof", *heads).out
+    assert run_cli("verify", "c.proof", *heads[:2]).code == 2
+    forged = ("--expect-head", old["head"], "--expect-head", f"{new['size']}:{'0' * 64}")
+    assert run_cli("verify", "c.proof", *forged).code == 1
+
+
+def test_a_checkpoint_file_anchors_and_a_witness_is_demanded(run_cli: Cli, folder: Path) -> None:
+    assert run_cli("ledger", "head", LEDGER, "--output", "head.txt").code == 0
+    assert run_cli("ledger", "note", LEDGER, "checked").code == 0
+    report = run_cli("verify", LEDGER, "--expect-head", "head.txt", "--json").json
+    assert (report["ok"], report["anchored"]) == (True, True)
+    note = (folder / "head.txt").read_text(encoding="utf-8")
+    signature = note.rsplit(" ", 1)[1]
+    other = signature[:20] + ("A" if signature[20] != "A" else "B") + signature[21:]
+    (folder / "forged.txt").write_text(note.replace(signature, other), encoding="utf-8")
+    forged = run_cli("verify", LEDGER, "--expect-head", "forged.txt", "--json")
+    assert (forged.code, forged.json["anchored"]) == (5, False)
+    assert run_cli("verify", LEDGER, "--expect-head", "train.csv").code == 2
+    witness = "witness.example+e3a2e6b2+BAAA"
+    assert run_cli("verify", LEDGER, "--expect-head", "head.txt", "--witness", witness).code == 5
+    assert run_cli("verify", LEDGER, "--witness", witness).code == 2

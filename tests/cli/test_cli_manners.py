@@ -249,6 +249,14 @@ def test_every_example_of_every_help_page_runs(run_cli: Cli, folder: Path, words
         shutil.copy("budget.ledger.writer.key", "writer.key")
         shutil.copy("budget.ledger.owner.key.pub", "owner.key.pub")
         assert run_cli("ledger", "export", "budget.ledger", "budget.jsonl").code == 0
+    if words in {("key", "sign"), ("ledger", "apply")}:
+        small = ("--dataset-size", "100", "--batch-size", "20", "--steps", "20", "--epsilon", "1")
+        assert run_cli("plan", "new", "--ledger", "budget.ledger", *small, "--request", "plan.request").code == 0
+    if words == ("ledger", "apply"):
+        key = ("--owner-key", "budget.ledger.owner.key")
+        assert run_cli("key", "sign", "plan.request", "plan.signed", *key).code == 0
+    if words == ("ledger", "prove"):
+        line = line.replace("3f9c", run_cli("ledger", "runs", "budget.ledger", "--json").json["runs"][0]["run"][:8])
     answer = run_cli(*shlex.split(line)[1:])
     assert answer.code == 0, answer.err
 

@@ -35,6 +35,7 @@ LAYERS = {
     "dpbudget.report": 4,
     "dpbudget._config": 4,
     "dpbudget._verify": 4,
+    "dpbudget._attest": 4,
     "dpbudget._recompute": 4,
     "dpbudget._verdict": 4,
     "dpbudget": 5,

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from dpbudget.errors import InvalidParameter, Unreadable
+from dpbudget.errors import InvalidParameter, StorageFailed, Unreadable
 
 #: File systems whose locks or syncs do not hold across machines.
 # fmt: off
@@ -56,6 +56,7 @@ def create_private(path: Path) -> None:
     Raises:
         InvalidParameter: something of this name exists (DP074).
         Unreadable: the folder is missing or not writable (DP070).
+        StorageFailed: a sync failed (DP075); an empty file is left.
     """
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o600)
@@ -65,14 +66,32 @@ def create_private(path: Path) -> None:
         ) from None
     except OSError as error:
         raise Unreadable(f"cannot create {path}: {error.strerror}", hint="make the folder first") from None
-    os.fsync(descriptor)
-    os.close(descriptor)
-    sync_folder(path.parent)
+    try:
+        os.fsync(descriptor)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise StorageFailed(
+            f"cannot make {path} durable: {error.strerror}", hint="see to the disk and remove the empty file"
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def open_folder(folder: Path) -> int:
+    """A descriptor through which the names in ``folder`` can be synced.
+
+    Raises:
+        Unreadable: it cannot be opened (DP070).
+    """
+    try:
+        return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Unreadable(f"{folder}: {error.strerror}", hint="a ledger's folder must be readable") from None
 
 
 def sync_folder(folder: Path) -> None:
     """Make the names in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = open_folder(folder)
     try:
         os.fsync(descriptor)
     finally:

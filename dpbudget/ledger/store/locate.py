@@ -1,4 +1,4 @@
-"""From a location to its store: a path is an SQLite file or an export."""
+"""From a location to its store: a path is an SQLite file or an export, ``postgresql://...#name`` a database."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from contextlib import AbstractContextManager
 
 from dpbudget.ledger.store.base import LedgerStore, Reading
+from dpbudget.ledger.store.postgres import PostgresStore, is_database, reading_database
 from dpbudget.ledger.store.reader import reading_of
 from dpbudget.ledger.store.sqlite import SqliteStore
 
@@ -14,14 +15,14 @@ Location = str | os.PathLike[str]
 
 def create_store(location: Location) -> LedgerStore:
     """A new, empty store; what exists there is refused (DP074)."""
-    return SqliteStore.create(location)
+    return PostgresStore.create(str(location)) if is_database(location) else SqliteStore.create(location)
 
 
 def open_store(location: Location) -> LedgerStore:
     """An existing store, for reading and writing."""
-    return SqliteStore.open(location)
+    return PostgresStore.open(str(location)) if is_database(location) else SqliteStore.open(location)
 
 
 def reading_at(location: Location) -> AbstractContextManager[Reading]:
     """A consistent reading of a ledger or an export, which writes nothing."""
-    return reading_of(location)
+    return reading_database(str(location)) if is_database(location) else reading_of(location)

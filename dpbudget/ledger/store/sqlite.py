@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from typing import Any
 from dpbudget.errors import StorageFailed, Tampered, Unreadable
 from dpbudget.ledger.entries import Entry
 from dpbudget.ledger.store import files
+from dpbudget.ledger.store.bound import BoundStore, live_stores
 
 #: "dpbl", so that file(1) and a reader can tell a ledger from any other database.
 APPLICATION_ID = 0x6470626C
@@ -33,17 +33,17 @@ _SUPER_JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
 #: file could otherwise name the same bytes a million times.
 _MAX_VALUE_BYTES, MAX_TOTAL_BYTES = 2 << 20, 1 << 30
 _LEAVE_WAL = 'close what has it open, then run: sqlite3 LEDGER "PRAGMA journal_mode=DELETE"'
-_live: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
 
 
-def _close_in_owner(connection: sqlite3.Connection, pid: int) -> None:
+def _close_in_owner(connection: sqlite3.Connection, folder: int, pid: int) -> None:
     # In a forked child, closing could roll back a transaction that the parent is in.
     if os.getpid() == pid:
         with suppress(sqlite3.Error):
             connection.close()
+        os.close(folder)
 
 
-class SqliteStore:
+class SqliteStore(BoundStore):
     """An open ledger file for reading and writing; use :meth:`create` or :meth:`open`.
 
     Every failure of a write or a sync, and a file that was renamed or replaced, poisons the handle: from then on
@@ -53,15 +53,19 @@ class SqliteStore:
     durable = True
 
     def __init__(self, path: Path, connection: sqlite3.Connection, identity: tuple[int, int]) -> None:
+        super().__init__(str(path))
         self.path = path
         self._connection = connection
         self._identity = identity
-        self._lock = threading.RLock()
-        self._poison: str | None = None
+        try:
+            # Open from the start: see _sync_folder().
+            self._folder = files.open_folder(path.parent)
+        except Unreadable:
+            connection.close()
+            raise
         # A ledger that nobody closed: every commit was synced, so this only spares the warning of Python 3.13. The
         # finalizer holds the connection, which therefore outlives the store in any order of collection.
-        self._close = weakref.finalize(self, _close_in_owner, connection, os.getpid())
-        _live.add(self)
+        self._close = weakref.finalize(self, _close_in_owner, connection, self._folder, os.getpid())
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], *, busy_seconds: float = 30.0) -> SqliteStore:
@@ -117,9 +121,12 @@ class SqliteStore:
             try:
                 # Inside, so that an interrupt right after BEGIN gives the lock back.
                 self._begin()
-                yield _SqliteTransaction(self._connection)
+                transaction = _SqliteTransaction(self._connection)
+                yield transaction
                 self._check_in_place()
                 self._commit()
+                if transaction.wrote:
+                    self._sync_folder()
                 self._check_in_place()
             except StorageFailed:
                 self._roll_back()
@@ -174,16 +181,16 @@ class SqliteStore:
     def _commit(self) -> None:
         self._connection.execute("COMMIT")
 
+    def _sync_folder(self) -> None:
+        # SQLite syncs the folder after it made the journal and ignores whether that worked; it opens the folder anew
+        # each time, so no later sync of its own hears of it. A descriptor that was open all the while does: Linux
+        # reports a failed write-back once to each.
+        os.fsync(self._folder)
+
     def _roll_back(self) -> None:
         with suppress(sqlite3.Error):
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
-
-    def _check_alive(self) -> None:
-        if self._poison is not None:
-            raise StorageFailed(
-                f"the ledger {self.path} refuses to go on: {self._poison}", hint="open the ledger in a new process"
-            )
 
     def _check_in_place(self) -> None:
         # A spend in a file that nobody will open again would be a spend that nobody counts.
@@ -201,6 +208,7 @@ class SqliteStore:
 class _SqliteTransaction:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
+        self.wrote = False
 
     def read(self, start: int) -> Iterator[Entry]:
         return _read_entries(self._connection, start)
@@ -210,6 +218,7 @@ class _SqliteTransaction:
         return None if row is None else _blob(row[0])
 
     def append(self, entries: Sequence[Entry], note: bytes, *, size: int, keep: bool) -> None:
+        self.wrote = True
         first = size - len(entries)
         rows = [(first + index, entry.line, entry.envelope) for index, entry in enumerate(entries)]
         self._connection.executemany("INSERT INTO record (seq, line, envelope) VALUES (?, ?, ?)", rows)
@@ -331,7 +340,8 @@ def live_store(identity: tuple[int, int]) -> SqliteStore | None:
 
     Closing any other descriptor of the file would drop its POSIX locks, so a reader in the same process asks the store.
     """
-    return next((s for s in list(_live) if s._identity == identity and s._poison is None), None)
+    stores = (store for store in live_stores() if isinstance(store, SqliteStore))
+    return next((store for store in stores if store._identity == identity), None)
 
 
 def journal_of(path: Path) -> Path:
@@ -371,25 +381,3 @@ def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
             hint=_LEAVE_WAL if mode == "wal" else "",
         )
     return connection
-
-
-def _lock_before_fork() -> None:
-    # No transaction may be open in the child: closing its copy would roll back the parent's journal.
-    for store in list(_live):
-        store._lock.acquire()
-
-
-def _unlock_after_fork() -> None:
-    for store in list(_live):
-        with suppress(RuntimeError):
-            store._lock.release()
-
-
-def _disown_in_child() -> None:
-    for store in list(_live):
-        store._poison = "this process was forked from the one that opened the ledger"
-        with suppress(RuntimeError):
-            store._lock.release()
-
-
-os.register_at_fork(before=_lock_before_fork, after_in_parent=_unlock_after_fork, after_in_child=_disown_in_child)

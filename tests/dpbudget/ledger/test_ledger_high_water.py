@@ -64,7 +64,7 @@ def test_the_mark_holds_size_and_root_and_nothing_else(tmp_path: Path) -> None:
     with make_ledger(tmp_path / "ledger") as ledger:
         (mark,) = (state_folder() / "heads").iterdir()
         assert mark.name == ledger.id
-        assert mark.read_text() == f"{ledger.head}\n"
+        assert mark.read_text() == f"{ledger.head.size:016d}:{ledger.head.root}\n"
         assert mark.stat().st_mode & 0o077 == 0
 
 
@@ -82,12 +82,16 @@ def test_a_damaged_mark_counts_as_absent(tmp_path: Path) -> None:
     path = tmp_path / "ledger"
     run_id = signed(path)
     (mark,) = (state_folder() / "heads").iterdir()
-    for content in (b"", b"\xff\xfe", b"12:abc\n", b"0:" + b"00" * 32 + b"\n", b"x" * 4096):
+    for content in (b"", b"\xff\xfe", b"12:abc\n", b"12:" + b"00" * 32 + b"\n", b"x" * 4096):
         mark.write_bytes(content)
         reopen(path).close()
+    before = reopen(path).state.size
     spend(path, run_id, 1)
-    assert mark.read_bytes().endswith(b"\n")
-    assert os.listdir(mark.parent) == [mark.name]
+    marks = HighWater.of_user()
+    assert marks is not None
+    known = marks.known(mark.name)
+    assert known is not None
+    assert known[0] > before
 
 
 def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

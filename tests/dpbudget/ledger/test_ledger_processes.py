@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from ledgerkit import OWNER, make_ledger, make_plan, reopen
+from spenders import released, spawn, spend
 
 from dpbudget.errors import DPBudgetError
 from dpbudget.ledger.journal import Draft
@@ -19,32 +20,9 @@ from dpbudget.ledger.ledger import Ledger
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
-def spawn(work: Callable[[], None]) -> int:
-    """Run ``work`` in a child process that opens the ledger itself; its id."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except DPBudgetError as error:
-            status = 10 + error.exit_code
-        finally:
-            os._exit(status)
-    return child
-
-
 def release_into(path: Path, run_id: str, log: Path, lease_steps: int) -> None:
-    """Take receipts to the end and log every released step, as a trainer would publish gradients."""
-    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    run = reopen(path).start(run_id, lease_steps=lease_steps)
-    for receipt in run:
-        os.write(file, b"%d\n" % receipt.step)
-    run.close()
-
-
-def released(log: Path) -> list[int]:
-    return [int(line) for line in log.read_bytes().split()] if log.exists() else []
+    """Take receipts to the end and log every released step."""
+    spend(str(path), lambda location: reopen(Path(location)), run_id, log, lease_steps=lease_steps)
 
 
 def charged(path: Path) -> dict[str, int]:

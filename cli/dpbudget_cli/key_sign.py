@@ -1,0 +1,84 @@
+"""``dpbudget key sign``: read what is asked for, and sign it, away from the ledger."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dpbudget.errors import InvalidParameter
+from dpbudget_cli import _output as out
+from dpbudget_cli._files import write_new
+from dpbudget_cli._keys import PASSPHRASE_FD, load_signer, read_passphrases
+from dpbudget_cli._options import JSON
+from dpbudget_cli.main import Leaf
+
+if TYPE_CHECKING:
+    from dpbudget.ledger.requests import Wish
+
+
+@click.command("sign", cls=Leaf)
+@click.argument("request")
+@click.argument("target", metavar="OUT")
+@click.option("--owner-key", required=True, metavar="FILE", help="The owner's key.")
+@PASSPHRASE_FD
+@JSON
+def command(request: str, target: str, owner_key: str, passphrase_fd: int | None, as_json: bool) -> None:
+    """Show what REQUEST asks for and write it, signed, to the new file OUT. The ledger is not needed.
+
+    A plan's claim is certified again before it is signed. The owner's key can so stay on a machine of its own; dpbudget
+    ledger apply writes OUT into the ledger.
+
+    Examples:
+      dpbudget key sign plan.request plan.signed --owner-key budget.ledger.owner.key
+      dpbudget key sign plan.request plan.signed --owner-key budget.ledger.owner.key --json
+    """
+    from dpbudget.ledger.requests import MAX_REQUEST_BYTES, read_request, sign_request
+    from dpbudget.ledger.store.files import as_path, read_regular
+
+    data = read_regular(as_path(request), MAX_REQUEST_BYTES)
+    shown = [_describe(wish) for wish in read_request(data)]
+    signer = load_signer(owner_key, read_passphrases(passphrase_fd))
+    write_new(target, sign_request(data, signer))
+    if as_json:
+        out.emit_json({"signed": target, "by": signer.public.hex, "wishes": shown})
+        return
+    for facts in shown:
+        out.emit_table(list(facts.items()))
+    out.emit_table([("signed", target), ("by", signer.public.hex)])
+
+
+def _describe(wish: Wish) -> dict[str, Any]:
+    """A wish in plain numbers; a plan that claims too little is refused (DP052)."""
+    from dpbudget._record import hex_to_float
+    from dpbudget.filters import LedgerFilter
+    from dpbudget.ledger.claims import covers
+    from dpbudget.plan import Plan
+
+    if wish.kind != "plan":
+        described: dict[str, Any] = {"wish": "new totals" if wish.kind == "budget" else "another portfolio"}
+        for name in ("index", "epsilon", "delta"):
+            if name in wish.facts:
+                value = wish.facts[name]
+                described[name] = hex_to_float(value) if isinstance(value, str) else value
+        return described
+    plan = Plan.from_jsonable({name: wish.facts[name] for name in Plan.model_fields if name in wish.facts})
+    certified = LedgerFilter().joint_claim((plan,), plan.claim.delta)
+    if not covers(plan.claim.epsilon, certified):
+        raise InvalidParameter(
+            f"the plan claims epsilon {plan.claim.epsilon!r}, and {certified!r} is what it costs",
+            code="DP052",
+            hint="do not sign it; let it be made again",
+        )
+    return {
+        "wish": "a plan",
+        "ledger": wish.ledger_id,
+        "run": wish.run_id,
+        "epsilon": plan.claim.epsilon,
+        "delta": plan.claim.delta,
+        "adjacency": str(plan.adjacency),
+        "dataset_size": plan.nominal_size,
+        "steps": plan.steps,
+        "phases": [[phase.rate, phase.noise_multiplier, phase.steps] for phase in plan.phases],
+        "clip_norm": plan.clip_norm,
+    }
