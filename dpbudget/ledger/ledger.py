@@ -406,8 +406,6 @@ class Ledger:
             InvalidParameter: the path exists (DP074).
         """
         place = None if hasattr(target, "write") else files.as_path(target)
-        if place is not None and os.path.lexists(place):
-            raise InvalidParameter(f"{place} exists", code="DP074", hint="choose another path")
         # What is written is checked on its way: a damaged store must not become a fine-looking export.
         with self._journal.reading() as reading:
             checked = CheckedReading(reading, self.state.trust)

@@ -11,11 +11,12 @@ import base64
 import io
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from dpbudget._record import MAX_LINE_BYTES, decode, encode
-from dpbudget.errors import Tampered
+from dpbudget.errors import DPBudgetError, InvalidParameter, StorageFailed, Tampered, Unreadable
 from dpbudget.ledger.entries import ENVELOPED, FIELDS, MAX_ENVELOPE_BYTES, Entry, kind_of, read
 from dpbudget.ledger.head import MAX_NOTE_BYTES
 from dpbudget.ledger.signing import strict_base64
@@ -98,10 +99,28 @@ def _note(line: bytes) -> bytes:
 
 
 def create_export(reading: Reading, path: Path) -> bytes:
-    """Write an export to a new file, sync it and return its head; the caller has checked that the path is free."""
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o644)
-    with os.fdopen(descriptor, "wb") as file:
-        head = write_export(reading, file)
-        file.flush()
-        os.fsync(descriptor)
+    """Write an export to a new file, sync it and return its head; a file that could not be written whole is removed.
+
+    Raises:
+        InvalidParameter: the path exists (DP074).
+        Unreadable: the folder is missing or not writable (DP070).
+        StorageFailed: the disk is full, or a write or sync failed (DP075).
+    """
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o644)
+    except FileExistsError:
+        raise InvalidParameter(f"{path} exists", code="DP074", hint="choose another path") from None
+    except OSError as error:
+        raise Unreadable(f"cannot create {path}: {error.strerror}", hint="make the folder first") from None
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            head = write_export(reading, file)
+            file.flush()
+            os.fsync(descriptor)
+    except BaseException as error:
+        with suppress(OSError):
+            path.unlink()
+        if isinstance(error, OSError) and not isinstance(error, DPBudgetError):
+            raise StorageFailed(f"cannot write {path}: {error.strerror}", hint="see to the disk") from None
+        raise
     return head

@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -25,7 +26,7 @@ from ledgerkit import (
 )
 
 from dpbudget._record import encode
-from dpbudget.errors import DPBudgetError, InvalidParameter, Tampered, Unreadable
+from dpbudget.errors import DPBudgetError, InvalidParameter, StorageFailed, Tampered, Unreadable
 from dpbudget.ledger.entries import FIELDS, Entry, build, read
 from dpbudget.ledger.head import sign_head
 from dpbudget.ledger.journal import check_head, check_kept_heads, replay
@@ -382,3 +383,36 @@ def test_a_hundred_thousand_records_verify_in_seconds() -> None:
     assert state.tree.size > 10_000
     assert leaf_hash(snapshot.entries[-1].line) == state.last
     assert seconds < 60  # 6 s on the machine of the measurement; the bound catches a quadratic cost alone
+
+
+def test_an_export_to_a_full_disk_leaves_nothing_and_says_why(tmp_path: Path) -> None:
+    with pytest.raises(StorageFailed, match="No space left"), open("/dev/full", "wb", buffering=0) as full:
+        _export_to_device(full, tmp_path / "x.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+def _export_to_device(full: BinaryIO, place: Path) -> None:
+    """An export whose file is the device that is always full."""
+    real = os.fdopen
+
+    def fdopen(descriptor: int, mode: str) -> Any:
+        os.dup2(full.fileno(), descriptor)
+        return real(descriptor, mode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpbudget.ledger.store.jsonl.os.fdopen", fdopen)
+        lived_in_ledger().export(place)
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
+    ledger = lived_in_ledger()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpbudget.ledger.store.jsonl.encode", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.export(tmp_path / "x.jsonl")
+    assert not list(tmp_path.iterdir())
+    ledger.export(tmp_path / "x.jsonl")
+
+
+def interrupt(_: object) -> bytes:
+    raise KeyboardInterrupt
