@@ -20,6 +20,7 @@ from dpbudget.ledger.store import files
 from dpbudget.ledger.store.base import Reading, Snapshot
 from dpbudget.ledger.store.jsonl import MAX_EXPORT_BYTES, ExportReading
 from dpbudget.ledger.store.sqlite import (
+    APPLICATION_ID,
     MAGIC,
     SqliteReading,
     SqliteStore,
@@ -143,6 +144,9 @@ def _copy_file(source: Path, target: Path) -> bytes:
     """Copy a regular file and return its first hundred bytes, the header of a database."""
     with files.open_regular(source, MAX_EXPORT_BYTES) as old, open(target, "wb") as new:
         header = old.read(100)
+        if header.startswith(MAGIC) and header[68:72] != APPLICATION_ID.to_bytes(4, "big"):
+            # File format, bytes 68 to 71: before a foreign database of any size is copied.
+            raise Unreadable(f"{source} is not a dpbudget ledger", hint="name the ledger file or an export of it")
         new.write(header)
         left = MAX_EXPORT_BYTES - len(header)
         while chunk := old.read(1 << 20):
