@@ -117,7 +117,7 @@ def test_attacks_02_to_04_a_record_dropped_reordered_or_repeated_is_noticed(smal
         swapped = list(entries)
         swapped[a], swapped[b] = entries[b], entries[a]
         attacks.append(swapped)
-    attacks += [entries[:to] + [entry] + entries[to:] for entry in entries for to in range(1, len(entries) + 1)]
+    attacks += [[*entries[:to], entry, *entries[to:]] for entry in entries for to in range(1, len(entries) + 1)]
     assert len(attacks) > 400
     for attack in attacks:
         assert problem_of(written(attack, note), tmp_path) is not None
