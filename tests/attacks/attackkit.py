@@ -68,15 +68,15 @@ def spend(path: Path, run_id: str, steps: int, **options: Any) -> None:
             run.settle(run.next_receipt(), "ab" * 32)
 
 
-def signed(path: Path, steps: int = 20, **options: Any) -> str:
-    """A new ledger with one signed plan; its run id."""
-    with make(path, **options) as ledger:
-        return ledger.sign_plan(plan(steps), owner=OWNER)
+def signed(path: Path, steps: int = 20, **facts: Any) -> str:
+    """A new ledger with one signed plan, of which ``facts`` change something; its run id."""
+    with make(path) as ledger:
+        return ledger.sign_plan(plan(steps, **facts), owner=OWNER)
 
 
-def spent(path: Path, steps: int = 3, **options: Any) -> str:
+def spent(path: Path, steps: int = 3) -> str:
     """A new ledger with ``steps`` of a plan of 20 spent; the run id."""
-    run_id = signed(path, **options)
+    run_id = signed(path)
     spend(path, run_id, steps)
     return run_id
 
@@ -147,15 +147,20 @@ def written(entries: Iterable[Entry], note: bytes) -> bytes:
     return file.getvalue()
 
 
-def forged(
-    data: bytes, edit: Edit = lambda record, envelope: envelope, *more: dict[str, Any], writer: Ed25519Signer = WRITER
-) -> bytes:
+def as_is(record: dict[str, Any], envelope: bytes | None) -> bytes | None:
+    """The edit that changes nothing."""
+    return envelope
+
+
+def forged(data: bytes, edit: Edit = as_is, *more: dict[str, Any], writer: Ed25519Signer = WRITER) -> bytes:
     """What a writer who cheats can make: records edited and added, chain and tree right, the head signed again."""
     tree, prev, entries = Frontier(), bytes(32), list[Entry]()
     old = read_export(data).entries
     for record, sealed in [*((json.loads(entry.line), entry.envelope) for entry in old), *((m, None) for m in more)]:
         envelope = edit(record, sealed)
-        line = encode({"v": 1, **record, "seq": len(entries), "prev": prev.hex()})
+        # Not by our encoder, which makes only what is allowed.
+        facts = {"v": 1, **record, "seq": len(entries), "prev": prev.hex()}
+        line = json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
         entries.append(Entry(line, envelope))
         prev = leaf_hash(line)
         tree = tree.append(prev)

@@ -18,6 +18,7 @@ from attackkit import (
     OWNER,
     STRANGER,
     WRITER,
+    as_is,
     call,
     export,
     forged,
@@ -71,11 +72,7 @@ def test_attack_17_the_writers_old_key_is_good_for_nothing_after_a_rekey(tmp_pat
     # A head that the retired key signs for more records than it had is not one.
     more = {"type": "note", "event": "checked"}
     assert problem_of(forged(export(path), writer=NEXT_WRITER), tmp_path) is None
-    assert "head is not the writer's" in str(problem_of(forged(export(path), _as_is, more, writer=WRITER), tmp_path))
-
-
-def _as_is(record: dict[str, Any], envelope: bytes | None) -> bytes | None:
-    return envelope
+    assert "head is not the writer's" in str(problem_of(forged(export(path), as_is, more, writer=WRITER), tmp_path))
 
 
 def test_attack_17_the_owners_old_key_grants_nothing_after_a_rekey(tmp_path: Path) -> None:

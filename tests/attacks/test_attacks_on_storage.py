@@ -66,8 +66,8 @@ def test_attack_07_a_ledger_file_cut_anywhere_is_refused(tmp_path: Path) -> None
         assert problem(path) is not None, size
 
 
-def _kill_loop(folder: Path, rounds: int, seed: int) -> None:
-    """kill -9 at random moments of a releasing process: what is recorded is never less than what was released."""
+def _kill_loop(folder: Path, rounds: int, seed: int) -> tuple[int, int]:
+    """kill -9 at random moments of a releasing process; steps that were released, and that are charged in the end."""
     path, log, moments = folder / "ledger", folder / "log", random.Random(seed)
     run_id = signed(path, 2000)
     for _ in range(rounds):
@@ -81,19 +81,21 @@ def _kill_loop(folder: Path, rounds: int, seed: int) -> None:
         assert ended(child) == -signal.SIGKILL
         assert len(released(log)) <= charged(path)
     steps = released(log)
-    assert len(steps) == len(set(steps)) >= rounds
-    assert charged(path) - len(steps) <= rounds  # and a kill wastes one step at most
+    assert len(steps) == len(set(steps))
     assert problem(path) is None
+    return len(steps), charged(path)
 
 
 def test_attack_07_killed_at_any_moment_the_ledger_holds_every_released_step(tmp_path: Path) -> None:
-    _kill_loop(tmp_path, 6, seed=7)
+    count, total = _kill_loop(tmp_path, 6, seed=7)
+    assert 6 <= count <= total <= count + 6  # a kill wastes one step at most
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(40))
 def test_attack_07_killed_a_thousand_times_the_ledger_holds_every_released_step(tmp_path: Path, part: int) -> None:
-    _kill_loop(tmp_path, 25, seed=700 + part)
+    count, total = _kill_loop(tmp_path, 25, seed=700 + part)
+    assert 25 <= count <= total <= count + 25
 
 
 class Faulty:
