@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,48 +24,54 @@ from dptrainer import PoissonSampler, PrivateTrainer, SecureNoise, load_checkpoi
 from dptrainer.sampling import Indices
 from dptrainer.values import ClippedSum, NoisySum
 
-STEPS, KEPT, KILLED = 150, 50, 100
 PHASES = ("before commit", "after commit", "sampled", "clipped", "noised", "updated", "settled")
 
 
-def die_in(phase: str, now: str, step: int) -> None:
-    if phase == now and step == KILLED - 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+@dataclass(frozen=True)
+class Fate:
+    """A plan of ``15 n`` steps, whose checkpoint is of step ``5 n``, and death in a phase of step ``10 n``."""
+
+    phase: str
+    n: int
+
+    def meet(self, now: str, step: int) -> None:
+        if self.phase == now and step == 10 * self.n - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Noise(SecureNoise):
     """The shipped noise; logs a step the moment that its noisy sum exists, since from then on anybody may have it."""
 
-    def __init__(self, log: Path, phase: str) -> None:
-        self._file, self._phase = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), phase
+    def __init__(self, log: Path, fate: Fate) -> None:
+        self._file, self._fate = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), fate
 
     def privatise(self, clipped: ClippedSum, receipt: Receipt) -> NoisySum:
-        die_in(self._phase, "clipped", receipt.step)
+        self._fate.meet("clipped", receipt.step)
         noisy = super().privatise(clipped, receipt)
         os.write(self._file, b"%d\n" % receipt.step)
-        die_in(self._phase, "noised", receipt.step)
+        self._fate.meet("noised", receipt.step)
         return noisy
 
 
-def arm(phase: str, run: Run) -> None:
+def arm(run: Run, fate: Fate) -> None:
     """Put the other fatal moments in place."""
     commit, draw, settle = SqliteStore._commit, PoissonSampler.draw, Run.settle
 
     def committing(store: SqliteStore) -> None:
-        die_in(phase, "before commit", run.charged)
+        fate.meet("before commit", run.charged)
         step = run.charged
         commit(store)
-        die_in(phase, "after commit", step)
+        fate.meet("after commit", step)
 
     def drawing(sampler: PoissonSampler, receipt: Receipt, population: int) -> Indices:
         drawn = draw(sampler, receipt, population)
-        die_in(phase, "sampled", receipt.step)
+        fate.meet("sampled", receipt.step)
         return drawn
 
     def settling(self: Run, receipt: Receipt, digest: str | None = None) -> None:
-        die_in(phase, "updated", receipt.step)
+        fate.meet("updated", receipt.step)
         settle(self, receipt, digest)
-        die_in(phase, "settled", receipt.step)
+        fate.meet("settled", receipt.step)
 
     SqliteStore._commit, PoissonSampler.draw, Run.settle = committing, drawing, settling  # type: ignore[method-assign]
 
@@ -77,30 +84,30 @@ def fresh() -> tuple[torch.nn.Module, torch.optim.Optimizer, Any, TensorDataset]
     return model, torch.optim.SGD(model.parameters(), lr=0.1), F.cross_entropy, data
 
 
-def train(path: Path, log: Path, run_id: str, phase: str) -> None:
+def train(path: Path, log: Path, run_id: str, fate: Fate) -> None:
     """From the checkpoint beside the ledger, if there is one, to the end of the plan or to death."""
     model, optimizer, loss, data = fresh()
     kept = path.with_suffix(".checkpoint")
     with reopen(path) as ledger:
         run = ledger.start(run_id, lease_steps=1)
-        arm(phase, run)
+        arm(run, fate)
         if kept.exists():
             load_checkpoint(kept, model, optimizer, run=run)
 
         def keep(steps: int, epsilon: Any) -> None:
-            if steps == KEPT and not kept.exists():
+            if steps == 5 * fate.n and not kept.exists():
                 save_checkpoint(kept, model, optimizer, run=run)
 
-        noise = Noise(log, phase)
+        noise = Noise(log, fate)
         PrivateTrainer(model, optimizer, loss, data, run, noise=noise, callbacks=[keep], record_outputs=True).fit()
 
 
-def in_child(path: Path, log: Path, run_id: str, phase: str) -> int:
+def in_child(path: Path, log: Path, run_id: str, fate: Fate) -> int:
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            train(path, log, run_id, phase)
+            train(path, log, run_id, fate)
             status = 0
         finally:
             os._exit(status)
@@ -112,15 +119,17 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with make(folder / "warm.ledger") as ledger:
         # Imports what torch loads on first use, before any child is forked.
-        run = ledger.start(ledger.sign_plan(plan(STEPS, dataset_size=40, batch_size=40), owner=OWNER))
+        run = ledger.start(ledger.sign_plan(plan(15, dataset_size=40, batch_size=40), owner=OWNER))
         model, optimizer, loss, data = fresh()
         PrivateTrainer(model, optimizer, loss, data, run, callbacks=[lambda *_: False]).fit()
         save_checkpoint(folder / "warm", model, optimizer, run=run)
         load_checkpoint(folder / "warm", model, optimizer, run=run)
     for number, phase in enumerate(PHASES):
         path, log = folder / f"{number}.ledger", folder / f"{number}.log"
-        run_id = signed(path, STEPS, dataset_size=40, batch_size=40)
-        print(in_child(path, log, run_id, phase), in_child(path, log, run_id, "none"), flush=True)
+        fate = Fate(phase, 10 if phase == "noised" else 1)
+        run_id = signed(path, 15 * fate.n, dataset_size=40, batch_size=40)
+        ends = in_child(path, log, run_id, fate), in_child(path, log, run_id, Fate("none", fate.n))
+        print(*ends, flush=True)
 
 
 if __name__ == "__main__":
