@@ -379,9 +379,11 @@ def test_attack_34_no_option_and_no_variable_takes_a_secret() -> None:
         option for option in options if re.search("key|pass|secret|seed", str(option.name)) and option.name != "seed"
     ]
     # Names of files, and the number of a file descriptor; trust is a public key.
-    assert {str(option.name) for option in secret} <= {"owner_key", "writer_key", "passphrase_fd", "passphrase"}
+    files = {"owner_key", "writer_key", "key_file", "new_key", "passphrase_fd"}
+    flags = {"passphrase", "keyring"}
+    assert {str(option.name) for option in secret} <= files | flags
     for option in secret:
-        assert option.name != "passphrase" or option.is_flag  # type: ignore[attr-defined]
+        assert option.name not in flags or option.is_flag  # type: ignore[attr-defined]
         assert option.envvar is None
     read = {
         found
