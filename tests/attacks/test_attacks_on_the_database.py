@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from attackkit import OWNER, charged, head_of, make, plan, problem, reopen, rows, signed, spend, spent, verify
 
+import dpbudget
 from dpbudget.errors import Tampered
+from tests.postgres_server import Server
 
 
 def _replace(old: str, new: str) -> str:
@@ -101,3 +103,63 @@ def test_attack_37_a_failover_to_a_lagging_copy_is_refused_by_the_high_water_mar
         assert caught.value.code == "DP079"
     assert verify(path).ok  # nothing in the copy itself tells
     assert verify(path, expect_head=head).exit_code == 5
+
+
+# --- the same in PostgreSQL ------------------------------------------------------------------------------------------
+
+POSTGRES_EDITS = {
+    "a charge lowered": "UPDATE dpbudget.record SET "
+    "line = replace(encode(line, 'escape'), 'count\":1', 'count\":0')::bytea",
+    "a record deleted": "DELETE FROM dpbudget.record WHERE seq = 5",
+    "the newest records deleted": "DELETE FROM dpbudget.record WHERE seq > 5",
+    "a record moved": "UPDATE dpbudget.record SET seq = 999 WHERE seq = 4",
+    "a signature dropped": "UPDATE dpbudget.record SET envelope = NULL WHERE seq = 2",
+    "all heads deleted": "DELETE FROM dpbudget.head",
+}
+
+
+@pytest.fixture
+def database(postgres_server: Server) -> tuple[str, str]:
+    """The location of a ledger with three steps spent, and the name of its database."""
+    name = postgres_server.database()
+    url = postgres_server.url("team", database=name)
+    spent(url, 3)  # type: ignore[arg-type]
+    return url, name
+
+
+@pytest.mark.parametrize("name", POSTGRES_EDITS)
+def test_attack_36_rows_that_a_superuser_edits_in_postgresql_are_noticed(
+    postgres_server: Server, database: tuple[str, str], name: str
+) -> None:
+    url, place = database
+    with postgres_server.connect(place) as superuser:
+        superuser.execute("ALTER TABLE dpbudget.record DISABLE TRIGGER append_only")
+        superuser.execute(POSTGRES_EDITS[name])
+    assert dpbudget.verify(url, trust=OWNER.public).exit_code == 1
+    with pytest.raises(Tampered):
+        reopen(url, high_water=False)  # type: ignore[arg-type]
+
+
+def test_attack_37_failover_to_a_replica_that_lags_behind_is_refused(
+    postgres_server: Server, database: tuple[str, str]
+) -> None:
+    """The promoted server has everything but the newest transactions, consistent in itself."""
+    url, place = database
+    with reopen(url) as ledger:  # type: ignore[arg-type]
+        run_id = next(iter(ledger.state.runs))
+        run = ledger.start(run_id, lease_steps=1)
+        size, note = ledger.head.size, ledger.head.note
+        run.next_receipt()
+        with postgres_server.connect(place) as replica:
+            replica.execute("ALTER TABLE dpbudget.record DISABLE TRIGGER append_only")
+            replica.execute("DELETE FROM dpbudget.record WHERE seq >= %s", (size,))
+            replica.execute("DELETE FROM dpbudget.head WHERE size > %s", (size,))
+            replica.execute(
+                "INSERT INTO dpbudget.head VALUES ('team', %s, false, %s) ON CONFLICT DO NOTHING",
+                (size, note.encode()),
+            )
+            replica.execute("UPDATE dpbudget.ledger SET size = %s", (size,))
+        with pytest.raises(Tampered):
+            run.next_receipt()
+    with pytest.raises(Tampered):
+        reopen(url)  # type: ignore[arg-type]
