@@ -145,21 +145,23 @@ def test_attack_37_failover_to_a_replica_that_lags_behind_is_refused(
 ) -> None:
     """The promoted server has everything but the newest transactions, consistent in itself."""
     url, place = database
-    with reopen(url) as ledger:  # type: ignore[arg-type]
-        run_id = next(iter(ledger.state.runs))
-        run = ledger.start(run_id, lease_steps=1)
-        size, note = ledger.head.size, ledger.head.note
+    ledger = reopen(url)  # type: ignore[arg-type]
+    run_id = next(iter(ledger.state.runs))
+    run = ledger.start(run_id, lease_steps=1)
+    size, note = ledger.head.size, ledger.head.note
+    run.next_receipt()
+    with postgres_server.connect(place) as replica:
+        replica.execute("ALTER TABLE dpbudget.record DISABLE TRIGGER append_only")
+        replica.execute("DELETE FROM dpbudget.record WHERE seq >= %s", (size,))
+        replica.execute("DELETE FROM dpbudget.head WHERE size > %s", (size,))
+        replica.execute(
+            "INSERT INTO dpbudget.head VALUES ('team', %s, false, %s) ON CONFLICT DO NOTHING",
+            (size, note.encode()),
+        )
+        replica.execute("UPDATE dpbudget.ledger SET size = %s", (size,))
+    with pytest.raises(Tampered):
         run.next_receipt()
-        with postgres_server.connect(place) as replica:
-            replica.execute("ALTER TABLE dpbudget.record DISABLE TRIGGER append_only")
-            replica.execute("DELETE FROM dpbudget.record WHERE seq >= %s", (size,))
-            replica.execute("DELETE FROM dpbudget.head WHERE size > %s", (size,))
-            replica.execute(
-                "INSERT INTO dpbudget.head VALUES ('team', %s, false, %s) ON CONFLICT DO NOTHING",
-                (size, note.encode()),
-            )
-            replica.execute("UPDATE dpbudget.ledger SET size = %s", (size,))
-        with pytest.raises(Tampered):
-            run.next_receipt()
+    with pytest.raises(Tampered):  # its last reserves and settles have no place any more
+        ledger.close()
     with pytest.raises(Tampered):
         reopen(url)  # type: ignore[arg-type]
