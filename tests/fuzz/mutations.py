@@ -100,10 +100,10 @@ def signed_again(draw: st.DrawFn, entries: Sequence[Entry], owner: Signer, write
             near = [number + 1, number - 1, number * 2] if type(number) is int else []
             record = {**record, name: draw(st.sampled_from([*_VALUES, *near]))}
             records[at] = record, envelope
-    return _chained(records, owner, writer)
+    return chained(records, owner, writer)
 
 
-def _chained(
+def chained(
     records: list[tuple[dict[str, Any], bytes | None]], owner: Signer, writer: Signer
 ) -> tuple[list[Entry], bytes]:
     made, tree, last = [], Frontier(), NO_LEAF
@@ -119,4 +119,4 @@ def _chained(
     return made, sign_head(first, tree.size, tree.root, writer).note.encode()
 
 
-__all__ = ["damaged", "encode", "read", "relined", "signed_again"]
+__all__ = ["chained", "damaged", "encode", "read", "relined", "signed_again"]
