@@ -42,7 +42,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from trainkit import begin, new_model, same, some_data, train
 
-import dptrainer.loop
 import dptrainer.trainer
 from dpbudget.errors import PlanExhausted, PrivacyViolation, Tampered
 from dpbudget.ledger.receipt import Receipt, commitment_matches
@@ -55,6 +54,14 @@ from dptrainer.update import output_digest
 from dptrainer.values import ClippedSum, NoisySum
 
 HERE = Path(__file__).resolve().parent
+
+
+def _program(name: str, *arguments: object) -> subprocess.Popen[str]:
+    """A program of this folder, in a process of its own with one thread."""
+    paths = os.pathsep.join([str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "cli")])
+    command = [sys.executable, str(HERE / name), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True)
 
 
 def _weaker(predicate: dict[str, Any]) -> None:
@@ -190,6 +197,22 @@ def test_attack_22_the_noise_is_absolute_and_only_then_divided_by_the_public_bat
         assert not 1e-6 < _chi_squared(moved, std * wrong) < 1 - 1e-6, wrong
 
 
+@pytest.mark.slow
+def test_attack_22_two_ranks_add_the_whole_noise_each_and_are_charged_for_both(tmp_path: Path) -> None:
+    path, steps = tmp_path / "ledger", 6
+    signed(path, 20, dataset_size=40, batch_size=40)
+    with _program("two_ranks.py", 0, tmp_path, steps) as one, _program("two_ranks.py", 1, tmp_path, steps) as two:
+        outputs = [process.communicate(timeout=120) for process in (one, two)]
+    assert [one.returncode, two.returncode] == [0, 0], outputs
+    plans = plan(20, dataset_size=40, batch_size=40)
+    for output, _ in outputs:
+        moved = torch.tensor(json.loads(output), dtype=torch.float64)
+        assert moved.shape == (steps, 10, 50)
+        assert 1e-6 < _chi_squared(moved, plans.phases[0].noise_multiplier / 40) < 1 - 1e-6
+    assert charged(path) == 2 * steps
+    assert problem(path) is None
+
+
 @pytest.mark.parametrize(
     "entry",
     [
@@ -252,11 +275,9 @@ def test_attack_24_a_batch_in_physical_pieces_is_not_truncated(tmp_path: Path) -
 
 
 def test_attack_25_a_stale_checkpoint_gives_no_step_back_in_whatever_phase_the_process_died(tmp_path: Path) -> None:
-    paths = os.pathsep.join([str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "cli")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "killed_trainer.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines() == ["-9 0"] * 7, done.stderr
+    with _program("killed_trainer.py", tmp_path) as process:
+        output, errors = process.communicate(timeout=120)
+    assert output.splitlines() == ["-9 0"] * 7, errors
     for number in range(7):
         n = 10 if number == 4 else 1
         path, steps = tmp_path / f"{number}.ledger", released(tmp_path / f"{number}.log")
