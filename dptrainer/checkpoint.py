@@ -117,10 +117,16 @@ def load_checkpoint(
     for name, expected in ((_WEIGHTS, sidecar.weights), (_OPTIMIZER, sidecar.optimizer)):
         if _sha256(place / name) != expected:
             raise Tampered(f"{place / name} is not the file that was saved", hint="restore the folder as a whole")
-    load_model(model, str(place / _WEIGHTS))
-    if optimizer is not None:
-        # weights_only: no code of the file is run.
-        optimizer.load_state_dict(torch.load(place / _OPTIMIZER, weights_only=True))
+    try:
+        load_model(model, str(place / _WEIGHTS))
+        if optimizer is not None:
+            # weights_only: no code of the file is run.
+            optimizer.load_state_dict(torch.load(place / _OPTIMIZER, weights_only=True))
+    except Exception as error:  # noqa: BLE001 - two libraries, with errors of many kinds for files that are none
+        raise Unreadable(
+            f"{place} cannot be loaded into this model and optimizer: {type(error).__name__}",
+            hint="pass the model and optimizer that were saved; no code of the files was run",
+        ) from None
     return sidecar
 
 

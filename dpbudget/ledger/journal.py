@@ -274,7 +274,7 @@ class Journal:
                     head = sign_head(genesis.ledger_id, state.size, state.tree.root, signer)
                     transaction.append(draft.entries, head.note.encode("utf-8"), size=state.size, keep=draft.keep)
             self.state, self.head, self.writer = state, head, signer
-            if draft.keep and head is not None and self.high_water is not None:
+            if draft.entries and head is not None and self.high_water is not None:
                 # After the commit: a mark beyond what is on disk would lock the ledger out for ever.
                 self.high_water.raise_to(state.genesis.ledger_id, head)
         return result

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import re
 import stat
 from pathlib import Path
 
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
@@ -69,7 +71,7 @@ def load_key(path: str | os.PathLike[str], passphrase: bytes | None = None) -> E
     except TypeError:
         problem = "needs a passphrase" if passphrase is None else "is not encrypted, but a passphrase was given"
         raise Unreadable(f"the key {place} {problem}", hint="give the passphrase that the key was made with") from None
-    except (ValueError, UnsupportedAlgorithm):
+    except (ValueError, UnsupportedAlgorithm, InternalError):  # the last one is OpenSSL's for some bent keys
         raise Unreadable(
             f"{place} is not a private key in PKCS#8 PEM, or the passphrase is wrong", hint="make keys with dpbudget"
         ) from None
@@ -99,6 +101,28 @@ def load_public_key(source: str | os.PathLike[str]) -> PublicKey:
         hint = "this is a private key: keep it, and name the file that ends in .pub" if b"PRIVATE KEY" in data else ""
         raise Unreadable(f"{text[:200]} is not a dpbudget public key", hint=hint or "name the .pub file of the key")
     return PublicKey.from_hex(match["key"])
+
+
+def _check_folder(place: Path) -> None:
+    """Refuse a key in a folder where others could put another one in its place."""
+    status = os.stat(place.parent)
+    others = status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and not _own_group(status.st_gid))
+    # With the sticky bit, as in /tmp, nobody replaces a file of somebody else.
+    if (others and not status.st_mode & stat.S_ISVTX) or status.st_uid not in (os.getuid(), 0):
+        raise UnsafeKeyFile(
+            f"others can replace files in {place.parent}, where the key {place.name} lies "
+            f"(mode {stat.S_IMODE(status.st_mode):04o}, user {status.st_uid})",
+            hint=f"chmod go-w {place.parent}, or keep the key in a folder of your own",
+        )
+
+
+def _own_group(gid: int) -> bool:
+    """Whether a group is this user's private one, as many systems make it."""
+    try:
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.getuid())
+    except KeyError:
+        return False
+    return user.pw_gid == gid and set(group.gr_mem) <= {user.pw_name}
 
 
 def _protection(passphrase: bytes | None) -> KeySerializationEncryption:
@@ -137,6 +161,7 @@ def _read_private(place: Path) -> bytes:
                 f"{place} is a public key, and signing needs the private one",
                 hint="name the file of the key, without .pub",
             )
+        _check_folder(place)
         if status.st_uid != os.getuid():
             raise UnsafeKeyFile(f"the key {place} belongs to user {status.st_uid}", hint="use a key of your own")
         if status.st_mode & 0o077:

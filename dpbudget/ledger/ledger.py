@@ -291,6 +291,7 @@ class Ledger:
                 ``owner`` is not the owner (DP080).
             Tampered: the writer understated what was spent before (DP071).
         """
+        self._journal.guard()
         return admit_plan(self._journal, self._arithmetic(), plan, owner)
 
     def request_plan(self, plan: Plan) -> tuple[str, bytes]:

@@ -20,6 +20,7 @@ from dpbudget.ledger.receipt import LeaseKey, Receipt
 from dpbudget.ledger.renyi import steps_that_fit
 from dpbudget.ledger.state import LedgerState, Portfolio, RunState, SpendingFilter
 from dpbudget.meter import Meter
+from dpbudget.plan import Plan
 
 MAX_LEASE_STEPS = 64
 
@@ -60,8 +61,6 @@ class Run:
     same run get different steps of it.
 
     Attributes:
-        run_id: 32 hexadecimal digits.
-        plan: the signed plan.
         meter: live epsilon, or None.
     """
 
@@ -75,7 +74,7 @@ class Run:
         lease_steps: int | None,
     ) -> None:
         state = journal.state.runs[run_id]
-        self.run_id, self.plan, self.meter = run_id, state.plan, meter
+        self._run_id, self._plan, self.meter = run_id, state.plan, meter
         self._digest = state.statement
         self._journal, self._filter = journal, filter
         self._lease_steps = default_lease_steps(self.planned) if lease_steps is None else lease_steps
@@ -90,6 +89,16 @@ class Run:
         # Two threads must never be handed the same step.
         self._lock = threading.RLock()
         self._closed = False
+
+    @property
+    def run_id(self) -> str:
+        """32 hexadecimal digits."""
+        return self._run_id
+
+    @property
+    def plan(self) -> Plan:
+        """The signed plan; nobody puts another in its place."""
+        return self._plan
 
     @property
     def planned(self) -> int:

@@ -86,7 +86,10 @@ def _first_bytes(place: Path) -> bytes:
     except OSError as error:
         raise Unreadable(f"{place}: {error.strerror}", hint="check the path and its permissions") from None
     with os.fdopen(descriptor, "rb") as file:
-        return file.read(len(MAGIC))
+        try:
+            return file.read(len(MAGIC))
+        except OSError as error:
+            raise Unreadable(f"{place}: {error.strerror}", hint="name a file made by dpbudget") from None
 
 
 @contextmanager
@@ -102,8 +105,12 @@ def _copied(place: Path) -> Iterator[Reading]:
             connection.execute("PRAGMA cell_size_check=ON")
             connection.execute("PRAGMA mmap_size=0")
             check_schema(connection, place)
-            yield SqliteReading(connection)
-        except sqlite3.Error as error:
+            reading = SqliteReading(connection)
+            try:
+                yield reading
+            finally:
+                reading.close()
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise Tampered(f"{place} is damaged: {error}") from None
         finally:
             connection.close()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,10 @@ class SqliteStore(BoundStore):
                 # Inside, so that an interrupt right after BEGIN gives the lock back.
                 self._begin()
                 transaction = _SqliteTransaction(self._connection)
-                yield transaction
+                try:
+                    yield transaction
+                finally:
+                    transaction.close()
                 self._check_in_place()
                 self._commit()
                 if transaction.wrote:
@@ -150,9 +153,11 @@ class SqliteStore(BoundStore):
             self._check_alive()
             try:
                 self._connection.execute("BEGIN")
+                reading = SqliteReading(self._connection)
                 try:
-                    yield SqliteReading(self._connection)
+                    yield reading
                 finally:
+                    reading.close()
                     self._connection.execute("ROLLBACK")
             except sqlite3.Error as error:
                 refuse_busy(error, self.path)
@@ -209,9 +214,15 @@ class _SqliteTransaction:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
         self.wrote = False
+        self._begun: list[Generator[Entry]] = []
 
     def read(self, start: int) -> Iterator[Entry]:
-        return _read_entries(self._connection, start)
+        self._begun.append(_read_entries(self._connection, start))
+        return self._begun[-1]
+
+    def close(self) -> None:
+        for begun in self._begun:
+            begun.close()
 
     def note(self) -> bytes | None:
         row = self._connection.execute("SELECT note FROM head ORDER BY size DESC LIMIT 1").fetchone()
@@ -231,18 +242,30 @@ class SqliteReading:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
+        self._begun: list[Generator[Entry]] = []
 
     def entries(self) -> Iterator[Entry]:
         """Every record, in order."""
-        return _read_entries(self._connection, 0)
+        self._begun.append(_read_entries(self._connection, 0))
+        return self._begun[-1]
+
+    def close(self) -> None:
+        """End what was begun: a query that is still open keeps its lock on the file, and locks every writer out."""
+        for begun in self._begun:
+            begun.close()
 
     def heads(self) -> tuple[bytes, ...]:
         """The kept heads, oldest first, the newest included."""
         return _read_heads(self._connection)
 
 
-def _read_entries(connection: sqlite3.Connection, start: int) -> Iterator[Entry]:
-    rows = connection.execute("SELECT seq, line, envelope FROM record WHERE seq >= ? OR seq < 0 ORDER BY seq", (start,))
+def _read_entries(connection: sqlite3.Connection, start: int) -> Generator[Entry]:
+    query = "SELECT seq, line, envelope FROM record WHERE seq >= ? OR seq < 0 ORDER BY seq"
+    with closing(connection.execute(query, (start,))) as rows:
+        yield from _entries_of(rows, start)
+
+
+def _entries_of(rows: Iterable[tuple[Any, Any, Any]], start: int) -> Generator[Entry]:
     total = 0
     for expected, (seq, line, envelope) in enumerate(rows, start):
         if seq != expected:
@@ -281,6 +304,8 @@ def check_schema(connection: sqlite3.Connection, path: Path) -> None:
     except sqlite3.Error as error:
         refuse_busy(error, path)
         raise Unreadable(f"{path} is not a dpbudget ledger: {error}") from None
+    except UnicodeDecodeError:  # of a name in the schema, or in SQLite's complaint about it
+        raise Unreadable(f"{path} is not a dpbudget ledger: its schema is not text") from None
     if application != APPLICATION_ID:
         raise Unreadable(f"{path} is not a dpbudget ledger", hint="name the ledger file or an export of it")
     expected = [("table", name, name, sql) for name, sql in SCHEMA]

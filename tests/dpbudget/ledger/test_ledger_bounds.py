@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -22,26 +24,32 @@ from dpbudget.plan import Claim, Phase, rate_from_float
 
 ROOT = Path(__file__).resolve().parents[3]
 SECONDS, MEGABYTES = 10.0, 200.0
-CHILD = "import sys; from dpbudget_cli.main import main; main(sys.argv[1:])"
+# The peak of the memory map, which begins anew at exec; the peak of a process would include that of its parent.
+CHILD = """
+import atexit, pathlib, sys
+peak = pathlib.Path(sys.argv[1])
+atexit.register(lambda: peak.write_text(pathlib.Path("/proc/self/status").read_text()))
+from dpbudget_cli.main import main
+main(sys.argv[2:])
+"""
 
 
 def answer(*words: str, folder: Path) -> tuple[int, str, float, float]:
     """Exit code, standard error, seconds and peak memory in MB of one command in a process of its own."""
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}", "HOME": str(folder)}
     begin = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-c", CHILD, *words],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stderr is not None
-    said = process.stderr.read().decode()
-    process.stderr.close()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, said, time.monotonic() - begin, usage.ru_maxrss / 1024
+    with tempfile.NamedTemporaryFile() as peak:
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, peak.name, *words],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        seconds = time.monotonic() - begin
+        found = re.search(r"VmHWM:\s+([0-9]+) kB", Path(peak.name).read_text())
+    assert found is not None
+    return done.returncode, done.stderr.decode(), seconds, int(found[1]) / 1024
 
 
 def state_of(folder: Path) -> dict[str, tuple[int, int, int]]:

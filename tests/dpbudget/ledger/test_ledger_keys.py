@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from cryptography.exceptions import InternalError
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -191,3 +192,41 @@ def test_a_public_key_in_place_of_a_private_one_is_named_and_nobody_is_told_to_c
     with pytest.raises(Unreadable, match="is a public key") as caught:
         load_key(tmp_path / "owner.key.pub")
     assert "without .pub" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("mode", "safe"), [(0o700, True), (0o755, True), (0o777, False), (0o1777, True), (0o2757, False)]
+)
+def test_a_key_in_a_folder_where_others_can_replace_it_is_refused(mode: int, safe: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "keys"
+    new_key(folder / "key")
+    folder.chmod(mode)
+    if safe:
+        assert load_key(folder / "key").public
+    else:
+        with pytest.raises(UnsafeKeyFile, match="others can replace files") as caught:
+            load_key(folder / "key")
+        assert "chmod go-w" in caught.value.hint
+
+
+def test_a_group_that_is_not_ones_own_counts_as_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "keys"
+    new_key(folder / "key")
+    folder.chmod(0o770)
+    monkeypatch.setattr("dpbudget.ledger.keys._own_group", lambda gid: True)
+    assert load_key(folder / "key").public
+    monkeypatch.setattr("dpbudget.ledger.keys._own_group", lambda gid: False)
+    with pytest.raises(UnsafeKeyFile):
+        load_key(folder / "key")
+
+
+def test_a_bent_key_that_openssl_stumbles_over_is_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by fuzzing: some damaged PKCS#8 ends in OpenSSL's internal error."""
+
+    def stumble(*_: object) -> None:
+        raise InternalError("Unknown OpenSSL error", [])
+
+    new_key(tmp_path / "key")
+    monkeypatch.setattr("dpbudget.ledger.keys.load_pem_private_key", stumble)
+    with pytest.raises(Unreadable, match="not a private key"):
+        load_key(tmp_path / "key")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ledgerkit import OWNER, WRITER, lived_in_ledger, make_ledger, make_plan, reopen, snapshot_in
+from ledgerkit import OWNER, STRANGER, WRITER, lived_in_ledger, make_ledger, make_plan, reopen, snapshot_in
 
 from dpbudget.errors import DPBudgetError, InvalidParameter, StorageFailed, Tampered, Unreadable
 from dpbudget.ledger.ledger import Ledger
@@ -550,3 +550,50 @@ def test_a_failed_creation_leaves_nothing_that_opens(tmp_path: Path, monkeypatch
     monkeypatch.undo()
     with pytest.raises(DPBudgetError):
         Ledger.open(tmp_path / "ledger", writer=WRITER)
+
+
+def test_a_refused_open_leaves_no_lock_behind_while_its_exception_lives(tmp_path: Path) -> None:
+    """A notebook keeps the last exception, and with it the frames; their queries must not keep the file locked."""
+    path = tmp_path / "ledger"
+    with make_ledger(path) as ledger:
+        ledger.sign_plan(make_plan(), owner=OWNER)
+        with pytest.raises(Tampered) as kept:
+            Ledger.open(path, writer=WRITER, trust=STRANGER.public)
+        store = ledger._journal.store
+        assert isinstance(store, SqliteStore)
+        store._connection.execute("PRAGMA busy_timeout=200")
+        ledger.note("checked")
+    assert kept.value.code == "DP072"
+
+
+def test_a_schema_that_is_no_text_is_no_ledger(tmp_path: Path) -> None:
+    """Found by fuzzing: a name in the schema that is not UTF-8."""
+    path = tmp_path / "ledger"
+    make_ledger(path).close()
+    data = path.read_bytes()
+    for at in (data.index(b"CREATE TABLE head") + 13, data.index(b"CREATE TABLE record")):
+        path.write_bytes(data[:at] + b"\xc4\xff" + data[at + 2 :])
+        for open_it in (lambda: reopen(path), lambda: Ledger.open(path)):
+            with pytest.raises((Unreadable, Tampered)):
+                open_it()
+
+
+@pytest.mark.parametrize("name", ["plan", "run_id"])
+def test_nobody_puts_another_plan_into_a_run(name: str) -> None:
+    ledger = make_ledger()
+    run = ledger.start(ledger.sign_plan(make_plan(), owner=OWNER))
+    with pytest.raises(AttributeError):
+        setattr(run, name, make_plan(9))
+
+
+def test_a_copy_made_before_the_close_is_an_older_one(tmp_path: Path) -> None:
+    path, copy = tmp_path / "ledger", tmp_path / "copy"
+    with make_ledger(path) as ledger:
+        run = ledger.start(ledger.sign_plan(make_plan(), owner=OWNER))
+        run.next_receipt()
+        copy.write_bytes(path.read_bytes())
+        for _ in run:
+            pass
+    path.write_bytes(copy.read_bytes())
+    with pytest.raises(Tampered, match="it is an older one"):
+        reopen(path)

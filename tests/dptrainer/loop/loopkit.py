@@ -49,8 +49,9 @@ def make_ledger(path: Path | None = None) -> Ledger:
     return Ledger.create(path, budget=budget, owner=OWNER, writer=WRITER, filter=SumFilter())
 
 
-def reopen(path: Path) -> Ledger:
-    return Ledger.open(path, writer=WRITER, filter=SumFilter(), trust=OWNER.public)
+def reopen(path: Path, **changes: Any) -> Ledger:
+    facts: dict[str, Any] = {"writer": WRITER, "filter": SumFilter(), "trust": OWNER.public}
+    return Ledger.open(path, **{**facts, **changes})
 
 
 def make_run(steps: int = 4, rate: float = 0.5, sigma: float = 1.0, **changes: Any) -> Run:

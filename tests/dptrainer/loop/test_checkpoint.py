@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,7 @@ def test_weights_with_more_steps_than_the_ledger_are_refused(tmp_path: Path) -> 
     model, optimizer = trained(run, 4)
     save_checkpoint(tmp_path / "c", model, optimizer, run=run)
     ledger.close()
-    with reopen(copy) as older:
+    with reopen(copy, high_water=False) as older:  # on another machine; this one would refuse the copy itself
         other, _ = fresh()
         before = snapshot(other)
         with pytest.raises(PrivacyViolation, match="4 charged steps, but this ledger has 0") as caught:
@@ -143,7 +142,7 @@ def test_a_pickle_in_place_of_the_optimizer_runs_no_code(tmp_path: Path) -> None
     torch.save({"state": Bomb()}, file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     (tmp_path / "c" / "checkpoint.json").write_bytes(saved.replace(optimizer=digest).encode())
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(Unreadable, match="UnpicklingError"):
         load_checkpoint(tmp_path / "c", *fresh(), run=run)
 
 
@@ -182,3 +181,20 @@ def test_a_checkpoint_holds_no_key_and_no_privacy_number(tmp_path: Path) -> None
     fields = {"format", "run_id", "plan_digest", "steps", "head", "weights", "optimizer"}
     assert set(type(saved).model_fields) == fields
     assert issubclass(PrivacyViolation, DPBudgetError)
+
+
+def test_files_that_are_none_are_refused_in_one_kind_of_error(tmp_path: Path) -> None:
+    """Whoever can write the folder writes its digests too; what is loaded is still no code and no riddle."""
+    run = make_run()
+    model, optimizer = fresh()
+    for name, field in (("model.safetensors", "weights"), ("optimizer.pt", "optimizer")):
+        folder = tmp_path / field
+        saved = save_checkpoint(folder, model, optimizer, run=run)
+        (folder / name).write_bytes(b"\x80\x04cposix\nsystem\n(S'touch pwned'\ntR.")
+        digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        (folder / "checkpoint.json").write_bytes(saved.replace(**{field: digest}).encode())
+        with pytest.raises(Unreadable, match="cannot be loaded"):
+            load_checkpoint(folder, model, optimizer, run=run)
+    save_checkpoint(tmp_path / "fine", model, optimizer, run=run)
+    with pytest.raises(Unreadable, match="cannot be loaded"):
+        load_checkpoint(tmp_path / "fine", nn.Linear(2, 2), run=run)
