@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpbudget._record import MAX_INTEGER, MAX_STATEMENT_BYTES, decode, float_to_hex, hex_to_float
 from dpbudget._renyi import MAX_ORDERS, MAX_SHARE
@@ -36,8 +35,7 @@ MAX_PORTFOLIOS = 10_000
 Check = Callable[[Any], str | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """What the store keeps for one record.
 
     Attributes:

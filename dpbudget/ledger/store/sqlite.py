@@ -270,11 +270,10 @@ def _entries_of(rows: Iterable[tuple[Any, Any, Any]], start: int) -> Generator[E
     for expected, (seq, line, envelope) in enumerate(rows, start):
         if seq != expected:
             raise Tampered(f"record {expected} is missing from the store; the next is {seq}")
-        entry = Entry(_blob(line), None if envelope is None else _blob(envelope))
-        total += len(entry.line) + len(entry.envelope or b"")
+        total += len(_blob(line)) + (0 if envelope is None else len(_blob(envelope)))
         if total > MAX_TOTAL_BYTES:
             raise Tampered(f"the records hold more than {MAX_TOTAL_BYTES} bytes", code="DP082")
-        yield entry
+        yield Entry(line, envelope)
 
 
 def _read_heads(connection: sqlite3.Connection) -> tuple[bytes, ...]:
