@@ -113,6 +113,10 @@ _BY_END: dict[bytes, Callable[[str], dict[str, Any] | None]] = {
 }
 
 
+#: How lines of these types end.
+ENDS = frozenset(_BY_END)
+
+
 def scan(line: bytes) -> dict[str, Any] | None:
     """The record of a canonical lease without a claim, reserve or settle; None for every other line."""
     reader = _BY_END.get(line[-11:])

@@ -19,6 +19,7 @@ from dpbudget._record import MAX_LINE_BYTES, decode, encode
 from dpbudget.errors import DPBudgetError, InvalidParameter, StorageFailed, Tampered, Unreadable
 from dpbudget.ledger.entries import ENVELOPED, FIELDS, MAX_ENVELOPE_BYTES, Entry, kind_of, read
 from dpbudget.ledger.head import MAX_NOTE_BYTES
+from dpbudget.ledger.scan import ENDS
 from dpbudget.ledger.signing import strict_base64
 from dpbudget.ledger.store.base import Reading, Snapshot
 
@@ -52,8 +53,11 @@ class ExportReading:
         Raises:
             Tampered: not exactly in the export format (DP070 for another kind of file, DP082 for a damaged one).
         """
-        first, lines = True, _lines(self._file)
+        first, lines, plain = True, _lines(self._file), ENDS
         for line in lines:
+            if line[-11:] in plain and not first:
+                yield Entry(line)
+                continue
             if line.startswith(b'{"note":'):
                 self._heads = (_note(line),)
                 if next(lines, None) is not None:
@@ -81,10 +85,10 @@ def read_export(data: bytes) -> Snapshot:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    limit, total = MAX_ENVELOPE_BYTES + 1, 0
-    while line := file.readline(limit):
+    limit, total, read_line = MAX_ENVELOPE_BYTES + 1, 0, file.readline
+    while line := read_line(limit):
         total += len(line)
-        if not line.endswith(b"\n"):
+        if line[-1] != 0x0A:
             raise Tampered("the export has a line that is too long or does not end", code="DP082")
         if total > MAX_EXPORT_BYTES:
             raise Tampered(f"the export has more than {MAX_EXPORT_BYTES} bytes", code="DP082")
