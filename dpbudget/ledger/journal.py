@@ -80,10 +80,12 @@ def replay_store(
     Raises:
         Tampered: as :func:`replay`, or the mark of this machine is not part of the history (DP079).
     """
-    with store.reading() as reading:
-        ledger_id, _, _ = begin(reading)
-    # Before the reading that is judged: other processes may add records and raise the mark meanwhile.
-    mark = high_water.known(ledger_id) if high_water else None
+    mark = None
+    if high_water is not None:
+        with store.reading() as reading:
+            ledger_id, _, _ = begin(reading)
+        # Before the reading that is judged: other processes may add records and raise the mark meanwhile.
+        mark = high_water.known(ledger_id)
     with store.reading() as reading:
         machine = Machine(LedgerState(trust=trust), watch=() if mark is None else (mark[0],), remember=True)
         machine.feed(reading.entries())

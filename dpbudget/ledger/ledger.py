@@ -26,7 +26,7 @@ from dpbudget.ledger.admission import admit_plan, check_owner, out_of, seal_reco
 from dpbudget.ledger.entries import NOTES
 from dpbudget.ledger.head import Head, verifier_key
 from dpbudget.ledger.high_water import HighWater
-from dpbudget.ledger.journal import CheckedReading, Draft, Journal, check_writer, replay, replay_store
+from dpbudget.ledger.journal import CheckedReading, Draft, Journal, check_writer, replay_store
 from dpbudget.ledger.rekey import change_key
 from dpbudget.ledger.requests import apply_request, request_budget, request_plan
 from dpbudget.ledger.run import Run
@@ -35,7 +35,7 @@ from dpbudget.ledger.state import LedgerState, SpendingFilter
 from dpbudget.ledger.store import files
 from dpbudget.ledger.store.base import LedgerStore, Snapshot
 from dpbudget.ledger.store.jsonl import create_export, write_export
-from dpbudget.ledger.store.locate import create_store, open_store, reading_at
+from dpbudget.ledger.store.locate import ReadingStore, create_store, open_store, reading_at
 from dpbudget.ledger.store.memory import MemoryStore
 from dpbudget.mechanisms import Adjacency
 from dpbudget.meter import Meter
@@ -142,7 +142,7 @@ class Ledger:
 
         Args:
             path: a ledger file; for reading, an export too.
-            writer: the writer's key; None opens a private copy for reading and writes nothing.
+            writer: the writer's key; None opens for reading and writes nothing.
             filter: computes joint claims; needed to sign plans and to begin a portfolio.
             trust: the owner's public key, known from outside. Without it :attr:`trusted` is False, since a key found
                 inside the file proves nothing.
@@ -156,10 +156,9 @@ class Ledger:
         """
         key = PublicKey(trust) if isinstance(trust, bytes) else trust
         if writer is None:
-            with reading_at(path) as reading:
-                snapshot = Snapshot.of(reading)
-            state, head = replay(snapshot.entries, snapshot.note, key)
-            return cls(Journal(MemoryStore(snapshot), None, state, head), filter)
+            reader = ReadingStore(path)
+            state, head = replay_store(reader, key)
+            return cls(Journal(reader, None, state, head), filter)
         store, marks = open_store(path), _marks(high_water)
         try:
             state, head = replay_store(store, key, high_water=marks)
@@ -258,7 +257,7 @@ class Ledger:
     @property
     def durable(self) -> bool:
         """False for a ledger in memory and for one that was opened for reading."""
-        return not isinstance(self._journal.store, MemoryStore)
+        return not isinstance(self._journal.store, MemoryStore | ReadingStore)
 
     @property
     def plan_delta(self) -> float:
