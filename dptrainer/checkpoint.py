@@ -97,7 +97,7 @@ def load_checkpoint(
 
     Raises:
         PrivacyViolation: the weights are of another run, or claim more steps than the ledger has charged (DP051).
-        Unreadable: a file is missing or of another form (DP070).
+        Unreadable: a file is missing or of another form (DP070), or does not fit model and optimizer (DP091).
         Tampered: a file is not the one that was saved (DP071).
     """
     place = Path(folder)
@@ -125,6 +125,7 @@ def load_checkpoint(
     except Exception as error:  # noqa: BLE001 - two libraries, with errors of many kinds for files that are none
         raise Unreadable(
             f"{place} cannot be loaded into this model and optimizer: {type(error).__name__}",
+            code="DP091",
             hint="pass the model and optimizer that were saved; no code of the files was run",
         ) from None
     return sidecar

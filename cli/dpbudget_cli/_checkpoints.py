@@ -43,7 +43,9 @@ class Checkpoints:
             return None
         try:
             load_checkpoint(folders[-1], model, optimizer, run=self._run)
-        except (RuntimeError, ValueError, KeyError):
+        except Unreadable as error:
+            if error.code != "DP091":
+                raise
             raise Unreadable(
                 f"{folders[-1]} does not hold weights of this model",
                 code="DP091",

@@ -113,6 +113,9 @@ class TestTraining:
         shutil.copytree(job, tmp_path / "twin")
         run_cli(*TRAIN, "--output", "w.safetensors", "--seed", "5")
         monkeypatch.chdir(tmp_path / "twin")
+        refused = run_cli(*TRAIN, "--output", "w.safetensors", "--seed", "5")
+        assert (refused.code, "DP079" in refused.err) == (1, True)  # two copies that both spend, on one machine
+        monkeypatch.setenv("DPBUDGET_STATE", str(tmp_path / "another machine"))
         run_cli(*TRAIN, "--output", "w.safetensors", "--seed", "5")
         one, other = (load_file(place / "w.safetensors")["1.weight"] for place in (job, tmp_path / "twin"))
         assert not torch.equal(one, other)

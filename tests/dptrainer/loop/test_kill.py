@@ -91,7 +91,7 @@ def kill_once(server: Server, signed: tuple[Path, str], folder: Path, seed: int)
     assert server.wait() == -signal.SIGKILL
     steps = released_steps(log)
     assert steps == list(range(len(steps)))
-    with reopen(path) as ledger:
+    with reopen(path, high_water=False) as ledger:
         return len(steps), ledger.state.runs[run_id].charged, path, log
 
 
@@ -100,7 +100,7 @@ def check_kill(server: Server, signed: tuple[Path, str], folder: Path, seed: int
     released, charged, path, _ = kill_once(server, signed, folder, seed)
     assert charged >= released, f"{released} steps released, {charged} charged"
     assert charged - released <= default_lease_steps(STEPS)
-    with reopen(path) as ledger:
+    with reopen(path, high_water=False) as ledger:
         run = ledger.start(run_id)
         assert run.next_receipt().step == charged
         if seed % 5 == 0:
@@ -129,5 +129,5 @@ def test_a_killed_training_resumes_and_finishes_its_plan(
     assert server.wait() == 0
     steps = released_steps(log)
     assert steps == [*range(released), *range(charged, STEPS)]  # what the crash left of its lease is never released
-    with reopen(path) as ledger:
+    with reopen(path, high_water=False) as ledger:
         assert ledger.state.runs[signed[1]].charged == STEPS
