@@ -57,6 +57,7 @@ def _describe(wish: Wish) -> dict[str, Any]:
 
     if wish.kind != "plan":
         described: dict[str, Any] = {"wish": "new totals" if wish.kind == "budget" else "another portfolio"}
+        described |= {"record": wish.facts["seq"], "after": wish.facts["prev"]}
         for name in ("index", "epsilon", "delta"):
             if name in wish.facts:
                 value = wish.facts[name]

@@ -135,8 +135,11 @@ class SqliteStore(BoundStore):
                 self._roll_back()
                 raise
             except (sqlite3.Error, OSError) as error:
-                self._poison = f"{type(error).__name__}: {error}"
                 self._roll_back()
+                if isinstance(error, sqlite3.Error) and not self._connection.in_transaction:
+                    # A reader kept the commit waiting for too long: SQLite wrote nothing, and the next one may go on.
+                    refuse_busy(error, self.path)
+                self._poison = f"{type(error).__name__}: {error}"
                 raise StorageFailed(
                     f"{self.path}: {error}; the spend may or may not be on disk, and nothing was released",
                     hint="see to the disk, then open the ledger in a new process",

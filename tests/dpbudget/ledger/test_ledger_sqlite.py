@@ -18,6 +18,7 @@ import pytest
 from ledgerkit import OWNER, STRANGER, WRITER, lived_in_ledger, make_ledger, make_plan, reopen, snapshot_in
 
 from dpbudget.errors import DPBudgetError, InvalidParameter, StorageFailed, Tampered, Unreadable
+from dpbudget.ledger.entries import Entry
 from dpbudget.ledger.ledger import Ledger
 from dpbudget.ledger.run import Run
 from dpbudget.ledger.store import files
@@ -597,3 +598,29 @@ def test_a_copy_made_before_the_close_is_an_older_one(tmp_path: Path) -> None:
     path.write_bytes(copy.read_bytes())
     with pytest.raises(Tampered, match="it is an older one"):
         reopen(path)
+
+
+def test_a_reader_that_keeps_a_commit_waiting_costs_the_spend_and_not_the_handle(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    with make_ledger(path) as ledger:
+        run_id = ledger.sign_plan(make_plan(), owner=OWNER)
+    store = SqliteStore.open(path, busy_seconds=0.1)
+    with store.reading() as reading:
+        size = len(list(reading.entries()))
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN")
+    other.execute("SELECT count(*) FROM record").fetchone()  # a long export in another process
+
+    def append() -> None:
+        with store.transaction() as transaction:
+            transaction.append([Entry(b"x")], b"note", size=size + 1, keep=True)
+
+    with pytest.raises(StorageFailed, match="another process holds the lock"):
+        append()
+    other.execute("ROLLBACK")
+    with store.reading() as reading:
+        assert len(list(reading.entries())) == size
+    store.close()
+    other.close()
+    with reopen(path) as again, again.start(run_id) as run:
+        assert run.next_receipt().step == 0
