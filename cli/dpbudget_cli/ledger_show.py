@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -39,7 +41,8 @@ def command(path: str, as_json: bool) -> None:
             [
                 ("id", ledger.id),
                 ("budget", f"epsilon {state.epsilon:g}, delta {state.delta:g}"),
-                ("left", f"epsilon {left(state)[0]:.9g}, delta {left(state)[1]:.9g}"),
+                ("filter", genesis.filter),
+                ("left", _left_in_words(state)),
                 ("adjacency", genesis.adjacency),
                 ("data", "declared public" if genesis.public_data else "private"),
                 ("owner", state.owner.hex),
@@ -54,6 +57,35 @@ def command(path: str, as_json: bool) -> None:
 def left(state: LedgerState) -> tuple[float, float]:
     """Epsilon and delta that no portfolio takes yet, rounded down."""
     return out.floor_float(state.remaining_epsilon), out.floor_float(state.remaining_delta)
+
+
+def _left_in_words(state: LedgerState) -> str:
+    """What no portfolio takes; of an rdp ledger, the order with the most room."""
+    if state.account is None:
+        return f"epsilon {left(state)[0]:.9g}, delta {left(state)[1]:.9g}"
+    known = [row for row in orders_json(state) if row["spent"] is not None]
+    if not known:
+        return "nothing: no Renyi order bounds what is spent"
+    best = max(known, key=lambda row: float(row["allowance"]) - float(row["spent"]))
+    return f"at Renyi order {best['order']:g}, {best['spent']:.6g} of {best['allowance']:.6g} is spent"
+
+
+def orders_json(state: LedgerState) -> list[dict[str, Any]]:
+    """What every Renyi order of an rdp ledger has spent (rounded up) and may spend; empty for a portfolio ledger."""
+    account = state.account
+    if account is None:
+        return []
+    from dpbudget._renyi import COST_BITS
+
+    rows = zip(account.terms.orders, account.spent, account.terms.allowances, strict=True)
+    return [
+        {
+            "order": order,
+            "spent": spent and math.nextafter(float(Fraction(spent, 1 << COST_BITS)), math.inf),
+            "allowance": allowance,
+        }
+        for order, spent, allowance in rows
+    ]
 
 
 def show_runs(state: LedgerState) -> None:
@@ -110,7 +142,13 @@ def describe(ledger: Ledger) -> dict[str, Any]:
     return {
         "id": ledger.id,
         "budget": {"epsilon": state.epsilon, "delta": state.delta},
+        "filter": genesis.filter,
         "left": {"epsilon": epsilon_left, "delta": delta_left},
+        "orders": orders_json(state),
+        "grants": [
+            {"record": grant.seq, "epsilon": grant.epsilon, "delta": grant.delta, "charged_before": grant.charged}
+            for grant in state.grants
+        ],
         "adjacency": str(genesis.adjacency),
         "public_data": genesis.public_data,
         "owner": state.owner.hex,

@@ -38,6 +38,7 @@ from dpbudget.plan import Budget, Plan
 
 MAX_REQUEST_BYTES = 2 * MAX_ENVELOPE_BYTES
 _KINDS = ("portfolio", "budget")
+_WHENCE = "pass the file that --request wrote, or what dpbudget key sign made of it"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def read_request(data: bytes) -> list[Wish]:
     """
     lines = data.split(b"\n")
     if len(data) > MAX_REQUEST_BYTES or lines.pop() != b"" or not 1 <= len(lines) <= 2:
-        raise Tampered("a request is one or two lines, each an envelope", code="DP082")
+        raise Tampered("a request is one or two lines, each an envelope", code="DP082", hint=_WHENCE)
     wishes = [_wish(line) for line in lines]
     if [wish.kind for wish in wishes] not in (["plan"], ["budget"], ["portfolio", "plan"]):
         raise Tampered("a request is a plan, a portfolio and a plan, or new totals", code="DP082")

@@ -122,7 +122,10 @@ def test_an_rdp_ledger_is_made_planned_and_verified(run_cli: Cli, empty: Path) -
     assert (refused.code, "no Renyi order has room" in refused.err) == (3, True)
     report = run_cli("verify", "a.ledger", "--trust", "a.ledger.owner.key.pub", "--json").json
     assert (report["ok"], report["filter"]) == (True, "rdp")
-    assert run_cli("ledger", "show", "a.ledger").code == 0
+    assert "at Renyi order" in run_cli("ledger", "show", "a.ledger").out
+    shown = run_cli("ledger", "show", "a.ledger", "--json").json
+    assert (shown["filter"], len(shown["orders"]), shown["orders"][0]["spent"]) == ("rdp", 15, 0)
+    assert shown["grants"] == [{"record": 0, "epsilon": 6.0, "delta": 1e-5, "charged_before": 0}]
     assert run_cli("ledger", "grant", "a.ledger", "--epsilon", "7").code == 0
 
 
