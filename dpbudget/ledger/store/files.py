@@ -44,6 +44,8 @@ def identity(path: Path) -> tuple[int, int]:
         raise Unreadable(f"{path}: {error.strerror}", hint="check the path") from None
     if not stat.S_ISREG(status.st_mode):
         raise Unreadable(f"{path} is not a regular file", code="DP083", hint="name the file itself, not a link to it")
+    if status.st_nlink == 0:
+        raise Unreadable(f"{path} is being removed", hint="try again")
     if status.st_nlink != 1:
         # SQLite names its journal after the path: a second name would hide a hot journal.
         raise Unreadable(f"{path} has {status.st_nlink} hard links", code="DP083", hint="keep one name for a ledger")

@@ -57,6 +57,7 @@ class SqliteStore(BoundStore):
         self.path = path
         self._connection = connection
         self._identity = identity
+        self._transaction: _SqliteTransaction | None = None
         try:
             # Open from the start: see _sync_folder().
             self._folder = files.open_folder(path.parent)
@@ -121,11 +122,10 @@ class SqliteStore(BoundStore):
             try:
                 # Inside, so that an interrupt right after BEGIN gives the lock back.
                 self._begin()
-                transaction = _SqliteTransaction(self._connection)
-                try:
-                    yield transaction
-                finally:
-                    transaction.close()
+                # No try statement in here: CPython 3.11 leaves its first instruction out of the one around it.
+                self._transaction = transaction = _SqliteTransaction(self._connection)
+                yield transaction
+                transaction.close()
                 self._check_in_place()
                 self._commit()
                 if transaction.wrote:
@@ -196,6 +196,8 @@ class SqliteStore(BoundStore):
         os.fsync(self._folder)
 
     def _roll_back(self) -> None:
+        if self._transaction is not None:
+            self._transaction.close()
         with suppress(sqlite3.Error):
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")

@@ -22,6 +22,7 @@ from dpbudget.ledger.entries import Entry
 from dpbudget.ledger.ledger import Ledger
 from dpbudget.ledger.run import Run
 from dpbudget.ledger.store import files
+from dpbudget.ledger.store import sqlite as sqlite_store
 from dpbudget.ledger.store.memory import MemoryStore
 from dpbudget.ledger.store.reader import read_ledger
 from dpbudget.ledger.store.sqlite import SCHEMA, SqliteStore
@@ -624,3 +625,23 @@ def test_a_reader_that_keeps_a_commit_waiting_costs_the_spend_and_not_the_handle
     other.close()
     with reopen(path) as again, again.start(run_id) as run:
         assert run.next_receipt().step == 0
+
+
+def test_a_journal_that_its_writer_is_removing_right_now_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lstat may find the last name of a file just as it goes: no link is left, and that is no second name."""
+    path = tmp_path / "ledger"
+    make_ledger(path).close()
+    journal = tmp_path / "ledger-journal"
+    journal.write_bytes(b"")
+    real = os.lstat
+
+    def lstat(place: str | os.PathLike[str]) -> os.stat_result:
+        found = real(place)
+        return os.stat_result((*found[:3], 0, *found[4:])) if Path(place) == journal else found
+
+    monkeypatch.setattr("dpbudget.ledger.store.files.os.lstat", lstat)
+    sqlite_store.refuse_super_journal(journal)
+    with pytest.raises(Unreadable, match="being removed"):
+        files.identity(journal)
