@@ -13,17 +13,20 @@ that a request with one is good as long as nothing else is written; a plan for a
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from dpbudget._record import MAX_STATEMENT_BYTES, decode
+from dpbudget._record import MAX_STATEMENT_BYTES, decode, hex_to_float
+from dpbudget._renyi import PhaseCost
 from dpbudget.errors import InvalidParameter, Tampered
 from dpbudget.ledger import admission
 from dpbudget.ledger.entries import MAX_ENVELOPE_BYTES, Entry, build, read
 from dpbudget.ledger.journal import Draft, Journal
+from dpbudget.ledger.renyi import costs_from_jsonable
 from dpbudget.ledger.signing import (
     RECORD_TYPE,
     STATEMENT_TYPE,
@@ -38,6 +41,8 @@ from dpbudget.plan import Budget, Plan
 
 MAX_REQUEST_BYTES = 2 * MAX_ENVELOPE_BYTES
 _KINDS = ("portfolio", "budget")
+# Half of what filters.ledger_renyi pads costs and allowances by.
+_HALF_PAD = 2.0**-31
 _WHENCE = "pass the file that --request wrote, or what dpbudget key sign made of it"
 
 
@@ -109,6 +114,53 @@ def sign_request(data: bytes, owner: Signer) -> bytes:
     return b"\n".join(sign_envelope(wish.payload, wish.payload_type, owner) for wish in wishes) + b"\n"
 
 
+def check_numbers(wish: Wish, state: LedgerState, spending: SpendingFilter) -> None:
+    """Refuse a wish of an ``rdp`` ledger whose costs or allowances are no bounds.
+
+    The rules only add these numbers, and whoever made the request made them too: who signs or writes it computes them
+    again. Those of an honest machine differ from ours by far less than half of what both are padded by.
+
+    Raises:
+        InvalidParameter: a cost is below, or an allowance beyond, what is certified here (DP052).
+    """
+    account = state.account
+    if account is None:
+        return
+    if wish.kind == "budget":
+        budget = Budget(epsilon=hex_to_float(wish.facts["epsilon"]), delta=hex_to_float(wish.facts["delta"]))
+        stated = [hex_to_float(text) for text in wish.facts["allowances"] or ()]
+        most = spending.renyi_allowances(budget, account.terms)
+        fine = len(stated) == len(most) and all(
+            his <= mine + _HALF_PAD * max(1.0, abs(mine)) for his, mine in zip(stated, most, strict=True)
+        )
+    else:
+        plan, orders = plan_of(wish), len(account.terms.orders)
+        table = costs_from_jsonable(wish.facts, phases=len(plan.phases), orders=orders)
+        fine = all(
+            _at_least(his, mine) for his, mine in zip(table, spending.renyi_costs(plan, account.terms), strict=True)
+        )
+    if not fine:
+        what = "allowances beyond" if wish.kind == "budget" else "costs below"
+        raise InvalidParameter(
+            f"the request states {what} what is certified here",
+            code="DP052",
+            hint="sign nothing of it; let the request be made again, by somebody else",
+        )
+
+
+def _at_least(his: PhaseCost, mine: PhaseCost) -> bool:
+    pairs = [(his.tail, mine.tail), (his.factor, mine.factor)]
+    for stated, own in zip(his.costs, mine.costs, strict=True):
+        if stated is not None:
+            pairs.append((stated, math.inf if own is None else own))
+    return all(stated >= own * (1.0 - _HALF_PAD) for stated, own in pairs)
+
+
+def plan_of(wish: Wish) -> Plan:
+    """The plan of a wish for one."""
+    return Plan.from_jsonable({name: wish.facts[name] for name in Plan.model_fields if name in wish.facts})
+
+
 def apply_request(journal: Journal, spending: SpendingFilter, data: bytes) -> str | None:
     """Write what the owner signed; the run id of a plan, None for new totals.
 
@@ -122,6 +174,8 @@ def apply_request(journal: Journal, spending: SpendingFilter, data: bytes) -> st
         open_envelope(envelope, wish.payload_type, journal.state.owner)
     plan = next((wish for wish in wishes if wish.kind == "plan"), None)
     seen = journal.state
+    for wish in wishes:
+        check_numbers(wish, seen, spending)
     if plan is not None:
         _check_again(seen, spending, plan, opens=len(wishes) == 2)
 
@@ -149,7 +203,7 @@ def _check_again(state: LedgerState, spending: SpendingFilter, wish: Wish, *, op
             code="DP081",
             hint="make the request from this ledger",
         )
-    plan = Plan.from_jsonable({name: wish.facts[name] for name in Plan.model_fields if name in wish.facts})
+    plan = plan_of(wish)
     admission.check_facts(state, plan)
     if state.account is not None:
         admission.check_rdp(state, spending, plan, wish.run_id)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,3 +239,27 @@ def test_a_checkpoint_file_anchors_and_a_witness_is_demanded(run_cli: Cli, folde
     witness = "witness.example+e3a2e6b2+BAAA"
     assert run_cli("verify", LEDGER, "--expect-head", "head.txt", "--witness", witness).code == 5
     assert run_cli("verify", LEDGER, "--witness", witness).code == 2
+
+
+def test_an_owner_elsewhere_certifies_the_numbers_of_an_rdp_ledger(run_cli: Cli, empty: Path) -> None:
+    assert run_cli("ledger", "init", "a.ledger", "--epsilon", "6", "--delta", "1e-5", "--filter", "rdp").code == 0
+    plan = ("plan", "new", "--ledger", "a.ledger", *SMALL, "--noise-multiplier", "3", "--request", "p.req")
+    assert run_cli(*plan).code == 0
+    sign = ("key", "sign", "p.req", "p.signed", "--owner-key", "a.ledger.owner.key")
+    refused = run_cli(*sign)
+    assert (refused.code, "--ledger" in refused.err) == (2, True)
+    assert run_cli("ledger", "export", "a.ledger", "a.jsonl").code == 0
+    assert run_cli("ledger", "init", "b.ledger", "--epsilon", "6", "--delta", "1e-5", "--filter", "rdp").code == 0
+    assert run_cli(*sign, "--ledger", "b.ledger").code == 1  # another owner's
+    assert run_cli(*sign, "--ledger", "a.jsonl").code == 0
+    assert run_cli("ledger", "apply", "a.ledger", "p.signed").code == 0
+    request = (empty / "p.req").read_bytes()
+    text = base64.b64decode(json.loads(request)["payload"]).decode()
+    statement = json.loads(text)
+    statement["predicate"]["costs"][0] = ["0x0.0p+0"] * len(statement["predicate"]["costs"][0])
+    payload = json.dumps(statement, sort_keys=True, separators=(",", ":")).encode()
+    forged = {**json.loads(request), "payload": base64.b64encode(payload).decode()}
+    (empty / "f.req").write_bytes(json.dumps(forged, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+    answer = run_cli("key", "sign", "f.req", "f.signed", "--owner-key", "a.ledger.owner.key", "--ledger", "a.jsonl")
+    assert (answer.code, "below what is certified" in answer.err) == (2, True)
+    assert not (empty / "f.signed").exists()

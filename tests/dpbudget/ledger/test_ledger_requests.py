@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from ledgerkit import HALF_DELTA, OWNER, STRANGER, WRITER, SumFilter, make_ledger, make_plan, reopen
@@ -149,3 +151,50 @@ def test_a_request_needs_no_writer_and_leaves_the_ledger_alone(tmp_path: object)
     assert path.read_bytes() == before
     with reopen(path) as ledger:
         assert ledger.apply_request(sign_request(request, OWNER)) == run_id
+
+
+# --- the numbers of an rdp ledger are made by whoever asks ----------------------------------------------------------
+
+
+def with_payload(request: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
+    """The request with another payload, which its maker may choose freely."""
+    line = decode(request[:-1], max_bytes=1 << 21)
+    payload = decode(base64.b64decode(line["payload"]), max_bytes=1 << 20)
+    change(payload)
+    return encode({**line, "payload": base64.b64encode(encode(payload)).decode()}) + b"\n"
+
+
+def lowered(name: str) -> Callable[[dict[str, Any]], None]:
+    def change(statement: dict[str, Any]) -> None:
+        column = statement["predicate"][name]
+        half = (float.fromhex(column[0][0] if name == "costs" else column[0]) * (1 - 1e-6)).hex()
+        if name == "costs":
+            column[0][0] = half
+        else:
+            column[0] = half
+
+    return change
+
+
+def raised(record: dict[str, Any]) -> None:
+    record["allowances"][1] = (float.fromhex(record["allowances"][1]) + 1e-6).hex()
+
+
+@pytest.mark.parametrize("name", ["costs", "tails", "factors"])
+def test_costs_that_are_no_bounds_are_refused_though_the_owner_signed_them(name: str) -> None:
+    ledger = make_ledger(kind="rdp")
+    _, request = ledger.request_plan(make_plan())
+    with pytest.raises(InvalidParameter, match="costs below what is certified"):
+        ledger.apply_request(sign_request(with_payload(request, lowered(name)), OWNER))
+    assert ledger.state.runs == {}
+    ledger.apply_request(sign_request(request, OWNER))
+
+
+def test_allowances_beyond_the_totals_are_refused_though_the_owner_signed_them() -> None:
+    ledger = make_ledger(kind="rdp")
+    request = ledger.request_budget(Budget(epsilon=5.0, delta=1e-6))
+    with pytest.raises(InvalidParameter, match="allowances beyond what is certified"):
+        ledger.apply_request(sign_request(with_payload(request, raised), OWNER))
+    assert ledger.state.epsilon == 3.0
+    ledger.apply_request(sign_request(request, OWNER))
+    assert ledger.state.epsilon == 5.0
