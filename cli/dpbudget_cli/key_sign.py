@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.argument("request")
 @click.argument("target", metavar="OUT")
 @click.option("--owner-key", required=True, metavar="FILE", help="The owner's key.")
-@click.option("--ledger", "path", metavar="PATH", help="The ledger or an export of it; needed where its filter is rdp.")
+@click.option("--ledger", "path", metavar="PATH", help="The ledger or an export, to be checked; needed for rdp.")
 @PASSPHRASE_FD
 @JSON
 def command(
@@ -55,8 +55,9 @@ def command(
 
 
 def _check_numbers(wishes: list[Wish], path: str | None, signer: Ed25519Signer) -> None:
-    """Certify the numbers of an rdp ledger, whose orders stand in its second record (DP064 without the ledger)."""
+    """Check what the ledger claims so far, and the numbers of an rdp ledger by its orders (DP064 without it)."""
     from dpbudget.filters import LedgerFilter
+    from dpbudget.ledger.admission import check_frozen
     from dpbudget.ledger.ledger import Ledger
     from dpbudget.ledger.requests import check_numbers
 
@@ -70,6 +71,8 @@ def _check_numbers(wishes: list[Wish], path: str | None, signer: Ed25519Signer) 
             )
         return
     with Ledger.open(path, trust=signer.public) as ledger:
+        # What was frozen at less than it costs would be granted once more.
+        check_frozen(ledger.state, LedgerFilter())
         for wish in wishes:
             if wish.kind == "plan" and wish.ledger_id != ledger.id:
                 raise InvalidParameter(

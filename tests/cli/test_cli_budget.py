@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import dpbudget
 from dpbudget.ledger.keys import load_public_key
 
 Cli = Callable[..., Any]
@@ -263,3 +264,19 @@ def test_an_owner_elsewhere_certifies_the_numbers_of_an_rdp_ledger(run_cli: Cli,
     answer = run_cli("key", "sign", "f.req", "f.signed", "--owner-key", "a.ledger.owner.key", "--ledger", "a.jsonl")
     assert (answer.code, "below what is certified" in answer.err) == (2, True)
     assert not (empty / "f.signed").exists()
+
+
+def test_an_owner_elsewhere_grants_nothing_on_top_of_an_understated_claim(run_cli: Cli, folder: Path) -> None:
+    """The writer froze the portfolio at less than it costs; only who recomputes it notices before verification."""
+    with dpbudget.open_ledger(LEDGER, writer=dpbudget.load_key(f"{LEDGER}.writer.key")) as ledger:
+        run_id, nonce = next(iter(ledger.state.runs)), "ab" * 32
+        ledger._journal.transact(
+            lambda draft: draft.add(
+                "lease", run=run_id, nonce=nonce, commitment="cd" * 32, first=0, count=1, claim=0.001
+            )
+        )
+    assert run_cli("ledger", "grant", LEDGER, "--epsilon", "5", "--request", "g.req").code == 0
+    sign = ("key", "sign", "g.req", "g.signed", "--owner-key", f"{LEDGER}.owner.key")
+    refused = run_cli(*sign, "--ledger", LEDGER)
+    assert (refused.code, "frozen at a claim" in refused.err) == (1, True)
+    assert run_cli("verify", LEDGER, "--trust", f"{LEDGER}.owner.key.pub").code == 1
