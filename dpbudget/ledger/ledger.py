@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self, cast
 
 from dpbudget.errors import InvalidParameter, StorageFailed, Tampered
-from dpbudget.ledger.admission import admit_plan, check_owner, out_of, seal_record
+from dpbudget.ledger.admission import admit_plan, check_frozen, check_owner, out_of, seal_record
 from dpbudget.ledger.entries import NOTES
 from dpbudget.ledger.head import Head, verifier_key
 from dpbudget.ledger.high_water import HighWater
@@ -328,8 +328,11 @@ class Ledger:
 
         Raises:
             InvalidParameter: not the owner's key (DP080), or the totals are below what is in use (DP052).
+            Tampered: a raise on top of a claim that the writer understated (DP071).
         """
         check_owner(self.state, owner)
+        if self._filter is not None and (budget.epsilon > self.state.epsilon or budget.delta > self.state.delta):
+            check_frozen(self.state, self._filter)
 
         def write(draft: Draft) -> None:
             state = draft.state

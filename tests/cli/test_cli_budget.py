@@ -275,6 +275,7 @@ def test_an_owner_elsewhere_grants_nothing_on_top_of_an_understated_claim(run_cl
                 "lease", run=run_id, nonce=nonce, commitment="cd" * 32, first=0, count=1, claim=0.001
             )
         )
+    assert run_cli("ledger", "grant", LEDGER, "--epsilon", "5").code == 1
     assert run_cli("ledger", "grant", LEDGER, "--epsilon", "5", "--request", "g.req").code == 0
     sign = ("key", "sign", "g.req", "g.signed", "--owner-key", f"{LEDGER}.owner.key")
     refused = run_cli(*sign, "--ledger", LEDGER)
