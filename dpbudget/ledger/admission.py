@@ -17,6 +17,7 @@ from dpbudget.ledger.renyi import RenyiAccount, steps_that_fit
 from dpbudget.ledger.signing import RECORD_TYPE, STATEMENT_TYPE, Signer, sign_envelope
 from dpbudget.ledger.state import LedgerState, Portfolio, SpendingFilter
 from dpbudget.ledger.statement import plan_statement, statement_digest
+from dpbudget.mechanisms.gaussian import MAX_NOISE_MULTIPLIER
 from dpbudget.plan import Plan
 
 
@@ -73,8 +74,43 @@ def check_rdp(state: LedgerState, spending: SpendingFilter, plan: Plan, run_id: 
         raise Tampered("an rdp ledger without its orders", code="DP082")
     _check_alone(spending, plan, plan.claim.delta)
     costs = spending.renyi_costs(plan, state.account.terms)
-    _check_fits(state.account, run_id, plan, costs)
+    try:
+        _check_fits(state.account, run_id, plan, costs)
+    except BudgetExceeded as refusal:
+        factor = _least_noise_factor(state.account, spending, plan)
+        if factor is None:
+            raise
+        least = f"{_ceil(plan.phases[0].noise_multiplier * factor)}" if len(plan.phases) == 1 else ""
+        noise = f"a noise multiplier of {least}" if least else f"{_ceil(factor)} times the noise in every phase"
+        raise BudgetExceeded(refusal.message, hint=f"all of it fits with {noise}; {refusal.hint}") from None
     return costs
+
+
+def _least_noise_factor(account: RenyiAccount, spending: SpendingFilter, plan: Plan) -> float | None:
+    """By how much the noise of a plan must grow, to one part in a million and a little more; None beyond a thousand."""
+
+    def fits(factor: float) -> bool:
+        noises = (min(phase.noise_multiplier * factor, MAX_NOISE_MULTIPLIER) for phase in plan.phases)
+        phases = tuple(p.replace(noise_multiplier=noise) for p, noise in zip(plan.phases, noises, strict=True))
+        louder = plan.replace(phases=phases)
+        costs = spending.renyi_costs(louder, account.terms)
+        return steps_that_fit(account, "", louder, costs, plan.steps) == plan.steps
+
+    low, high = 1.0, 2.0
+    while not fits(high):
+        if high > 1000.0:
+            return None
+        low, high = high, 2.0 * high
+    while high > low * (1.0 + 1e-6):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+def _ceil(value: float) -> str:
+    """Rounded up to six digits."""
+    digits = 5 - math.floor(math.log10(value))
+    return f"{math.ceil(value * 10.0**digits) / 10.0**digits:.{max(digits, 0)}f}"
 
 
 def _admit_rdp(journal: Journal, spending: SpendingFilter, plan: Plan, owner: Signer, run_id: str) -> str:

@@ -123,6 +123,10 @@ def test_an_rdp_ledger_is_made_planned_and_verified(run_cli: Cli, empty: Path) -
     assert run_cli(*plan, "--noise-multiplier", "3").code == 0
     refused = run_cli(*plan, "--noise-multiplier", "0.8")
     assert (refused.code, "no Renyi order has room" in refused.err) == (3, True)
+    least = refused.err.split("a noise multiplier of ")[1].split(";")[0]
+    assert 0.8 < float(least) < 3
+    assert run_cli(*plan, "--noise-multiplier", str(0.999 * float(least))).code == 3
+    assert run_cli(*plan, "--noise-multiplier", least, "--request", "fits.req").code == 0
     report = run_cli("verify", "a.ledger", "--trust", "a.ledger.owner.key.pub", "--json").json
     assert (report["ok"], report["filter"]) == (True, "rdp")
     assert "at Renyi order" in run_cli("ledger", "show", "a.ledger").out
