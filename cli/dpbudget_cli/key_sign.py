@@ -9,7 +9,7 @@ import click
 from dpbudget.errors import InvalidParameter
 from dpbudget_cli import _output as out
 from dpbudget_cli._files import write_new
-from dpbudget_cli._keys import PASSPHRASE_FD, load_signer, read_passphrases
+from dpbudget_cli._keys import PASSPHRASE_FD, load_signer, read_passphrases, shown
 from dpbudget_cli._options import JSON
 from dpbudget_cli.main import Leaf
 
@@ -76,7 +76,7 @@ def _check_numbers(wishes: list[Wish], path: str | None, signer: Ed25519Signer) 
         for wish in wishes:
             if wish.kind == "plan" and wish.ledger_id != ledger.id:
                 raise InvalidParameter(
-                    f"the request is for the ledger {wish.ledger_id[:16]}…, and {path} is {ledger.id[:16]}…",
+                    f"the request is for the ledger {wish.ledger_id[:16]}…, and {shown(path)} is {ledger.id[:16]}…",
                     code="DP081",
                     hint="pass the ledger that it is for",
                 )

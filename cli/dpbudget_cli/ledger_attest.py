@@ -8,7 +8,7 @@ from dpbudget.curve import round_up, show_delta
 from dpbudget.errors import Tampered
 from dpbudget_cli import _output as out
 from dpbudget_cli._files import write_new
-from dpbudget_cli._keys import PASSPHRASE_FD, load_signer, read_passphrases
+from dpbudget_cli._keys import PASSPHRASE_FD, load_signer, read_passphrases, shown
 from dpbudget_cli._options import JSON
 from dpbudget_cli.main import Leaf
 
@@ -49,7 +49,8 @@ def command(
     report = verify(path, trust=load_public_key(trust), expect_head=expect_head)
     if not report.ok:
         raise Tampered(
-            f"the ledger does not hold: {report.problems[0]}", hint=f"see all of it: dpbudget ledger verify {path}"
+            f"the ledger does not hold: {report.problems[0]}",
+            hint=f"see all of it: dpbudget ledger verify {shown(path)}",
         )
     data = attest(report, signer)
     write_new(target, data)

@@ -118,10 +118,19 @@ class PostgresStore(BoundStore):
         errors = _driver()
         with self._lock:
             self._check_alive()
+            if self._connection.info.transaction_status == errors.pq.TransactionStatus.INTRANS:
+                # A signal handler of this thread: its rollback would undo the outer spend, and COMMIT still passes.
+                self._poison = "the ledger was used again in the middle of a transaction"
+                raise StorageFailed(f"{self.shown}: {self._poison}; nothing was released")
             try:
                 self._begin(errors)
                 yield _PostgresTransaction(self._connection, self._name)
-                self._connection.execute("COMMIT")
+                self._check_alive()
+                # PostgreSQL answers COMMIT without an error where no transaction is open, or where one was aborted.
+                inside = self._connection.info.transaction_status == errors.pq.TransactionStatus.INTRANS
+                if not inside or self._connection.execute("COMMIT").statusmessage != "COMMIT":
+                    self._poison = "the transaction was not committed"
+                    raise StorageFailed(f"{self.shown}: {self._poison}; nothing was released")
             except StorageFailed:
                 self._roll_back(errors)
                 raise

@@ -324,3 +324,31 @@ def test_a_ledger_in_a_database_is_verified_like_a_file(url: str, tmp_path: Path
     assert report.steps == 20
     assert dpbudget.verify(tmp_path / "x.jsonl", trust=OWNER.public).epsilon == report.epsilon
     assert SumFilter().joint_claim([plan], 1e-5) == plan.claim.epsilon
+
+
+@pytest.mark.parametrize("swallowed", [True, False])
+def test_a_ledger_used_again_inside_a_transaction_releases_nothing(url: str, swallowed: bool) -> None:
+    """A signal handler that swallows its refusal: the outer spend must not pass for committed."""
+    run_id = signed(url)
+    ledger = reopen(url)
+    store = ledger._journal.store
+    assert isinstance(store, PostgresStore)
+
+    def again() -> None:
+        with store.transaction():
+            raise KeyError("what the handler swallows")
+
+    def outer() -> None:
+        with store.transaction():
+            if swallowed:
+                with pytest.raises(StorageFailed, match="in the middle of a transaction"):
+                    again()
+            else:
+                store._connection.execute("ROLLBACK")
+
+    with pytest.raises(StorageFailed):
+        outer()
+    with pytest.raises(StorageFailed, match="refuses to go on"):
+        ledger.start(run_id).next_receipt()
+    with reopen(url) as fresh:
+        assert fresh.state.runs[run_id].charged == 0
