@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from dpbudget.errors import Tampered
 from dpbudget.ledger.head import Head
 from dpbudget.ledger.state import LedgerState
 
-_MARK = re.compile(r"([0-9]{16}):([0-9a-f]{64})\n")
+#: Size and root of a head.
+Mark = tuple[int, str]
+
+_MARK = re.compile(rb"([0-9]{16}):([0-9a-f]{64})\n")
 
 
 def state_folder() -> Path:
@@ -46,16 +50,15 @@ class HighWater:
         except (RuntimeError, OSError):
             return None
 
-    def known(self, ledger_id: str) -> tuple[int, str] | None:
+    def known(self, ledger_id: str) -> Mark | None:
         """Size and root of the newest head seen of a ledger."""
         try:
-            with open(self._file(ledger_id), encoding="ascii") as file:
-                match = _MARK.fullmatch(file.read(128))
-        except (OSError, UnicodeDecodeError):
+            with open(self._file(ledger_id), "rb") as file:
+                return _parse(file.read(128))
+        except OSError:
             return None
-        return (int(match[1]), match[2]) if match else None
 
-    def check(self, mark: tuple[int, str] | None, state: LedgerState, roots: Mapping[int, bytes]) -> None:
+    def check(self, mark: Mark | None, state: LedgerState, roots: Mapping[int, bytes]) -> None:
         """Refuse a history that lacks what this machine has seen of it.
 
         Args:
@@ -70,22 +73,37 @@ class HighWater:
             return
         size, (seen, root) = state.size, mark
         if size < seen:
-            problem = (
-                f"this machine has seen {seen} records of the ledger, and this copy has {size}: it is an older one"
+            raise self._refusal(
+                state.genesis.ledger_id,
+                f"this machine has seen {seen} records of the ledger, and this copy has {size}: it is an older one",
             )
-        elif roots.get(seen, b"").hex() != root:
-            problem = f"this machine has seen another history of the ledger: its first {seen} records differ from these"
-        else:
-            return
-        raise Tampered(
-            problem,
-            code="DP079",
-            hint="find the newest copy or an export: what was spent there is missing here. If it is lost for good and "
-            f"the owner accepts that, remove {self._file(state.genesis.ledger_id)}",
-        )
+        if roots.get(seen, b"").hex() != root:
+            raise self._refusal(
+                state.genesis.ledger_id,
+                f"this machine has seen another history of the ledger: its first {seen} records differ from these",
+            )
 
-    def raise_to(self, ledger_id: str, head: Head) -> None:
-        """Remember ``head``: one write of one length over the old mark; a torn one counts as absent."""
+    def raise_to(self, ledger_id: str, head: Head) -> Mark:
+        """Remember ``head``, unless a newer one is known: one write of one length; a torn one counts as absent.
+
+        Returns:
+            the mark of ``head``.
+
+        Raises:
+            Tampered: as many records with another root were seen meanwhile: two copies went on at once (DP079).
+        """
+        mark = (head.size, head.root)
+        before = self._raise(ledger_id, mark)
+        if before is not None and before[0] == head.size and before != mark:
+            raise self._refusal(
+                ledger_id,
+                f"another copy of the ledger went on at the same time: its first {head.size} records differ from these",
+            )
+        return mark
+
+    def _raise(self, ledger_id: str, mark: Mark) -> Mark | None:
+        """Write ``mark`` over a smaller one, and return the one that was there."""
+        before = None
         with suppress(OSError):
             try:
                 descriptor = self._open(ledger_id)
@@ -93,14 +111,46 @@ class HighWater:
                 self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 descriptor = self._open(ledger_id)
             try:
-                mark = f"{head.size:016d}:{head.root}\n".encode("ascii")
-                os.pwrite(descriptor, mark, 0)
-                os.ftruncate(descriptor, len(mark))
+                # Compared and written under one lock, or the slower of two processes would lower the mark.
+                _lock(descriptor)
+                before = _parse(os.pread(descriptor, 128, 0))
+                if before is None or before[0] < mark[0]:
+                    line = f"{mark[0]:016d}:{mark[1]}\n".encode("ascii")
+                    os.pwrite(descriptor, line, 0)
+                    os.ftruncate(descriptor, len(line))
             finally:
                 os.close(descriptor)
+        return before
+
+    def _refusal(self, ledger_id: str, problem: str) -> Tampered:
+        return Tampered(
+            problem,
+            code="DP079",
+            hint="find the newest copy or an export: what was spent there is missing here. If it is lost for good and "
+            f"the owner accepts that, remove {self._file(ledger_id)}",
+        )
 
     def _open(self, ledger_id: str) -> int:
-        return os.open(self._file(ledger_id), os.O_CREAT | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        return os.open(self._file(ledger_id), os.O_CREAT | os.O_NOFOLLOW | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
     def _file(self, ledger_id: str) -> Path:
         return self.folder / ledger_id
+
+
+def _lock(descriptor: int) -> None:
+    """Take the file's lock, for which nobody needs more than an instant; give up after a second (OSError)."""
+    import fcntl  # of POSIX; the rest of the package loads without it
+
+    for _ in range(100):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01)
+        else:
+            return
+    raise TimeoutError
+
+
+def _parse(data: bytes) -> Mark | None:
+    match = _MARK.fullmatch(data)
+    return (int(match[1]), match[2].decode("ascii")) if match else None

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from dpbudget.errors import InvalidParameter, ReceiptSpent, Tampered
 from dpbudget.ledger.entries import Entry, draft, read
 from dpbudget.ledger.head import Head, read_head, sign_head
-from dpbudget.ledger.high_water import HighWater
+from dpbudget.ledger.high_water import HighWater, Mark
 from dpbudget.ledger.rules import Machine
 from dpbudget.ledger.signing import PublicKey, Signer
 from dpbudget.ledger.state import LedgerState
@@ -228,6 +228,8 @@ class Journal:
     ) -> None:
         self.store, self.writer, self.state, self.head = store, writer, state, head
         self.high_water = high_water
+        # The newest mark of this machine that is known to be part of the history.
+        self._mark: Mark | None = None
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._closed = False
@@ -275,21 +277,48 @@ class Journal:
                     check_writer(state, signer)
                     head = sign_head(genesis.ledger_id, state.size, state.tree.root, signer)
                     transaction.append(draft.entries, head.note.encode("utf-8"), size=state.size, keep=draft.keep)
-            self.state, self.head, self.writer = state, head, signer
+            if state.size >= self.state.size:  # else a signal handler went on since the commit
+                self.state, self.head, self.writer = state, head, signer
             if draft.entries and head is not None and self.high_water is not None:
                 # After the commit: a mark beyond what is on disk would lock the ledger out for ever.
-                self.high_water.raise_to(state.genesis.ledger_id, head)
+                self._mark = self.high_water.raise_to(state.genesis.ledger_id, head)
         return result
 
     def _catch_up(self, transaction: Transaction) -> tuple[LedgerState, Head | None]:
-        state = self.state
+        # Read under the lock: whoever belongs to this history raises the mark after a commit.
+        mark, state = self._new_mark(), self.state
+        roots = {state.size: state.tree.root}
         added = iter(transaction.read(state.size))
         first = next(added, None)
         if first is not None:
-            machine = Machine(state)
+            machine = Machine(state, watch=() if mark is None else (mark[0],))
             machine.feed(chain((first,), added))
             state = machine.state()
+            roots |= {**machine.roots, state.size: state.tree.root}
+        if mark is not None:
+            self._check_mark(mark, transaction, state, roots)
         return state, self._newest(state, transaction.note())
+
+    def _new_mark(self) -> Mark | None:
+        """The mark of this machine, where it is not known to be part of the history."""
+        if self.high_water is None or self.state.size == 0:
+            return None
+        mark = self.high_water.known(self.state.genesis.ledger_id)
+        return None if mark == self._mark else mark
+
+    def _check_mark(self, mark: Mark, transaction: Transaction, state: LedgerState, roots: Mapping[int, bytes]) -> None:
+        """Before every append: this machine has seen no other history, and none that goes beyond this one.
+
+        A process that opened a copy before the ledger went on would otherwise spend the same budget a second time.
+        """
+        if mark[0] < state.size and mark[0] not in roots:
+            # Another process raised it late, to a place that this one had passed; rare, so all is read again.
+            machine = Machine(LedgerState(trust=state.trust), watch=(mark[0],))
+            machine.feed(transaction.read(0))
+            roots = machine.roots
+        if self.high_water is not None:
+            self.high_water.check(mark, state, roots)
+        self._mark = mark
 
     def reading(self) -> AbstractContextManager[Reading]:
         """The whole store, consistently."""

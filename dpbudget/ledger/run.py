@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from operator import length_hint
 from types import TracebackType
 from typing import Self
 
@@ -37,13 +38,19 @@ def default_lease_steps(steps: int) -> int:
 
 @dataclass
 class _Held:
-    """The lease that this process holds: steps ``first`` to ``end - 1``, of which ``next`` is issued next."""
+    """The lease that this process holds: steps ``first`` to ``end - 1``, of which ``steps`` are left."""
 
     first: int
     end: int
-    next: int
     nonce: bytes
     key: LeaseKey
+    # Taking a step is one call, so that neither a thread nor a signal handler between two instructions gets it again.
+    steps: Iterator[int]
+
+    @property
+    def next(self) -> int:
+        """The step that is issued next; ``end`` after the last."""
+        return self.end - length_hint(self.steps)
 
 
 @dataclass
@@ -86,7 +93,7 @@ class Run:
         self._issued: list[_Issued] = []
         # Weak: the key of a used-up lease dies with the last receipt that still needs it.
         self._keys: weakref.WeakSet[LeaseKey] = weakref.WeakSet()
-        # Two threads must never be handed the same step.
+        # For threads; a signal handler gets through, and finds every step passed and every key known to close().
         self._lock = threading.RLock()
         self._closed = False
 
@@ -153,11 +160,10 @@ class Run:
             return self._next_receipt()
 
     def _next_receipt(self) -> Receipt:
-        held = self._held
-        if held is None or held.next == held.end:
-            held = self._take_lease()
+        held, step = self._held, None
         # Passed before its receipt exists: an interrupt from here on loses the step and never gives it out twice.
-        step, held.next = held.next, held.next + 1
+        while held is None or (step := next(held.steps, None)) is None:
+            held = self._take_lease()
         # After the commit: a copied file or a restored backup draws other bytes, hence other noise.
         fresh = os.urandom(16)
         self._issued.append(_Issued(step, fresh))
@@ -250,6 +256,8 @@ class Run:
 
     def _take_lease(self) -> _Held:
         nonce, key = os.urandom(32), LeaseKey()
+        # Before the lease exists, so that whoever closes the run from now on wipes it.
+        self._keys.add(key)
         taken: _Held | None = None
         while taken is None:
             state = self._journal.state
@@ -257,8 +265,10 @@ class Run:
             # Outside the lock, since an accountant takes its time; inside, the portfolio must still be what was seen.
             claim = None if seen is None or seen.frozen else self._joint_claim(state, seen)
             taken = self._journal.transact(partial(self._write_lease, seen, claim, nonce, key))
-        self._keys.add(key)
         self._issued, self._held = [], taken
+        if self._closed:  # by a signal handler meanwhile
+            key.wipe()
+            self._guard()
         return taken
 
     def _portfolio(self, state: LedgerState) -> Portfolio | None:
@@ -288,8 +298,9 @@ class Run:
         count = min(self._lease_steps, self.planned - first)
         if now is None:
             count = self._steps_with_room(draft.state, count)
-        if self._held is not None:
-            self._write_issued(self._held, draft)
+        held = self._held
+        if held is not None:
+            self._write_issued(held, draft)
         draft.add(
             "lease",
             run=self.run_id,
@@ -299,7 +310,7 @@ class Run:
             count=count,
             claim=claim,
         )
-        return _Held(first, first + count, first, nonce, key)
+        return _Held(first, first + count, nonce, key, iter(range(first, first + count)))
 
     def _steps_with_room(self, state: LedgerState, most: int) -> int:
         """Steps of the next lease of a run in an rdp ledger: as many as some order has room for."""
@@ -325,7 +336,10 @@ class Run:
             return
         # A step whose receipt was lost in an interrupt is reserved like the others and never settled.
         draft.add("reserve", run=self.run_id, step=written, count=held.next - written)
-        for issued in (issued for issued in self._issued if issued.step >= written):
+        # In order and of this lease alone: a signal handler may have taken steps in between.
+        for issued in sorted(
+            (one for one in self._issued if written <= one.step < held.next), key=lambda one: one.step
+        ):
             draft.add("settle", run=self.run_id, step=issued.step, fresh=issued.fresh.hex(), output=issued.output)
 
     def _write_close(self, held: _Held, draft: Draft) -> None:

@@ -119,6 +119,7 @@ class SqliteStore(BoundStore):
         """BEGIN IMMEDIATE to COMMIT; durable when the context ends without an exception."""
         with self._lock:
             self._check_alive()
+            self._refuse_reentry()
             try:
                 # Inside, so that an interrupt right after BEGIN gives the lock back.
                 self._begin()
@@ -136,7 +137,7 @@ class SqliteStore(BoundStore):
                 raise
             except (sqlite3.Error, OSError) as error:
                 self._roll_back()
-                if isinstance(error, sqlite3.Error) and not self._connection.in_transaction:
+                if isinstance(error, sqlite3.Error) and not self._inside:
                     # A reader kept the commit waiting for too long: SQLite wrote nothing, and the next one may go on.
                     refuse_busy(error, self.path)
                 self._poison = f"{type(error).__name__}: {error}"
@@ -154,6 +155,7 @@ class SqliteStore(BoundStore):
         """Everything, read in one transaction."""
         with self._lock:
             self._check_alive()
+            self._refuse_reentry()
             try:
                 self._connection.execute("BEGIN")
                 reading = SqliteReading(self._connection)
@@ -199,8 +201,23 @@ class SqliteStore(BoundStore):
         if self._transaction is not None:
             self._transaction.close()
         with suppress(sqlite3.Error):
-            if self._connection.in_transaction:
+            if self._inside:
                 self._connection.execute("ROLLBACK")
+
+    @property
+    def _inside(self) -> bool:
+        try:
+            return self._connection.in_transaction
+        except sqlite3.ProgrammingError:  # closed by a signal handler
+            return False
+
+    def _refuse_reentry(self) -> None:
+        # A signal handler of this thread: the lock lets it in, and its rollback would undo the spend that it came into.
+        if self._inside:
+            raise StorageFailed(
+                f"{self.path} was used again in the middle of a transaction; nothing was charged or released",
+                hint="let the signal handler set a flag, and act on it between two steps",
+            )
 
     def _check_in_place(self) -> None:
         # A spend in a file that nobody will open again would be a spend that nobody counts.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -10,8 +11,11 @@ import pytest
 from ledgerkit import OWNER, make_ledger, make_plan, reopen
 
 from dpbudget.errors import Tampered
+from dpbudget.ledger.head import Head
 from dpbudget.ledger.high_water import HighWater, state_folder
 from dpbudget.ledger.ledger import Ledger
+from dpbudget.ledger.store.reader import read_ledger
+from dpbudget.ledger.store.sqlite import _SqliteTransaction
 
 
 def signed(path: Path) -> str:
@@ -101,3 +105,87 @@ def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp
     assert state_folder() == tmp_path / "dpbudget"
     monkeypatch.setenv("XDG_STATE_HOME", "relative")
     assert state_folder() == Path.home() / ".local" / "state" / "dpbudget"
+
+
+def test_a_copy_that_was_opened_before_the_ledger_went_on_spends_nothing_more(tmp_path: Path) -> None:
+    path, copy = tmp_path / "ledger", tmp_path / "copy"
+    run_id = signed(path)
+    shutil.copy(path, copy)
+    with reopen(copy) as other:
+        spend(path, run_id, 3)
+        size = other.state.size
+        with pytest.raises(Tampered, match="it is an older one") as caught:
+            other.start(run_id, lease_steps=1).next_receipt()
+        assert caught.value.code == "DP079"
+        assert len(read_ledger(copy).entries) == size
+    reopen(path).close()  # the true ledger is still accepted: the copy did not lower the mark
+
+
+def test_of_two_copies_that_are_open_at_once_the_second_to_spend_is_refused(tmp_path: Path) -> None:
+    path, copy = tmp_path / "ledger", tmp_path / "copy"
+    run_id = signed(path)
+    shutil.copy(path, copy)
+    with reopen(path) as true, reopen(copy) as other:
+        first, second = true.start(run_id, lease_steps=1), other.start(run_id, lease_steps=1)
+        first.next_receipt()
+        with pytest.raises(Tampered):
+            second.next_receipt()
+        assert first.next_receipt().step == 1
+
+
+def test_a_slower_process_does_not_lower_the_mark(tmp_path: Path) -> None:
+    marks = HighWater(tmp_path / "heads")
+    ledger_id, older, newer = "ab" * 32, head_of(5, "01"), head_of(7, "02")
+    marks.raise_to(ledger_id, newer)
+    marks.raise_to(ledger_id, older)
+    assert marks.known(ledger_id) == (7, "02" * 32)
+
+
+def test_two_copies_that_commit_at_the_same_moment_are_told_apart(tmp_path: Path) -> None:
+    marks = HighWater(tmp_path / "heads")
+    marks.raise_to("ab" * 32, head_of(5, "01"))
+    with pytest.raises(Tampered, match="at the same time"):
+        marks.raise_to("ab" * 32, head_of(5, "02"))
+
+
+def test_a_mark_whose_lock_is_held_for_ever_stops_nothing(tmp_path: Path) -> None:
+    marks = HighWater(tmp_path / "heads")
+    marks.raise_to("ab" * 32, head_of(5, "01"))
+    with open(tmp_path / "heads" / ("ab" * 32), "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        marks.raise_to("ab" * 32, head_of(6, "02"))
+    assert marks.known("ab" * 32) == (5, "01" * 32)
+
+
+def test_processes_that_take_turns_read_only_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mark of another process lies between what this one knew and what it knows now."""
+    path = tmp_path / "ledger"
+    run_id = signed(path)
+    starts: list[int] = []
+    read = _SqliteTransaction.read
+    monkeypatch.setattr(_SqliteTransaction, "read", lambda self, start: starts.append(start) or read(self, start))
+    with reopen(path) as first, reopen(path) as second:
+        runs = [ledger.start(run_id, lease_steps=1) for ledger in (first, second)]
+        for _ in range(3):
+            for run in runs:
+                run.next_receipt()
+    assert starts
+    assert 0 not in starts
+
+
+def test_a_mark_raised_late_is_looked_up_in_the_whole_history(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    run_id = signed(path)
+    with reopen(path) as ledger, ledger.start(run_id, lease_steps=1) as run:
+        run.next_receipt()
+        mark = state_folder() / "heads" / ledger.id
+        mark.write_text(f"{1:016d}:{ledger.id}\n")  # a root of one record is the hash of its leaf
+        run.next_receipt()
+        mark.write_text(f"{1:016d}:{'00' * 32}\n")
+        with pytest.raises(Tampered, match="another history"):
+            run.next_receipt()
+        mark.unlink()
+
+
+def head_of(size: int, byte: str) -> Head:
+    return Head(size, byte * 32, "")

@@ -6,7 +6,8 @@ import shutil
 import sqlite3
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,9 +15,9 @@ from typing import Any
 import pytest
 from ledgerkit import OWNER, make_ledger, make_plan, reopen
 
-from dpbudget.errors import PrivacyViolation, ReceiptSpent
+from dpbudget.errors import InvalidParameter, PrivacyViolation, ReceiptSpent, StorageFailed
 from dpbudget.ledger.entries import read
-from dpbudget.ledger.receipt import LeaseKey
+from dpbudget.ledger.receipt import LeaseKey, Receipt
 from dpbudget.ledger.store.reader import read_ledger
 
 PLACES = {
@@ -124,6 +125,75 @@ def test_an_interrupt_at_any_instruction_loses_at_most_a_lease_and_repeats_no_st
         settled = {record["step"] for record in records if record["type"] == "settle"}
         assert settled >= set(steps)
     assert trials > 40 // stride
+
+
+class Handler(Tracer):
+    """Calls ``use`` before the ``target``-th instruction, as a signal handler would, and swallows what it raises."""
+
+    def __init__(self, target: int, use: Callable[[], object]) -> None:
+        super().__init__(target)
+        self.use = use
+        self.got: list[object] = []
+
+    def step(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "opcode":
+            self.seen += 1
+            if self.seen == self.target:
+                sys.settrace(None)
+                with suppress(StorageFailed):
+                    self.got.append(self.use())
+                sys.settrace(self)
+        return self.step
+
+
+def handled_at(target: int, path: Path, what: str) -> tuple[bool, list[Receipt], Receipt | None]:
+    """Whether the handler ran, all receipts that anybody got, and the one of the step that it ran in."""
+    ledger = reopen(path, high_water=False)
+    run = ledger.start(next(iter(ledger.state.runs)), lease_steps=2)
+    use = {"next_receipt": run.next_receipt, "close": run.close, "close the ledger": ledger.close}[what]
+    receipts, last = [run.next_receipt(), run.next_receipt()], None
+    handler, previous = Handler(target, use), sys.gettrace()
+    sys.settrace(handler)
+    try:
+        with suppress(StorageFailed, PrivacyViolation, InvalidParameter):  # closed in between
+            last = run.next_receipt()
+    finally:
+        sys.settrace(previous)
+    receipts += [receipt for receipt in (*handler.got, last) if isinstance(receipt, Receipt)]
+    with suppress(PrivacyViolation, InvalidParameter):
+        receipts += list(run)
+    ledger.close()
+    return handler.seen >= target, receipts, last
+
+
+@pytest.mark.parametrize("what", ["next_receipt", "close", "close the ledger"])
+@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_signal_handler_in_the_middle_of_a_step_gets_no_step_twice(
+    stride: int, what: str, signed: Path, tmp_path: Path
+) -> None:
+    path, trials = tmp_path / "ledger", 0
+    for target in range(1, 3000, stride):
+        shutil.copy(signed, path)
+        ran, receipts, last = handled_at(target, path, what)
+        records = [read(entry.line) for entry in read_ledger(path).entries]
+        charged = sum(record["count"] for record in records if record["type"] == "lease")
+        steps = [receipt.step for receipt in receipts]
+        assert len(set(steps)) == len(steps) <= charged
+        if last is not None and what != "next_receipt":
+            closed = ran and charged < 5
+            assert not (closed and usable(last))  # a closed run hands out nothing that is alive
+        if not ran:
+            break
+        trials += 1
+    assert trials > 100 // stride
+
+
+def usable(receipt: Receipt) -> bool:
+    try:
+        receipt.use("grad-noise")
+    except ReceiptSpent:
+        return False
+    return True
 
 
 def test_an_interrupt_while_a_key_is_made_is_no_second_error() -> None:
