@@ -60,14 +60,14 @@ def ask_passphrase(*, twice: bool = False) -> bytes:
 
 def local_name(ledger: str) -> str:
     """The name beside which keys of a ledger lie: its path, or for a database the ledger's name in this folder."""
-    from dpbudget.ledger.store.postgres import is_database
+    from dpbudget.ledger.store.postgres_url import PostgresUrl, is_database
 
-    return (ledger.partition("#")[2] or "main") if is_database(ledger) else ledger
+    return PostgresUrl.parse(ledger).name if is_database(ledger) else ledger
 
 
 def shown(ledger: str) -> str:
     """A location as it may be printed: without a password."""
-    from dpbudget.ledger.store.postgres import is_database, show_location
+    from dpbudget.ledger.store.postgres_url import is_database, show_location
 
     return show_location(ledger) if is_database(ledger) else ledger
 

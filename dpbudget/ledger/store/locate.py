@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 
 from dpbudget.errors import InvalidParameter
 from dpbudget.ledger.store.base import LedgerStore, Reading, Transaction
-from dpbudget.ledger.store.postgres import PostgresStore, is_database, reading_database
+from dpbudget.ledger.store.postgres import PostgresStore, reading_database
+from dpbudget.ledger.store.postgres_url import is_database
 from dpbudget.ledger.store.reader import reading_of
 from dpbudget.ledger.store.sqlite import SqliteStore
 

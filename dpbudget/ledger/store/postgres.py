@@ -11,24 +11,21 @@ the high-water mark of its machine afterwards. Have a synchronous standby, or ta
 from __future__ import annotations
 
 import os
-import re
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 from dpbudget.errors import InvalidParameter, MissingExtra, StorageFailed, Tampered, Unreadable
 from dpbudget.ledger.entries import MAX_ENVELOPE_BYTES, Entry
 from dpbudget.ledger.store.bound import BoundStore
 from dpbudget.ledger.store.postgres_schema import CREATE_SCHEMA, READER_ROLE, SCHEMA_VERSION, WRITER_ROLE
+from dpbudget.ledger.store.postgres_url import PostgresUrl, show_location
 
 if TYPE_CHECKING:
     import psycopg
 
-_SCHEMES = ("postgresql://", "postgres://")
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _OLDEST = 120000
 _BATCH = 2000
 MAX_TOTAL_BYTES = 1 << 30
@@ -38,22 +35,6 @@ _SETTINGS = (
     "SELECT current_setting('synchronous_commit'), current_setting('fsync'), current_setting('full_page_writes'), "
     "pg_is_in_recovery(), current_setting('transaction_read_only'), current_setting('server_version_num')"
 )
-
-
-def is_database(location: object) -> bool:
-    """Whether a location is a PostgreSQL URL."""
-    return isinstance(location, str) and location.startswith(_SCHEMES)
-
-
-def show_location(location: str) -> str:
-    """The location without a password."""
-    parts = urlsplit(location)
-    host = parts.netloc.rpartition("@")
-    user = host[0].partition(":")[0]
-    kept = [item for item in parts.query.split("&") if item and not item.lower().startswith("password")]
-    return urlunsplit(
-        (parts.scheme, f"{user}@{host[2]}" if user else host[2], parts.path, "&".join(kept), parts.fragment)
-    )
 
 
 class PostgresStore(BoundStore):
@@ -67,7 +48,7 @@ class PostgresStore(BoundStore):
 
     def __init__(self, location: str, connection: psycopg.Connection[Any], busy_seconds: float) -> None:
         super().__init__(show_location(location))
-        self._name = _name_of(location)
+        self._name = PostgresUrl.parse(location).name
         self._connection, self._busy_seconds = connection, busy_seconds
         self._close = weakref.finalize(self, _close_in_owner, connection, os.getpid())
 
@@ -78,7 +59,7 @@ class PostgresStore(BoundStore):
         Raises:
             Unreadable: no connection (DP070), or the schema cannot be made or is another version's (DP083).
         """
-        name, connection = _name_of(location), _connect(location)
+        name, connection = PostgresUrl.parse(location).name, _connect(location)
         try:
             _check_settings(connection, location)
             with _database_errors(location), connection.transaction():
@@ -245,7 +226,7 @@ def reading_database(location: str) -> Iterator[PostgresReading]:
     try:
         with _database_errors(location), _snapshot(connection):
             _check_ledger(connection, location)
-            yield PostgresReading(connection, _name_of(location))
+            yield PostgresReading(connection, PostgresUrl.parse(location).name)
     finally:
         connection.close()
 
@@ -282,23 +263,10 @@ def _driver() -> ModuleType:
     return psycopg
 
 
-def _name_of(location: str) -> str:
-    name = urlsplit(location).fragment or "main"
-    if not _NAME.fullmatch(name):
-        raise InvalidParameter(
-            f"{name[:80]!r} is no name of a ledger",
-            code="DP070",
-            hint="write postgresql://host/database#name with 1 to 63 of a-z, 0-9, _ and -",
-        )
-    return name
-
-
 def _connect(location: str) -> psycopg.Connection[Any]:
     driver = _driver()
-    _name_of(location)
-    url = location.partition("#")[0]
     try:
-        wanted = driver.conninfo.conninfo_to_dict(url)
+        wanted = driver.conninfo.conninfo_to_dict(PostgresUrl.parse(location).conninfo)
     except driver.Error:
         raise InvalidParameter(
             f"{show_location(location)} is not a PostgreSQL URL",
@@ -368,7 +336,7 @@ def _check_ledger(connection: psycopg.Connection[Any], location: str) -> None:
         )
     row = connection.execute("SELECT obj_description(to_regnamespace('dpbudget'), 'pg_namespace')").fetchone()
     _check_version(row, location)
-    name = _name_of(location)
+    name = PostgresUrl.parse(location).name
     if connection.execute("SELECT 1 FROM dpbudget.ledger WHERE name = %s", (name,)).fetchone() is None:
         names = [
             str(found) for (found,) in connection.execute("SELECT name FROM dpbudget.ledger ORDER BY name LIMIT 20")

@@ -12,7 +12,7 @@ from ledgerkit import OWNER, WRITER, SumFilter, make_ledger, make_plan, reopen
 import dpbudget
 from dpbudget.errors import InvalidParameter, MissingExtra, StorageFailed, Tampered, Unreadable
 from dpbudget.ledger.ledger import Ledger
-from dpbudget.ledger.store.postgres import PostgresStore, is_database, show_location
+from dpbudget.ledger.store.postgres import PostgresStore
 from tests.postgres_server import PASSWORD, Server, running, why_not
 
 psycopg = pytest.importorskip("psycopg")
@@ -293,14 +293,6 @@ def test_another_schema_of_the_same_name_is_refused(postgres_server: Server, dat
         Ledger.open(postgres_server.url(database=database))
     with pytest.raises(Unreadable, match="not 'dpbudget ledger schema 1'"):
         make_ledger(postgres_server.url(database=database))
-
-
-def test_passwords_are_in_no_shown_location() -> None:
-    shown = show_location("postgresql://me:s3cret@db:5432/x?sslmode=require&password=s3cret#team")
-    assert shown == "postgresql://me@db:5432/x?sslmode=require#team"
-    assert show_location("postgresql://db/x#team") == "postgresql://db/x#team"
-    assert is_database("postgres://x")
-    assert not is_database(Path("postgresql"))
 
 
 def test_without_the_driver_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
