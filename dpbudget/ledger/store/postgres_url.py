@@ -26,26 +26,10 @@ _URL = re.compile(
 )
 #: Parameters that hold no secret; every other one, however it is spelt, is left out of what is shown.
 _SHOWN = frozenset(
-    [
-        "host",
-        "hostaddr",
-        "port",
-        "dbname",
-        "user",
-        "sslmode",
-        "sslrootcert",
-        "application_name",
-        "connect_timeout",
-        "target_session_attrs",
-        "channel_binding",
-        "gssencmode",
-        "keepalives",
-        "keepalives_idle",
-        "keepalives_interval",
-        "keepalives_count",
-        "service",
-    ]
-)
+    ("host", "hostaddr", "port", "dbname", "user", "sslmode", "sslrootcert", "application_name", "connect_timeout",
+     "target_session_attrs", "channel_binding", "gssencmode", "keepalives", "keepalives_idle", "keepalives_interval",
+     "keepalives_count", "service")
+)  # fmt: skip
 _PLAIN = re.compile(r"[A-Za-z0-9._~,:/%+-]*", re.ASCII)
 
 
