@@ -9,81 +9,72 @@ import click
 from dpbudget.errors import InvalidParameter
 from dpbudget_cli import _output as out
 from dpbudget_cli._files import write_new
-from dpbudget_cli._keys import PASSPHRASE_FD, load_signer, read_passphrases, shown
+from dpbudget_cli._keys import PASSPHRASE_FD, load_signer, read_passphrases
 from dpbudget_cli._options import JSON
 from dpbudget_cli.main import Leaf
 
 if TYPE_CHECKING:
     from dpbudget.ledger.requests import Wish
-    from dpbudget.ledger.signing import Ed25519Signer
+    from dpbudget.ledger.state import LedgerState
 
 
 @click.command("sign", cls=Leaf)
 @click.argument("request")
 @click.argument("target", metavar="OUT")
 @click.option("--owner-key", required=True, metavar="FILE", help="The owner's key.")
-@click.option("--ledger", "path", metavar="PATH", help="The ledger or an export, to be checked; needed for rdp.")
+@click.option("--ledger", "path", required=True, metavar="PATH", help="The ledger that it is for, or an export of it.")
 @PASSPHRASE_FD
 @JSON
-def command(
-    request: str, target: str, owner_key: str, path: str | None, passphrase_fd: int | None, as_json: bool
-) -> None:
-    """Show what REQUEST asks for and write it, signed, to the new file OUT. The ledger is not needed.
+def command(request: str, target: str, owner_key: str, path: str, passphrase_fd: int | None, as_json: bool) -> None:
+    """Show what REQUEST asks for and write it, signed, to the new file OUT.
 
-    A plan's claim is certified again before it is signed, and so are the costs and allowances of an rdp ledger. The
-    owner's key can so stay on a machine of its own; dpbudget ledger apply writes OUT into the ledger.
+    All of it is checked first, by the ledger or by an export that was carried here: that it belongs there and nowhere
+    else, that the ledger's claims are no less than what they cost, and that the plan claims what it costs. The owner's
+    key can so stay on a machine of its own; dpbudget ledger apply writes OUT into the ledger.
 
     Examples:
-      dpbudget key sign plan.request plan.signed --owner-key budget.ledger.owner.key
-      dpbudget key sign plan.request plan.signed --owner-key budget.ledger.owner.key --json
+      dpbudget key sign plan.request plan.signed --owner-key budget.ledger.owner.key --ledger budget.ledger
+      dpbudget key sign plan.request plan.signed --owner-key budget.ledger.owner.key --ledger budget.ledger --json
     """
+    from dpbudget.ledger.admission import check_owner
     from dpbudget.ledger.requests import MAX_REQUEST_BYTES, read_request, sign_request
     from dpbudget.ledger.store.files import as_path, read_regular
 
     data = read_regular(as_path(request), MAX_REQUEST_BYTES)
     wishes = read_request(data)
-    shown = [_describe(wish) for wish in wishes]
+    state = _check(wishes, path)
+    described = [_describe(wish, state.genesis.ledger_id) for wish in wishes]
+    if not as_json:
+        # Before the passphrase is asked for, so that whoever gives it has read this.
+        for facts in described:
+            out.emit_table(list(facts.items()))
     signer = load_signer(owner_key, read_passphrases(passphrase_fd))
-    _check_numbers(wishes, path, signer)
+    check_owner(state, signer)
     write_new(target, sign_request(data, signer))
     if as_json:
-        out.emit_json({"signed": target, "by": signer.public.hex, "wishes": shown})
-        return
-    for facts in shown:
-        out.emit_table(list(facts.items()))
-    out.emit_table([("signed", target), ("by", signer.public.hex)])
+        out.emit_json({"signed": target, "by": signer.public.hex, "wishes": described})
+    else:
+        out.emit_table([("signed", target), ("by", signer.public.hex)])
 
 
-def _check_numbers(wishes: list[Wish], path: str | None, signer: Ed25519Signer) -> None:
-    """Check what the ledger claims so far, and the numbers of an rdp ledger by its orders (DP064 without it)."""
+def _check(wishes: list[Wish], path: str) -> LedgerState:
+    """The ledger's state, once everything in the request is fit to be signed into it."""
     from dpbudget.filters import LedgerFilter
     from dpbudget.ledger.admission import check_frozen
     from dpbudget.ledger.ledger import Ledger
-    from dpbudget.ledger.requests import check_numbers
+    from dpbudget.ledger.requests import check_numbers, check_place
 
-    numbered = [wish for wish in wishes if "costs" in wish.facts or wish.facts.get("allowances") is not None]
-    if path is None:
-        if numbered:
-            raise InvalidParameter(
-                "the request is for a ledger with the filter rdp, whose orders are needed to certify its numbers",
-                code="DP064",
-                hint="pass --ledger with the ledger or an export of it",
-            )
-        return
-    with Ledger.open(path, trust=signer.public) as ledger:
-        # What was frozen at less than it costs would be granted once more.
-        check_frozen(ledger.state, LedgerFilter())
-        for wish in wishes:
-            if wish.kind == "plan" and wish.ledger_id != ledger.id:
-                raise InvalidParameter(
-                    f"the request is for the ledger {wish.ledger_id[:16]}…, and {shown(path)} is {ledger.id[:16]}…",
-                    code="DP081",
-                    hint="pass the ledger that it is for",
-                )
-            check_numbers(wish, ledger.state, LedgerFilter())
+    with Ledger.open(path) as ledger:
+        state = ledger.state
+    # What was frozen at less than it costs would be granted once more.
+    check_frozen(state, LedgerFilter())
+    for wish in wishes:
+        check_place(wish, state)
+        check_numbers(wish, state, LedgerFilter())
+    return state
 
 
-def _describe(wish: Wish) -> dict[str, Any]:
+def _describe(wish: Wish, ledger_id: str) -> dict[str, Any]:
     """A wish in plain numbers; a plan that claims too little is refused (DP052)."""
     from dpbudget._record import hex_to_float
     from dpbudget.filters import LedgerFilter
@@ -92,7 +83,7 @@ def _describe(wish: Wish) -> dict[str, Any]:
 
     if wish.kind != "plan":
         described: dict[str, Any] = {"wish": "new totals" if wish.kind == "budget" else "another portfolio"}
-        described |= {"record": wish.facts["seq"], "after": wish.facts["prev"]}
+        described |= {"ledger": ledger_id, "record": wish.facts["seq"], "after": wish.facts["prev"]}
         for name in ("index", "epsilon", "delta"):
             if name in wish.facts:
                 value = wish.facts[name]
@@ -108,7 +99,7 @@ def _describe(wish: Wish) -> dict[str, Any]:
         )
     return {
         "wish": "a plan",
-        "ledger": wish.ledger_id,
+        "ledger": ledger_id,
         "run": wish.run_id,
         "epsilon": plan.claim.epsilon,
         "delta": plan.claim.delta,

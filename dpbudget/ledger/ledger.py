@@ -305,6 +305,7 @@ class Ledger:
     def request_budget(self, budget: Budget) -> bytes:
         """The request of new totals, for an owner whose key is elsewhere; good until something else is written."""
         state = self.refresh()
+        check_frozen(state, self._arithmetic())
         allowances = self._allowances(state, budget)
         _check_lowering(state, budget, allowances)
         return request_budget(state, budget, allowances)
@@ -328,20 +329,26 @@ class Ledger:
 
         Raises:
             InvalidParameter: not the owner's key (DP080), or the totals are below what is in use (DP052).
-            Tampered: a raise on top of a claim that the writer understated (DP071).
+            Tampered: the writer understated what was spent before (DP071).
         """
-        check_owner(self.state, owner)
-        if self._filter is not None and (budget.epsilon > self.state.epsilon or budget.delta > self.state.delta):
-            check_frozen(self.state, self._filter)
+        arithmetic = self._arithmetic()
+        while True:
+            seen = self.refresh()
+            check_owner(seen, owner)
+            check_frozen(seen, arithmetic)
+            if self._journal.transact(partial(self._write_budget, seen, budget, owner)):
+                return
 
-        def write(draft: Draft) -> None:
-            state = draft.state
-            allowances = self._allowances(state, budget)
-            _check_lowering(state, budget, allowances)
-            seal = partial(seal_record, owner)
-            draft.add("budget", seal=seal, epsilon=budget.epsilon, delta=budget.delta, allowances=allowances)
-
-        self._journal.transact(write)
+    def _write_budget(self, seen: LedgerState, budget: Budget, owner: Signer, draft: Draft) -> bool:
+        """Draft new totals; False where the claims that were checked are not those of the ledger any more."""
+        state = draft.state
+        if (state.portfolios, state.grants) != (seen.portfolios, seen.grants):
+            return False
+        allowances = self._allowances(state, budget)
+        _check_lowering(state, budget, allowances)
+        seal = partial(seal_record, owner)
+        draft.add("budget", seal=seal, epsilon=budget.epsilon, delta=budget.delta, allowances=allowances)
+        return True
 
     def rekey(self, role: Literal["owner", "writer"], *, new: Signer, by: Signer) -> None:
         """Hand a role to a new key, signed by both; the old key is good for nothing from then on.

@@ -114,6 +114,32 @@ def sign_request(data: bytes, owner: Signer) -> bytes:
     return b"\n".join(sign_envelope(wish.payload, wish.payload_type, owner) for wish in wishes) + b"\n"
 
 
+def check_place(wish: Wish, state: LedgerState) -> None:
+    """Refuse a wish that is not for this ledger as it stands.
+
+    A plan names its ledger. A record names its place in a chain, and an owner of several ledgers who signed it by one
+    of them could find it in another.
+
+    Raises:
+        InvalidParameter: it is for another ledger, or the ledger went on since (DP081).
+    """
+    genesis = state.genesis
+    if wish.kind == "plan":
+        if wish.ledger_id != genesis.ledger_id:
+            raise InvalidParameter(
+                f"the request is for the ledger {wish.ledger_id[:16]}…, this one is {genesis.ledger_id[:16]}…",
+                code="DP081",
+                hint="pass the ledger that it is for, or make the request from this one",
+            )
+    elif (wish.facts["seq"], wish.facts["prev"]) != (state.size, state.last.hex()):
+        raise InvalidParameter(
+            f"the request is for record {wish.facts['seq']} of a ledger that is not this one, or not as it stands with "
+            f"{state.size} records",
+            code="DP081",
+            hint="pass the ledger that it is for, as new as the request",
+        )
+
+
 def check_numbers(wish: Wish, state: LedgerState, spending: SpendingFilter) -> None:
     """Refuse a wish of an ``rdp`` ledger whose costs or allowances are no bounds.
 
@@ -174,6 +200,8 @@ def apply_request(journal: Journal, spending: SpendingFilter, data: bytes) -> st
         open_envelope(envelope, wish.payload_type, journal.state.owner)
     plan = next((wish for wish in wishes if wish.kind == "plan"), None)
     seen = journal.state
+    # Also new totals: on top of an understated claim they would grant once more what was spent.
+    admission.check_frozen(seen, spending)
     for wish in wishes:
         check_numbers(wish, seen, spending)
     if plan is not None:
@@ -197,12 +225,7 @@ def apply_request(journal: Journal, spending: SpendingFilter, data: bytes) -> st
 
 
 def _check_again(state: LedgerState, spending: SpendingFilter, wish: Wish, *, opens: bool) -> None:
-    if wish.ledger_id != state.genesis.ledger_id:
-        raise InvalidParameter(
-            f"the request is for the ledger {wish.ledger_id[:16]}…, this one is {state.genesis.ledger_id[:16]}…",
-            code="DP081",
-            hint="make the request from this ledger",
-        )
+    check_place(wish, state)
     plan = plan_of(wish)
     admission.check_facts(state, plan)
     if state.account is not None:

@@ -52,7 +52,7 @@ def plan(steps: int = 20, epsilon: float = 3.0, **changes: Any) -> Plan:
 def make(path: Path, **options: Any) -> Ledger:
     """A new ledger whose first portfolio may take the whole budget."""
     facts: dict[str, Any] = {"budget": BUDGET, "owner": OWNER, "writer": WRITER, "whole_budget": True}
-    return dpbudget.create_ledger(path, **{**facts, **options})
+    return Ledger.create(path, filter=LedgerFilter(), **{**facts, **options})
 
 
 def reopen(path: Path, **options: Any) -> Ledger:

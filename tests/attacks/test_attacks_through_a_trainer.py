@@ -120,7 +120,7 @@ def test_attack_40_neighbouring_datasets_leave_the_same_records_but_for_random_v
     seen = []
     for number, data in enumerate((everyone, without_one, outlier, some_data(7, seed=3))):
         path = tmp_path / f"{number}.ledger"
-        with make(path, dataset="ab" * 32) as ledger:
+        with make(path, dataset="ab" * 32, high_water=False) as ledger:  # one id, four histories
             run_id = ledger.sign_plan(plan(60, dataset_size=40, batch_size=8), owner=OWNER)
             with ledger.start(run_id, lease_steps=5) as run:
                 train(new_model(), run, data, physical_batch_size=3)

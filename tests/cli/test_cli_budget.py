@@ -12,6 +12,7 @@ import pytest
 
 import dpbudget
 from dpbudget.ledger.keys import load_public_key
+from dpbudget.ledger.requests import request_budget, sign_request
 
 Cli = Callable[..., Any]
 Seen = Callable[[Path], dict[str, tuple[int, str]]]
@@ -181,19 +182,36 @@ def test_an_owner_elsewhere_signs_a_plan_and_new_totals(run_cli: Cli, folder: Pa
     owner.rename(folder / "safe.key")
     assert run_cli("plan", "new", "--ledger", LEDGER, *SMALL, "--epsilon", "1").code == 2  # another owner.key
     asked = run_cli("plan", "new", "--ledger", LEDGER, *SMALL, "--epsilon", "1", "--request", "p.req", "--json").json
-    shown = run_cli("key", "sign", "p.req", "p.signed", "--owner-key", "safe.key", "--json").json
+    sign = ("--owner-key", "safe.key", "--ledger", LEDGER)
+    shown = run_cli("key", "sign", "p.req", "p.signed", *sign, "--json").json
     assert (shown["wishes"][0]["wish"], shown["wishes"][0]["run"]) == ("a plan", asked["run"])
     assert run_cli("ledger", "apply", LEDGER, "p.signed", "--json").json["run"] == asked["run"]
     assert run_cli("ledger", "grant", LEDGER, "--epsilon", "5", "--request", "g.req").code == 0
     assert run_cli("ledger", "apply", LEDGER, "g.req").code == 1
-    assert run_cli("key", "sign", "g.req", "g.signed", "--owner-key", "safe.key").code == 0
+    told = run_cli("key", "sign", "g.req", "g.signed", *sign)
+    with dpbudget.open_ledger(LEDGER) as ledger:
+        assert (told.code, ledger.id in told.out) == (0, True)
     assert run_cli("ledger", "apply", LEDGER, "g.signed", "--json").json["epsilon"] == 5.0
     assert run_cli("ledger", "apply", LEDGER, "g.signed").code == 2
+    assert run_cli("key", "sign", "g.req", "late.signed", *sign).code == 2  # the ledger went on
+
+
+def test_new_totals_are_not_signed_by_the_place_of_another_ledger_of_the_same_owner(run_cli: Cli, folder: Path) -> None:
+    """Both ledgers are the owner's; by the first it would have signed what raises the second."""
+    keys = ("--owner-key", f"{LEDGER}.owner.key", "--writer-key", f"{LEDGER}.writer.key")
+    assert run_cli("ledger", "init", "other.ledger", "--epsilon", "1", "--delta", "1e-6", *keys).code == 0
+    assert run_cli("ledger", "grant", "other.ledger", "--epsilon", "50", "--request", "g.req").code == 0
+    sign = ("key", "sign", "g.req", "g.signed", "--owner-key", f"{LEDGER}.owner.key")
+    refused = run_cli(*sign, "--ledger", LEDGER)
+    assert (refused.code, "not this one" in refused.err) == (2, True)
+    assert run_cli(*sign).code == 2  # and never without a ledger to read it by
+    assert not (folder / "g.signed").exists()
+    assert run_cli(*sign, "--ledger", "other.ledger").code == 0
 
 
 def test_what_is_no_request_is_not_signed(run_cli: Cli, folder: Path) -> None:
     for name in ("train.csv", LEDGER, "owner.key", "missing"):
-        answer = run_cli("key", "sign", name, "x.signed", "--owner-key", "owner.key")
+        answer = run_cli("key", "sign", name, "x.signed", "--owner-key", "owner.key", "--ledger", LEDGER)
         assert answer.code in (1, 4), name
     assert not (folder / "x.signed").exists()
 
@@ -255,7 +273,7 @@ def test_an_owner_elsewhere_certifies_the_numbers_of_an_rdp_ledger(run_cli: Cli,
     assert (refused.code, "--ledger" in refused.err) == (2, True)
     assert run_cli("ledger", "export", "a.ledger", "a.jsonl").code == 0
     assert run_cli("ledger", "init", "b.ledger", "--epsilon", "6", "--delta", "1e-5", "--filter", "rdp").code == 0
-    assert run_cli(*sign, "--ledger", "b.ledger").code == 1  # another owner's
+    assert run_cli(*sign, "--ledger", "b.ledger").code == 2  # another owner's
     assert run_cli(*sign, "--ledger", "a.jsonl").code == 0
     assert run_cli("ledger", "apply", "a.ledger", "p.signed").code == 0
     request = (empty / "p.req").read_bytes()
@@ -280,8 +298,14 @@ def test_an_owner_elsewhere_grants_nothing_on_top_of_an_understated_claim(run_cl
             )
         )
     assert run_cli("ledger", "grant", LEDGER, "--epsilon", "5").code == 1
-    assert run_cli("ledger", "grant", LEDGER, "--epsilon", "5", "--request", "g.req").code == 0
+    assert run_cli("ledger", "grant", LEDGER, "--epsilon", "5", "--request", "g.req").code == 1
+    with dpbudget.open_ledger(LEDGER) as ledger:  # a machine that looks away
+        (folder / "g.req").write_bytes(request_budget(ledger.state, dpbudget.Budget(epsilon=5.0, delta=1e-5), None))
     sign = ("key", "sign", "g.req", "g.signed", "--owner-key", f"{LEDGER}.owner.key")
     refused = run_cli(*sign, "--ledger", LEDGER)
     assert (refused.code, "frozen at a claim" in refused.err) == (1, True)
     assert run_cli("verify", LEDGER, "--trust", f"{LEDGER}.owner.key.pub").code == 1
+    owner = dpbudget.load_key(f"{LEDGER}.owner.key")
+    (folder / "g.signed").write_bytes(sign_request((folder / "g.req").read_bytes(), owner))
+    refused = run_cli("ledger", "apply", LEDGER, "g.signed")
+    assert (refused.code, "frozen at a claim" in refused.err) == (1, True)

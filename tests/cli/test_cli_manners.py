@@ -253,7 +253,7 @@ def test_every_example_of_every_help_page_runs(run_cli: Cli, folder: Path, words
         small = ("--dataset-size", "100", "--batch-size", "20", "--steps", "20", "--epsilon", "1")
         assert run_cli("plan", "new", "--ledger", "budget.ledger", *small, "--request", "plan.request").code == 0
     if words == ("ledger", "apply"):
-        key = ("--owner-key", "budget.ledger.owner.key")
+        key = ("--owner-key", "budget.ledger.owner.key", "--ledger", "budget.ledger")
         assert run_cli("key", "sign", "plan.request", "plan.signed", *key).code == 0
     if words == ("ledger", "prove"):
         line = line.replace("3f9c", run_cli("ledger", "runs", "budget.ledger", "--json").json["runs"][0]["run"][:8])

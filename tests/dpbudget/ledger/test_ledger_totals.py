@@ -21,12 +21,13 @@ from ledgerkit import (
 )
 
 from dpbudget.errors import BudgetExceeded, InvalidParameter, Tampered
+from dpbudget.ledger.admission import check_frozen
 from dpbudget.ledger.entries import NOTES, Entry, build
 from dpbudget.ledger.journal import check_kept_heads, replay
 from dpbudget.ledger.ledger import Ledger
 from dpbudget.ledger.rules import Machine, admit
 from dpbudget.ledger.signing import RECORD_TYPE, Ed25519Signer, sign_envelope
-from dpbudget.ledger.state import LedgerState
+from dpbudget.ledger.state import LedgerState, SpendingFilter
 from dpbudget.plan import Budget
 
 
@@ -218,6 +219,46 @@ def test_heads_before_a_rekey_are_the_old_writers_and_still_check(tmp_path: Path
         heads = reading.heads()
     assert check_kept_heads(heads, machine.state(), machine.roots) == len(heads) > 4
     ledger.close()
+
+
+@pytest.mark.parametrize("amount", [9.0, 2.5])
+def test_totals_are_not_changed_on_what_was_known_before_another_process_understated_a_claim(
+    tmp_path: Path, amount: float
+) -> None:
+    path = tmp_path / "ledger"
+    with make_ledger(path) as ledger:
+        run_id = ledger.sign_plan(make_plan(4), owner=OWNER)
+    with reopen(path) as early:
+        with reopen(path) as other:
+            lease = {"first": 0, "count": 1, "nonce": "ab" * 32, "commitment": "cd" * 32, "claim": 1e-9}
+            other._journal.transact(lambda draft: draft.add("lease", run=run_id, **lease))
+        with pytest.raises(Tampered, match="frozen at a claim"):
+            early.change_budget(totals(amount), owner=OWNER)
+    with reopen(path, filter=None) as blind, pytest.raises(InvalidParameter, match="without a filter"):
+        blind.change_budget(totals(amount), owner=OWNER)
+
+
+def test_a_claim_that_is_frozen_while_totals_change_is_checked_before_they_are_signed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger"
+    with make_ledger(path) as ledger:
+        run_id = ledger.sign_plan(make_plan(4), owner=OWNER)
+    checked: list[object] = []
+
+    def check(state: LedgerState, spending: SpendingFilter) -> None:
+        if not checked:  # another process begins the run between the check and the lock
+            with reopen(path) as other, other.start(run_id) as run:
+                run.next_receipt()
+        checked.append(state.portfolios[0].claim)
+        check_frozen(state, spending)
+
+    monkeypatch.setattr("dpbudget.ledger.ledger.check_frozen", check)
+    with reopen(path) as ledger:
+        ledger.change_budget(totals(9.0), owner=OWNER)
+        assert ledger.state.epsilon == 9.0
+    assert checked[0] is None
+    assert checked[1] is not None
 
 
 # --- notes -----------------------------------------------------------------------------------------------------------
