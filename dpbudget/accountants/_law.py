@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpbudget._numerics import UNIT
+from dpbudget._pause import pause
 from dpbudget.accountants._phases import GaussianPair
 from dpbudget.mechanisms import Direction, ReplaceOneGaussianPair
 
@@ -163,6 +164,7 @@ def losses_at(law: Law, x: Array) -> Losses:
 
 
 def _all_losses(law: Law, x: Array) -> Losses:
+    pause()
     if law.side == "replace":
         return _replace_losses(law, x)
     q, m = law.rate, law.shift

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpbudget._numerics import UNIT, exp_or_inf
+from dpbudget._pause import pause
 from dpbudget.accountants._law import EXPONENT_CAP, Array, Law, Losses, law_of, losses_at
 from dpbudget.accountants._phases import Phase
 from dpbudget.accountants._quadrature import Grid, choose_grid, correction_tails, moment_tails, shrink_of
@@ -62,6 +63,7 @@ def log_kappas(c: Array) -> Array:
 
 def step_rows(law: Law, tilts: Array) -> tuple[Array, Array, Array]:
     """(upper bounds of one step's log moments, slopes, bends) at increasing ``tilts`` > 0."""
+    pause()
     square = law.square_distance
     gaussian = 0.5 * tilts * (tilts + 1.0) * square
     if law.plain:

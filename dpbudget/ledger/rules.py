@@ -45,7 +45,7 @@ from dpbudget.mechanisms import Adjacency
 from dpbudget.plan import Plan
 
 #: More runs and phases than anybody plans; they bound what a hostile file makes a reader keep.
-MAX_RUNS, MAX_ALL_PHASES = 10_000, 100_000
+MAX_RUNS, MAX_ALL_PHASES, MAX_ALL_COSTS = 10_000, 100_000, 1_000_000
 _DAMAGED = "stop spending from it, and compare it with an export, a backup or a signed head that was kept"
 
 
@@ -150,6 +150,11 @@ class Machine:
             charged=self._charged,
             phases=self._phases,
         )
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the trusted key holds the owner's role, or held it."""
+        return self._begin.trust is not None and self._begin.trust in self._owners
 
     def refuse_repeats(self) -> None:
         """Refuse a nonce, commitment or fresh value that stands twice: a cloned process repeats its noise.
@@ -339,6 +344,7 @@ def _plan(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: bytes
     machine._runs += 1
     _require(machine._runs <= MAX_RUNS, f"more than {MAX_RUNS} runs")
     _require(machine._phases <= MAX_ALL_PHASES, f"more than {MAX_ALL_PHASES} phases in all")
+    _require(machine._phases * (orders or 0) <= MAX_ALL_COSTS, f"more than {MAX_ALL_COSTS} costs of phases in all")
     index = 0 if portfolio is None else portfolio.index
     machine._cells[run_id] = _Cell(RunState(run_id, plan, record["statement"], index, costs))
     if portfolio is not None:

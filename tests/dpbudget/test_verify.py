@@ -9,13 +9,16 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import dpbudget
 from dpbudget import errors
-from dpbudget._recompute import sum_up
+from dpbudget._pause import interruptible
+from dpbudget._recompute import OutOfTime, sum_up
 from dpbudget.filters import PortfolioFilter
+from dpbudget.ledger.journal import conclude
 from dpbudget.ledger.signing import Ed25519Signer
 from dpbudget.plan import Budget, Plan
 
@@ -294,3 +297,43 @@ def test_float_sums_that_round_down_are_pushed_up():
     assert sum(values) == 1.0
     assert Fraction(sum_up(values)) >= sum(map(Fraction, values))
     assert sum_up([0.5, 0.25]) == 0.75
+
+
+def test_the_time_limit_is_lifted_for_every_owner_that_the_ledger_had_and_for_nobody_else(desk, plan, monkeypatch):
+    now = [0.0]
+
+    def late(machine, note):
+        now[0] += 100.0  # all is read, and the time is over
+        return conclude(machine, note)
+
+    monkeypatch.setattr("dpbudget._recompute.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("dpbudget._verify.conclude", late)
+    desk.spend(plan)
+    next_owner = Ed25519Signer.generate()
+    desk.ledger.rekey("owner", new=next_owner, by=desk.owner)
+    for trust in (desk.owner.public, next_owner.public):
+        assert dpbudget.verify(desk.path, trust=trust).ok
+    for trust in (None, Ed25519Signer.generate().public):
+        report = dpbudget.verify(desk.path, trust=trust)
+        assert not report.ok
+        assert "after 6 s" in report.problems[0] or "the trusted key is" in report.problems[0]
+    assert not dpbudget.verify(desk.path, trust=next_owner.public, time_limit=0.0).ok
+
+
+def test_work_that_is_interrupted_leaves_nothing_behind():
+    plan = dpbudget.plan_for(noise_multiplier=1.0, delta=DELTA, dataset_size=1000, batch_size=10, steps=50)
+    calls = 0
+
+    def once() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise OutOfTime
+
+    whole = PortfolioFilter().joint_bounds((plan,), plan.claim.delta)
+    other = plan.replace(phases=(plan.phases[0].replace(steps=plan.steps + 1),))
+    with pytest.raises(OutOfTime), interruptible(once):
+        PortfolioFilter().joint_bounds((other,), plan.claim.delta)
+    with interruptible(lambda: None):
+        assert PortfolioFilter().joint_bounds((plan,), plan.claim.delta) == whole
+    assert calls == 3
