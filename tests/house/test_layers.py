@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {
     "dpbudget.errors": 0,
     "dpbudget._record": 0,
+    "dpbudget._pause": 0,
     "dpbudget._numerics": 1,
     "dpbudget._guarantee": 1,
     "dpbudget._truncation": 1,
