@@ -137,7 +137,7 @@ class Ledger:
         run = self.runs[r["run"]] = {"ends": ends, "charged": 0, "leases": [], "costs": [], "in": own}
         for row, *tails in zip(*(plan[name] for name in TABLE), strict=True) if rdp else ():
             costs = [None if c is None else number(c) * 2**100 for c in row] + [number(c) * 2**200 for c in tails]
-            need(kind(list)(row) and len(row) == len(self.allowances) and all(cost is None or cost >= 0 for cost in costs), "costs")
+            need(kind(list)(row) and len(row) == len(self.allowances) and all((c or 0) >= 0 for c in costs), "costs")
             run["costs"].append(costs)
         need(r["portfolio"] == len(self.portfolios) and len(run["costs"]) == len(rates) * rdp, "portfolio, table")
     def check_totals(self):  # rules 3, 4, 7, 10
