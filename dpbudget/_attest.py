@@ -1,4 +1,4 @@
-"""The final report as a signed statement: who verified which history, and what came out.
+"""The final report as a signed statement: who verified which history, what came out, and what to know beside it.
 
 An in-toto Statement v1 in a DSSE envelope, whose subject is the Merkle root of the ledger. It is as good as the key
 that signed it and proves nothing beyond that: whoever holds the ledger verifies it again.
@@ -16,6 +16,8 @@ from dpbudget.ledger.signing import STATEMENT_TYPE, PublicKey, Signer, open_enve
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "urn:dpbudget:report:v1"
+#: Warnings that a statement has room for, of so many characters each; the raises of totals come first.
+MAX_WARNINGS, _MAX_WARNING = 500, 900
 _FLOATS = ("epsilon_lower", "epsilon_upper", "delta", "total_epsilon", "total_delta")
 
 
@@ -33,6 +35,9 @@ class Attestation:
         steps, runs: charged steps and signed plans.
         checked_by: the accountants that recomputed epsilon.
         anchored: whether a head from outside was found in the history.
+        warnings: what the report warned of, in words: above all a total that was raised after steps were charged, and
+            is a guarantee only if the raise did not depend on their outputs. Whoever passes the epsilon on passes
+            these on too.
     """
 
     ledger_id: str
@@ -47,6 +52,7 @@ class Attestation:
     runs: int
     checked_by: tuple[str, ...]
     anchored: bool
+    warnings: tuple[str, ...]
 
 
 def attest(report: Report, signer: Signer) -> bytes:
@@ -75,6 +81,7 @@ def attest(report: Report, signer: Signer) -> bytes:
         "steps": report.steps,
         "total_delta": float_to_hex(report.budget[1]),
         "total_epsilon": float_to_hex(report.budget[0]),
+        "warnings": _warnings(report),
     }
     statement = {
         "_type": STATEMENT,
@@ -107,6 +114,7 @@ def read_attestation(data: bytes, trust: PublicKey) -> Attestation:
             runs=runs,
             checked_by=tuple(map(str, predicate["checked_by"])),
             anchored=predicate["anchored"] is True,
+            warnings=_texts(predicate["warnings"]),
             **floats,
         )
     except (KeyError, TypeError, IndexError):
@@ -114,6 +122,19 @@ def read_attestation(data: bytes, trust: PublicKey) -> Attestation:
     if value["subject"] != [{"digest": {"sha256": root}, "name": f"dpbudget-ledger/{found.ledger_id}"}]:
         raise Tampered("the subject of the statement is not its ledger", code="DP082")
     return found
+
+
+def _warnings(report: Report) -> list[str]:
+    """The report's warnings in the characters that a statement may hold; what is left out is counted, never hidden."""
+    kept, left = report.warnings[:MAX_WARNINGS], report.warnings[MAX_WARNINGS:]
+    found = ["".join(char if " " <= char <= "~" else "?" for char in text[:_MAX_WARNING]) for text in kept]
+    return [*found, f"{len(left)} more warnings: verify the ledger itself"] if left else found
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise Tampered("the warnings of the statement are no texts", code="DP082")
+    return tuple(value)
 
 
 def _count(value: object) -> int:

@@ -130,12 +130,16 @@ def _show_attestation(path: str, trust: str | None, expect_head: tuple[str, ...]
         "steps": found.steps,
         "anchored": found.anchored,
         "checked_by": list(found.checked_by),
+        "warnings": list(found.warnings),
     }
     if as_json:
         out.emit_json({"ok": True, **facts})
         return
     click.echo(f"SIGNED VERDICT: epsilon <= {round_up(found.epsilon_upper, 10)} at delta {show_delta(found.delta)}")
-    out.emit_table([(name, value) for name, value in facts.items() if name not in ("signed", "epsilon", "delta")])
+    hidden = ("signed", "epsilon", "delta", "warnings")
+    out.emit_table([(name, value) for name, value in facts.items() if name not in hidden])
+    for warning in found.warnings:
+        click.echo(out.clean(f"  note: {warning}"))
     out.talk("This is the signer's word; verify the ledger with this head to see for yourself.")
 
 

@@ -55,7 +55,8 @@ def command(
     data = attest(report, signer)
     write_new(target, data)
     if as_json:
-        out.emit_json({"attestation": target, "head": report.head, "signed_by": signer.public.hex})
+        facts = {"attestation": target, "head": report.head, "signed_by": signer.public.hex}
+        out.emit_json({**facts, "warnings": list(report.warnings)})
         return
     upper = round_up(report.epsilon.upper, 10) if report.epsilon else "unknown"
     out.emit_table(
@@ -66,3 +67,5 @@ def command(
             ("signed by", signer.public.hex),
         ]
     )
+    for warning in report.warnings:
+        click.echo(out.clean(f"  note: {warning}"))

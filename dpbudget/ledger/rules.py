@@ -7,7 +7,8 @@ are checked against each other and against the owner's totals, in exact rational
 Rules, beside the schema of :mod:`dpbudget.ledger.entries`:
 
 * chain: ``seq`` counts from 0 and ``prev`` is the leaf hash of the predecessor (zeros for the first);
-* ``genesis`` comes first and only first; after it ``renyi``, there and only there, in a ledger with the filter ``rdp``;
+* ``genesis`` comes first and only first; the second record of a ledger with the filter ``rdp``, and no other, is
+  ``renyi``;
 * ``portfolio``: the next index, only after the previous one froze; all deltas sum to at most the total delta;
 * ``budget``: new totals that hold at least what is taken already;
 * ``rekey``: a key that no role held before, signed by itself and by the old one (for the writer: or by the owner);
@@ -61,24 +62,33 @@ def admit(state: LedgerState, entry: Entry) -> LedgerState:
 
 
 class _OpenLease:
-    __slots__ = ("count", "first", "reserved", "settled")
+    __slots__ = ("count", "first", "open", "reserved", "settled")
 
     def __init__(self, first: int, count: int, reserved: int = 0, settled: int = 0) -> None:
         self.first, self.count, self.reserved, self.settled = first, count, reserved, settled
+        self.open = True
 
 
 class _Cell:
     """A run while records are applied to it."""
 
-    __slots__ = ("charged", "fixed", "leases", "reserved", "steps")
+    __slots__ = ("_ended", "charged", "fixed", "leases", "reserved", "steps")
 
     def __init__(self, run: RunState) -> None:
         self.fixed, self.steps = run, run.plan.steps
         self.charged, self.reserved = run.charged, run.reserved
         self.leases = [_OpenLease(held.first, held.count, held.reserved, held.settled) for held in run.leases]
+        self._ended = 0
+
+    def end(self, lease: _OpenLease) -> None:
+        """Close a lease. The list is swept when half of it is closed: a million leases take no square of that."""
+        lease.open = False
+        self._ended += 1
+        if 2 * self._ended > len(self.leases):
+            self.leases, self._ended = [held for held in self.leases if held.open], 0
 
     def state(self) -> RunState:
-        leases = tuple(Lease(held.first, held.count, held.reserved, held.settled) for held in self.leases)
+        leases = tuple(Lease(held.first, held.count, held.reserved, held.settled) for held in self.leases if held.open)
         return replace(self.fixed, charged=self.charged, reserved=self.reserved, leases=leases)
 
 
@@ -105,6 +115,7 @@ class Machine:
         self._watch = frozenset(watch)
         self._genesis, self._grants = state.first_genesis, list(state.grants)
         self._owners, self._writers = list(state.owners), list(state.writers)
+        self._keys = {*state.owners, *state.writers}
         self._portfolios = list(state.portfolios)
         self._charged = state.charged
         self._account, self._own_account = state.account, False
@@ -183,6 +194,8 @@ class Machine:
             raise Tampered(f"{kind} with a missing or a superfluous envelope")
         if (kind == "genesis") != (size == 0):
             raise Tampered(f"{kind} cannot stand here; genesis comes first and once")
+        if size == 1 and (kind == "renyi") != (self.facts().filter == "rdp"):
+            raise Tampered(f"{kind} cannot stand here; the second record is renyi with the filter rdp, and only then")
         # tree.leaf_hash and Frontier.append, in place: these lines run a million times.
         leaf = carry = sha256(b"\x00" + line).digest()
         _RULES[kind](self, record, entry, leaf)
@@ -262,12 +275,12 @@ def _genesis(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: by
         public_data=record["public_data"],
     )
     machine._grants = [Grant(0, machine._genesis.epsilon, machine._genesis.delta)]
-    machine._owners, machine._writers = [owner], [writer]
+    machine._owners, machine._writers, machine._keys = [owner], [writer], {owner, writer}
 
 
 def _renyi(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: bytes) -> None:
     genesis = machine.facts()
-    _require(genesis.filter == "rdp" and machine.size == 1, "renyi stands second in a ledger with the filter rdp")
+    _require(machine.size == 1, "renyi stands second in a ledger with the filter rdp")
     orders = tuple(hex_to_float(order) for order in record["orders"])
     allowances = tuple(hex_to_float(allowance) for allowance in record["allowances"])
     _require(all(low < high for low, high in pairwise(orders)), "Renyi orders that do not increase")
@@ -316,13 +329,13 @@ def _rekey(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: byte
     keys = machine._owners if record["role"] == "owner" else machine._writers
     new, old = PublicKey.from_hex(record["key"]), keys[-1]
     _require(record["old"] == old.hex, f"rekey of the {record['role']} {record['old']}, who is {old.hex}")
-    used = {*machine._owners, *machine._writers}
-    _require(new not in used, f"rekey to the key {new.hex}, which this ledger has used before")
+    _require(new not in machine._keys, f"rekey to the key {new.hex}, which this ledger has used before")
     # The writer's key may be lost or stolen: then the owner names the next one.
     allowed = (old,) if record["role"] == "owner" else (old, machine._owners[-1])
     payload = open_envelope(entry.envelope or b"", RECORD_TYPE, allowed, new)
     _require(payload == entry.line, "the envelope signs another record")
     keys.append(new)
+    machine._keys.add(new)
 
 
 def _note(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: bytes) -> None:
@@ -332,7 +345,7 @@ def _note(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: bytes
 def _plan(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: bytes) -> None:
     run_id, genesis, account = record["run"], machine.facts(), machine._account
     portfolio = None if genesis.filter == "rdp" else _place_of_plan(machine, record)
-    _require(genesis.filter != "rdp" or (account is not None and record["portfolio"] == 0), "plan before renyi")
+    _require(genesis.filter != "rdp" or record["portfolio"] == 0, "plan with a portfolio in an rdp ledger")
     known = run_id in machine._cells or run_id in machine._begin.runs
     _require(not known, f"run {run_id} has a plan already")
     payload = open_envelope(entry.envelope or b"", STATEMENT_TYPE, machine._owners[-1])
@@ -431,7 +444,7 @@ def _settle(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: byt
     lease.settled = offset + 1
     if lease.settled == lease.count:
         # The last settle of a lease leaves nothing to say about it.
-        cell.leases.remove(lease)
+        cell.end(lease)
     if machine._drawn is not None:
         machine._drawn["fresh"] += bytes.fromhex(record["fresh"])
 
@@ -442,7 +455,7 @@ def _close(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: byte
     _require(lease.first == first, f"close of a lease from step {first}, which does not exist")
     unspent = lease.count - lease.reserved
     _require(record["unspent"] == unspent, f"close with {record['unspent']} unspent steps of {unspent}")
-    cell.leases.remove(lease)
+    cell.end(lease)
 
 
 def _open_lease(cell: _Cell, step: int) -> _OpenLease:
@@ -452,7 +465,7 @@ def _open_lease(cell: _Cell, step: int) -> _OpenLease:
         lease = leases[-1]
         if step < lease.first:
             lease = leases[max(bisect_right(leases, step, key=lambda held: held.first) - 1, 0)]
-        if lease.first <= step < lease.first + lease.count:
+        if lease.open and lease.first <= step < lease.first + lease.count:
             return lease
     raise Tampered(f"step {step} of run {cell.fixed.run_id} is in no open lease")
 

@@ -155,6 +155,7 @@ def test_an_auditor_signs_the_verdict_and_anybody_reads_it_again(run_cli: Cli, f
     assert run_cli(*attest).code == 2  # nothing is overwritten
     report = run_cli("verify", "r.dsse", "--trust", "auditor.key.pub", "--json").json
     assert (report["ok"], report["head"], report["budget"]["epsilon"]) == (True, head, 3.0)
+    assert [warning[:10] for warning in report["warnings"]] == ["unanchored"]
     assert run_cli("verify", "r.dsse").code == 2
     assert run_cli("verify", "r.dsse", "--trust", "owner.key.pub").code == 1
     assert run_cli("verify", "r.dsse", "--trust", "auditor.key.pub", "--expect-head", head).code == 0
@@ -165,6 +166,21 @@ def test_an_auditor_signs_the_verdict_and_anybody_reads_it_again(run_cli: Cli, f
         changed[at] ^= 1
         (folder / "changed.dsse").write_bytes(changed)
         assert run_cli("verify", "changed.dsse", "--trust", "auditor.key.pub").code in (1, 4)
+
+
+def test_a_raise_after_spending_is_told_to_whoever_signs_or_reads_the_verdict(run_cli: Cli, folder: Path) -> None:
+    with dpbudget.open_ledger(LEDGER, writer=dpbudget.load_key(f"{LEDGER}.writer.key")) as ledger:
+        dpbudget.start(ledger, next(iter(ledger.state.runs))).next_receipt()
+    assert run_cli("ledger", "grant", LEDGER, "--epsilon", "5").code == 0
+    trust = ("--trust", f"{LEDGER}.owner.key.pub")
+    assert run_cli("key", "new", "auditor.key").code == 0
+    signed = run_cli("ledger", "attest", LEDGER, "r.dsse", *trust, "--key", "auditor.key")
+    read = run_cli("verify", "r.dsse", "--trust", "auditor.key.pub")
+    for answer in (signed, read):
+        assert "raised epsilon 3 to 5" in answer.out
+        assert "only if the raise did not depend on the outputs" in answer.out
+    again = run_cli("ledger", "attest", LEDGER, "s.dsse", *trust, "--key", "auditor.key", "--json").json
+    assert again["warnings"] == run_cli("verify", "s.dsse", "--trust", "auditor.key.pub", "--json").json["warnings"]
 
 
 def test_a_ledger_that_does_not_hold_is_not_attested(run_cli: Cli, folder: Path) -> None:

@@ -16,17 +16,14 @@ from hypothesis import strategies as st
 
 from dpbudget.errors import DPBudgetError
 from dpbudget.ledger.entries import Entry, read
-from dpbudget.ledger.journal import replay
 from dpbudget.ledger.ledger import Ledger
 from dpbudget.ledger.signing import STATEMENT_TYPE, sign_envelope
-from dpbudget.ledger.store.base import Snapshot
-from dpbudget.ledger.store.jsonl import read_export, write_export
 from dpbudget.plan import Budget
 from tests.fuzz.mutations import _VALUES, chained
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "dpbudget" / "ledger")]
-import verifier  # noqa: E402
+from bothkit import agree, exported, ours, theirs  # noqa: E402
 from ledgerkit import (  # noqa: E402
     NEXT_OWNER,
     NEXT_WRITER,
@@ -42,40 +39,6 @@ from ledgerkit import (  # noqa: E402
 
 GOLDEN = (HERE.parent / "dpbudget" / "ledger" / "golden.jsonl").read_bytes()
 EXPORTS = {"golden": GOLDEN, "portfolio": export_bytes(lived_in_ledger()), "rdp": export_bytes(rdp_ledger())}
-
-
-def ours(export: bytes) -> dict[str, Any] | None:
-    """What the package says of an export; None for a refusal."""
-    try:
-        snapshot = read_export(export)
-        state, head = replay(snapshot.entries, snapshot.note, OWNER.public)
-    except DPBudgetError:
-        return None
-    return {
-        "root": head.root,
-        "epsilon": state.epsilon,
-        "delta": state.delta,
-        "claims": [portfolio.claim for portfolio in state.portfolios if portfolio.claim is not None],
-        "charged": {run_id: run.charged for run_id, run in state.runs.items()},
-        "owner": state.owner.hex,
-        "writer": state.writer.hex,
-    }
-
-
-def theirs(export: bytes) -> dict[str, Any] | None:
-    """What the second verifier says; whatever it raises is a refusal."""
-    try:
-        return dict(verifier.verify(export, OWNER.public.raw))
-    except RecursionError:
-        raise
-    except Exception:
-        return None
-
-
-def agree(export: bytes) -> bool:
-    found = ours(export)
-    assert theirs(export) == found
-    return found is not None
 
 
 def test_the_second_verifier_is_short_and_shares_no_code_with_the_package() -> None:
@@ -131,14 +94,6 @@ def test_both_refuse_lines_that_are_dropped_doubled_swapped_or_cut(name: str) ->
 
 
 # --- signed again: only rules and schema are left to refuse ---------------------------------------------------------
-
-
-def exported(entries: Sequence[Entry], note: bytes) -> bytes:
-    import io
-
-    file = io.BytesIO()
-    write_export(Snapshot(tuple(entries), note, (note,)).reading(), file)
-    return file.getvalue()
 
 
 def plain_ledger(kind: str) -> list[Entry]:

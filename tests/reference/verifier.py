@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 P, ORDER = 2**255 - 19, 2**252 + 27742317777372353535851937790883648493
-Y8 = 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7
+Y8, D = 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7, -121665 * pow(121666, -1, P)
 FLOAT = re.compile(r"0x0\.0p\+0|-?0x[01]\.[0-9a-f]{13}p[+-](0|[1-9][0-9]{0,3})")
 SEALED, STATEMENT = "application/vnd.dpbudget.record.v1+json", "application/vnd.in-toto+json"
 SIGNED = ("genesis", "renyi", "budget", "rekey", "portfolio")
@@ -67,8 +67,9 @@ def unbase64(text):
     return base64.b64decode(text)
 def key_of(digits):
     y = int.from_bytes(bytes.fromhex(digits), "little") % 2**255
-    need(y < P and y not in (0, 1, P - 1, Y8, P - Y8), "key")
-    return bytes.fromhex(digits)  # a point that is not on the curve verifies nothing, and every key has to
+    square = (y * y - 1) * pow(D * y * y + 1, -1, P)
+    need(y < P and y not in (0, 1, P - 1, Y8, P - Y8) and pow(square, P // 2, P) == 1, "key")
+    return bytes.fromhex(digits)
 def check_signature(raw, signature, message):
     need(len(signature) == 64 and int.from_bytes(signature[32:], "little") < ORDER, "signature")
     Ed25519PublicKey.from_public_bytes(raw).verify(signature, message)
@@ -91,35 +92,33 @@ class Ledger:
         r, seq = parse(line), len(self.hashes)
         fields(r, {"v": whole(1, 1), "type": kind(str), "seq": whole(seq, seq), "prev": H64, **FORMS[r["type"]]})
         need(r["prev"] == (self.hashes[-1].hex() if seq else "0" * 64) and (r["type"] == "genesis") == (seq < 1), "")
+        need((r["type"] == "renyi") == (seq == 1 and self.facts["filter"] == "rdp"), "the second record")
         self.hashes = [*self.hashes, hashlib.sha256(b"\x00" + line).digest()]
         if r["type"] == "genesis":
             self.facts, self.owners, self.writers, self.runs = r, [key_of(r["owner"])], [key_of(r["writer"])], {}
-            self.epsilon, self.delta = number(r["epsilon"]), number(r["delta"])
             need(self.owners != self.writers, "two keys")
-        signers = [self.owners[-1:]]
-        if r["type"] == "rekey":
-            signers = [self.owners[-1:] + self.writers[-1:] * (r["role"] == "writer"), [key_of(r["key"])]]
+        if r["type"] in ("genesis", "budget"):
+            self.epsilon, self.delta = number(r["epsilon"]), number(r["delta"])
+        new = [[key_of(r["key"])]] if r["type"] == "rekey" else []
+        signers = [self.owners[-1:] + self.writers[-1:] * (r.get("role") == "writer"), *new]
         need(r["type"] not in SIGNED or unseal(next(envelopes), SEALED, *signers) == line, "sealed line")
         r["payload"] = unseal(next(envelopes), STATEMENT, *signers) if r["type"] == "plan" else b""
         getattr(self, r["type"], lambda _: None)(r)
     def renyi(self, r):
         orders, self.allowances = list(map(number, r["orders"])), list(map(number, r["allowances"]))
-        need(self.facts["filter"] == "rdp" and len(self.hashes) == 2 and sorted({*orders}) == orders, "renyi")
-        need(len(orders) == len(r["shares"]) == len(r["allowances"]), "lengths")
+        need(sorted({*orders}) == orders and len(orders) == len(r["shares"]) == len(r["allowances"]), "renyi")
     def budget(self, r):
         need(len(r["allowances"] or ()) == len(self.allowances or ()), "lengths")
-        self.epsilon, self.delta = number(r["epsilon"]), number(r["delta"])
         self.allowances = r["allowances"] and list(map(number, r["allowances"]))
         self.check_totals()
     def rekey(self, r):
-        keys, new = self.owners if r["role"] == "owner" else self.writers, bytes.fromhex(r["key"])
+        keys, new = self.owners if r["role"] == "owner" else self.writers, key_of(r["key"])
         need(r["old"] == keys[-1].hex() and new not in self.owners + self.writers, "rekey")
         keys.append(new)
     def portfolio(self, r):
         need(self.facts["filter"] == "portfolio" and r["index"] == len(self.portfolios) + 1, "portfolio")
         need(all(p["claim"] is not None for p in self.portfolios), "the one before is not frozen")
-        own = {"delta": number(r["delta"]), "epsilon": r["epsilon"] and number(r["epsilon"]), "claim": None}
-        self.portfolios = [*self.portfolios, own]
+        self.portfolios += ({"claim": None, **{n: r[n] and number(r[n]) for n in ("delta", "epsilon")}},)
         self.check_totals()
     def plan(self, r):
         rdp = self.facts["filter"] == "rdp"
@@ -127,18 +126,18 @@ class Ledger:
         kinds = text("https://in-toto.io/Statement/v1"), text(f"urn:dpbudget:{'rdp-' * rdp}plan:v1")
         forms = {"_type": kinds[0], "predicateType": kinds[1], "predicate": kind(dict), "subject": lambda v: v == named}
         plan = fields(fields(parse(r["payload"], 1 << 20), forms)["predicate"], {**PLAN, **(TABLE if rdp else {})})
-        need(hashlib.sha256(r["payload"]).hexdigest() == r["statement"] and r["run"] not in self.runs, "statement")
+        need(hashlib.sha256(r["payload"]).hexdigest() == r["statement"], "statement")
         rates = [int(fields(phase, PHASE)["rate_k"], 16) for phase in plan["phases"]]
+        self.phases += len(rates)
         need(1 <= len(rates) <= 1024 and all(1 <= k <= 2**64 and int(float(k)) == k for k in rates), "phases")
         need(all(plan[name] == self.facts[name] for name in SAME) and fields(plan["claim"], CLAIM), "neighbours")
-        self.phases += len(rates)
-        need(len(self.runs) < 10000 and self.phases <= 100000, "too many")
+        need(r["run"] not in self.runs and len(self.runs) < 10000 and self.phases <= 100000, "runs, phases")
         ends, own = [0, *accumulate(p["steps"] for p in plan["phases"])], {"claim": 0} if rdp else self.portfolios[-1]
         need(rdp or (own["claim"] is None and number(plan["claim"]["delta"]) == own["delta"]), "portfolio")
         run = self.runs[r["run"]] = {"ends": ends, "charged": 0, "leases": [], "costs": [], "in": own}
         for row, *tails in zip(*(plan[name] for name in TABLE), strict=True) if rdp else ():
-            costs = [cost and number(cost) * 2**100 for cost in row] + [number(tail) * 2**200 for tail in tails]
-            need(len(row) == len(self.allowances) and all(cost is None or cost >= 0 for cost in costs), "costs")
+            costs = [None if c is None else number(c) * 2**100 for c in row] + [number(c) * 2**200 for c in tails]
+            need(kind(list)(row) and len(row) == len(self.allowances) and all((c or 0) >= 0 for c in costs), "costs")
             run["costs"].append(costs)
         need(r["portfolio"] == len(self.portfolios) and len(run["costs"]) == len(rates) * rdp, "portfolio, table")
     def check_totals(self):  # rules 3, 4, 7, 10
@@ -185,7 +184,8 @@ def verify(export, owner):
     while not (line := next(lines)).startswith(b'{"note":'):
         ledger.read(line, lines)
     note = unbase64(fields(parse(line), {"note": kind(str)})["note"]).decode()
-    need(list(lines) == [b""] and len(set(ledger.drawn)) == len(ledger.drawn) and owner in ledger.owners, "the whole")
+    need(list(lines) == [b""] and len(export) <= 2**30, "bytes")
+    need(len(set(ledger.drawn)) == len(ledger.drawn) and owner in ledger.owners, "the whole")
     origin, root, writer = "dpbudget.ledger/" + ledger.hashes[0].hex()[:16], root_of(ledger.hashes), ledger.writers[-1]
     said = f"{origin}\n{len(ledger.hashes)}\n{base64.b64encode(root).decode()}\n"
     blob = unbase64(note.removeprefix(f"{said}\n— {origin} ").removesuffix("\n"))
