@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import accumulate
 
 from dpbudget._checks import (
     AccountantName,
@@ -24,16 +23,16 @@ from dpbudget._checks import (
     as_epsilon,
     as_noise_multiplier,
     as_rate,
+    as_unit,
 )
 from dpbudget._schedule import Schedule, delta_or_default, make_schedule
-from dpbudget._search import QuickCurve, most_steps, quick_noise, smallest_noise
+from dpbudget._search import most_steps, quick_noise, smallest_noise
 from dpbudget.accountants.base import Accountant
 from dpbudget.curve import Bounds, PrivacyCurve
 from dpbudget.errors import BudgetExceeded, DPBudgetError, InvalidParameter, NotComputable
 from dpbudget.filters import PortfolioFilter
 from dpbudget.mechanisms import Adjacency, Charge, Gaussian, PoissonSampled
 from dpbudget.mechanisms.gaussian import MAX_NOISE_MULTIPLIER, MIN_NOISE_MULTIPLIER
-from dpbudget.meter import Meter
 from dpbudget.plan import (
     DEFAULT_MAX_PARAMETERS,
     MAX_PHASES,
@@ -41,6 +40,7 @@ from dpbudget.plan import (
     Claim,
     Phase,
     Plan,
+    Unit,
     claimed_epsilon,
     ideal_delta_of,
     joint_ideal_delta,
@@ -118,9 +118,6 @@ def delta_of(
 # Plans
 # ---------------------------------------------------------------------------------------------------------------------
 
-#: A composition of fewer steps than this has a rugged law, which costs seconds to invert; a meter leaves them out.
-_FEW_STEPS = 10
-
 
 @dataclass(frozen=True)
 class _Draft:
@@ -134,6 +131,7 @@ class _Draft:
     accountant_name: AccountantName
     max_parameters: int
     beside: tuple[Plan, ...] = ()
+    unit: Unit = "example"
 
     def plan(self, sigma: float, steps: int | None = None) -> Plan:
         """The plan with this noise, and the claim that its accountant certifies; infinite bounds raise NotComputable.
@@ -153,6 +151,7 @@ class _Draft:
             phases=(phase,),
             clip_norm=self.clip_norm,
             adjacency=self.adjacency,
+            unit=self.unit,
             nominal_size=self.schedule.nominal_size,
             max_parameters=self.max_parameters,
             claim=stated,
@@ -232,6 +231,7 @@ def calibrate(
     accountant: str = "prv",
     max_parameters: int = DEFAULT_MAX_PARAMETERS,
     beside: Sequence[Plan] = (),
+    unit: str = "example",
 ) -> Plan:
     """The plan with the smallest noise multiplier whose claim is at most ``epsilon``.
 
@@ -255,6 +255,7 @@ def calibrate(
         accountant: ``prv`` (tight) or ``rdp`` (looser, faster to audit).
         max_parameters: largest number of trainable parameters; enters the bounded tail.
         beside: plans of the same portfolio; then ``epsilon`` bounds the joint claim of all of them.
+        unit: what sizes and rates count, and the guarantee is for: ``example``, or ``user`` with all of its examples.
 
     Raises:
         InvalidParameter: not exactly one target (DP064), a value is out of range (DP001 to DP009), or delta is too
@@ -274,7 +275,7 @@ def calibrate(
     if attack:
         from dpbudget._targets import calibrate_to_attack  # it builds on this module
 
-        return calibrate_to_attack(
+        plan = calibrate_to_attack(
             advantage=advantage,
             tpr=tpr,
             fpr=fpr,
@@ -285,9 +286,10 @@ def calibrate(
             accountant=accountant,
             max_parameters=max_parameters,
         )
+        return plan.replace(unit=as_unit(unit))
     target = as_epsilon(epsilon)
     draft = _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters)
-    draft = replace(draft, beside=tuple(beside))
+    draft = replace(draft, beside=tuple(beside), unit=as_unit(unit))
     guess = _first_guess(schedule, target, draft.delta)
     return _quick_plan(draft, target, guess) or _careful_plan(draft, target, guess)
 
@@ -369,6 +371,7 @@ def plan_for(
     adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
     accountant: str = "prv",
     max_parameters: int = DEFAULT_MAX_PARAMETERS,
+    unit: str = "example",
 ) -> Plan:
     """The plan with a given noise multiplier, and the epsilon that it can claim.
 
@@ -378,7 +381,8 @@ def plan_for(
     schedule = make_schedule(
         sample_rate=sample_rate, steps=steps, dataset_size=dataset_size, batch_size=batch_size, epochs=epochs
     )
-    return _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters).plan(sigma)
+    draft = _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters)
+    return replace(draft, unit=as_unit(unit)).plan(sigma)
 
 
 def bounds_of(plan: Plan) -> Bounds:
@@ -434,87 +438,3 @@ def _first_guess(schedule: Schedule, epsilon: float, delta: float) -> float:
     """A noise multiplier of the right order: the classical sigma = q sqrt(2 T log(1.25/delta)) / epsilon."""
     guess = 0.4 + schedule.rate * math.sqrt(2.0 * schedule.steps * math.log(1.25 / delta)) / epsilon
     return min(max(guess, MIN_NOISE_MULTIPLIER), MAX_NOISE_MULTIPLIER)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Live epsilon
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def build_meter(plan: Plan, *, points: int = 16) -> Meter:
-    """A monotone table of epsilon by number of steps, of at most ``points`` + 1 entries.
-
-    Guarantee: every upper end is a certified bound at the plan's delta, bounded noise tail included, and the last one
-    is the bound behind the plan's claim. Epsilon grows with the steps, so an entry may take the smallest upper end at
-    or after it and the largest lower end at or before it.
-
-    Raises:
-        NotComputable: the accountant cannot bound the whole plan (DP062, DP063).
-    """
-    accountant = _load(plan.claim.accountant)
-    delta = plan.claim.delta
-    ideal = plan.ideal_delta(delta)
-
-    def answer(steps: int) -> Bounds:
-        return _between(accountant.curve(_first_charges(plan, steps), plan.adjacency), ideal, delta)
-
-    rows = {plan.steps: answer(plan.steps)}
-    for steps in _step_points(plan, points):
-        if _is_hard(rows[min(rows)]):
-            break
-        try:
-            rows[steps] = answer(steps)
-        except NotComputable:
-            break
-    try:
-        rows.setdefault(1, answer(1))  # one step has a closed form
-    except NotComputable:
-        pass
-    table = tuple(sorted(rows))
-    return Meter(
-        steps=table, bounds=_monotone([rows[steps] for steps in table]), delta=delta, target=plan.claim.epsilon
-    )
-
-
-def _between(curve: PrivacyCurve, smaller: float, delta: float) -> Bounds:
-    """The lower end of epsilon at ``delta`` and its upper end at ``smaller`` <= delta."""
-    if isinstance(curve, QuickCurve):
-        return curve.epsilon_between(smaller, delta)
-    upper = curve.epsilon(smaller)
-    return Bounds(min(curve.epsilon(delta).lower, upper.upper), upper.upper, upper.kind)
-
-
-def _is_hard(bounds: Bounds) -> bool:
-    """Wide brackets are slow ones, and fewer steps only make them wider: the next entry's upper end holds there."""
-    return 0.0 < bounds.lower < (1.0 - 1e-5) * bounds.upper
-
-
-def _monotone(rows: list[Bounds]) -> tuple[Bounds, ...]:
-    """Each end as tight as its neighbours allow."""
-    uppers = list(accumulate((row.upper for row in reversed(rows)), min))[::-1]
-    lowers = accumulate((row.lower for row in rows), max)
-    return tuple(
-        Bounds(min(lower, upper), upper, row.kind) for lower, upper, row in zip(lowers, uppers, rows, strict=True)
-    )
-
-
-def _step_points(plan: Plan, points: int) -> list[int]:
-    """Numbers of steps below the whole between which epsilon grows about evenly (as their root), the largest first.
-
-    Where the plan has phases, their ends too, as far as there are few.
-    """
-    total = plan.steps
-    chosen = {round(total * (index / points) ** 2) for index in range(1, points)}
-    if len(plan.phases) <= points:
-        chosen |= set(accumulate(phase.steps for phase in plan.phases))
-    return sorted((steps for steps in chosen - {total} if steps >= _FEW_STEPS), reverse=True)
-
-
-def _first_charges(plan: Plan, steps: int) -> list[Charge]:
-    """What the first ``steps`` steps of a plan cost."""
-    charges, left = [], steps
-    for charge in plan.charges:
-        if left > 0:
-            charges.append(Charge(charge.mechanism, min(charge.count, left)))
-            left -= charge.count
-    return charges

@@ -14,7 +14,7 @@ from dpbudget._guarantee import as_real
 from dpbudget.errors import InvalidParameter
 from dpbudget.mechanisms import Adjacency
 from dpbudget.mechanisms.gaussian import MAX_NOISE_MULTIPLIER, MIN_NOISE_MULTIPLIER
-from dpbudget.plan import rate_from_float
+from dpbudget.plan import UNITS, Unit, rate_from_float
 
 AccountantName = Literal["prv", "rdp"]
 #: The accountants whose answers a plan may claim; the first is the default.
@@ -102,6 +102,14 @@ def as_adjacency(value: object) -> Adjacency:
     raise InvalidParameter(
         f"unknown adjacency {value!r}", code="DP062", hint=_choose(value, [str(item) for item in Adjacency])
     )
+
+
+def as_unit(value: object) -> Unit:
+    """A unit of privacy; raises InvalidParameter (DP062)."""
+    for unit in UNITS:
+        if value == unit:
+            return unit
+    raise InvalidParameter(f"unknown unit of privacy {value!r}", code="DP062", hint=_choose(value, list(UNITS)))
 
 
 def as_accountant(value: object) -> AccountantName:

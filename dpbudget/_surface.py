@@ -9,7 +9,7 @@ from dpbudget.errors import InvalidParameter, PlanExhausted
 from dpbudget.filters import LedgerFilter
 from dpbudget.ledger.ledger import Ledger
 from dpbudget.mechanisms import Adjacency
-from dpbudget.plan import Budget
+from dpbudget.plan import Budget, Unit
 
 if TYPE_CHECKING:
     from dpbudget.ledger.run import Run
@@ -23,6 +23,7 @@ def create_ledger(
     owner: Signer,
     writer: Signer,
     adjacency: Adjacency = Adjacency.ADD_REMOVE,
+    unit: Unit = "example",
     dataset: str | None = None,
     public_data: bool = False,
     whole_budget: bool = False,
@@ -38,6 +39,7 @@ def create_ledger(
         owner: signs the budget and the plans; may go offline afterwards.
         writer: signs every spend; cannot create budget.
         adjacency: neighbouring relation of every plan of this ledger.
+        unit: whose presence is protected: one ``example``, or one ``user`` with all examples of that user.
         dataset: 64 hexadecimal digits that the owner issues (a keyed hash, never a plain hash of the data); random if
             not given.
         public_data: the owner declares the data public, so that metrics on it may be shown.
@@ -55,6 +57,7 @@ def create_ledger(
         owner=owner,
         writer=writer,
         adjacency=adjacency,
+        unit=unit,
         dataset=dataset,
         public_data=public_data,
         whole_budget=whole_budget,
@@ -88,7 +91,7 @@ def start(ledger: Ledger, run_id: str | None = None) -> Run:
         PlanExhausted: every run has used up its plan (DP050).
         InvalidParameter: there is no run, or more than one has steps left (DP081).
     """
-    from dpbudget._calibrate import build_meter
+    from dpbudget._live import build_meter
 
     state = ledger.state
     if run_id is None:

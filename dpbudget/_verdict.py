@@ -41,6 +41,8 @@ class Report:
         delta: the deltas of the portfolios that were begun, together; in an ``rdp`` ledger the total.
         budget: the owner's total epsilon and delta.
         filter: ``portfolio`` or ``rdp``.
+        adjacency: which datasets are neighbours.
+        unit: whose presence is protected, one ``example`` or one ``user``.
         steps: charged steps of all runs.
         head: ``size:root`` of the newest signed head.
         ledger_id: leaf hash of the first record.
@@ -59,6 +61,8 @@ class Report:
     delta: float | None = None
     budget: tuple[float, float] | None = None
     filter: str | None = None
+    adjacency: str | None = None
+    unit: str | None = None
     steps: int = 0
     head: str | None = None
     ledger_id: str | None = None
@@ -88,6 +92,8 @@ class Report:
             "delta": self.delta,
             "budget": self.budget and {"epsilon": self.budget[0], "delta": self.budget[1]},
             "filter": self.filter,
+            "adjacency": self.adjacency,
+            "unit": self.unit,
             "steps": self.steps,
             "head": self.head,
             "ledger": self.ledger_id,
@@ -116,6 +122,7 @@ class Report:
             lines[0] += f": epsilon <= {round_up(self.epsilon.upper, 10)} at delta {show_delta(self.delta)}"
             checked_by = " and ".join(self.checked_by)
             lines.append(f"  lower bound {round_down(self.epsilon.lower, 10)}; recomputed by {checked_by}")
+            lines.append(f"  for one {self.unit} of the dataset, {self.adjacency} neighbours")
             lines.append(f"  budget epsilon {self.budget[0]:g}, delta {self.budget[1]:g}; {self.steps} steps charged")
             lines.append(
                 "  every epsilon assumes honest training code, key and operating system (docs/threat-model.md)"

@@ -152,6 +152,8 @@ def _judge(history: _History, anchors: Sequence[tuple[int, str]], forged: Sequen
         delta=delta,
         budget=(state.epsilon, state.delta),
         filter=state.genesis.filter,
+        adjacency=str(state.genesis.adjacency),
+        unit=state.genesis.unit,
         steps=sum(run.charged for run in state.runs.values()),
         head=str(head),
         ledger_id=state.genesis.ledger_id,

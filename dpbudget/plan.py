@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, StringConstraints
 
@@ -21,6 +21,10 @@ from dpbudget.mechanisms.gaussian import MAX_NOISE_MULTIPLIER, MIN_NOISE_MULTIPL
 MAX_STEPS, MAX_PHASES, MAX_SIZE = 10**9, 1024, 10**12
 #: Trainable parameters that a plan allows unless told otherwise (docs/adr/0002).
 DEFAULT_MAX_PARAMETERS = 2**30
+
+#: Whose presence in the dataset is protected: one row of it, or one user with all of that user's rows.
+Unit = Literal["example", "user"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -109,7 +113,8 @@ class Plan(Record):
         phases: sampling rate, noise multiplier and steps, in order.
         clip_norm: L2 bound C of every record's gradient.
         adjacency: which datasets are neighbours.
-        unit: what one record is; ``example`` means one row of the dataset.
+        unit: what one record is: an ``example``, one row of the dataset, or a ``user`` with all rows of that user.
+            Sizes and rates count units.
         nominal_size: the *public* size n0 of the dataset (declared, or released with its own charge). The divisor of
             the averaged gradient comes from it and never from ``len(dataset)``. None plans an accounting question only.
         noise: the noise generator; ``secure`` charges its bounded tail to delta (docs/accounting.md).
@@ -121,7 +126,7 @@ class Plan(Record):
     phases: tuple[Phase, ...] = Field(min_length=1, max_length=MAX_PHASES)
     clip_norm: HexFloat = Field(gt=0, le=1e12)
     adjacency: Adjacency = Adjacency.ADD_REMOVE
-    unit: Literal["example"] = "example"
+    unit: Unit = "example"
     sampling: Literal["poisson"] = "poisson"
     nominal_size: int | None = Field(default=None, ge=1, le=MAX_SIZE)
     noise: Literal["secure"] = "secure"

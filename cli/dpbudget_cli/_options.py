@@ -128,6 +128,7 @@ EPOCHS = Checked("epochs", lambda text: parse_number(text) if parse_number(text)
 ACCOUNTANT = Checked("accountant", str, "as_accountant")
 ANY_ACCOUNTANT = Checked("accountant", str, "as_any_accountant")
 ADJACENCY = Checked("adjacency", str, "as_adjacency")
+UNIT = Checked("unit", str, "as_unit")
 
 
 class PhaseType(_ParamType):

@@ -104,6 +104,7 @@ def _describe(wish: Wish, ledger_id: str) -> dict[str, Any]:
         "epsilon": plan.claim.epsilon,
         "delta": plan.claim.delta,
         "adjacency": str(plan.adjacency),
+        "unit": plan.unit,
         "dataset_size": plan.nominal_size,
         "steps": plan.steps,
         "phases": [[phase.rate, phase.noise_multiplier, phase.steps] for phase in plan.phases],

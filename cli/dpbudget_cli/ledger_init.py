@@ -10,7 +10,7 @@ import click
 from dpbudget.errors import InvalidParameter, Unreadable
 from dpbudget_cli import _output as out
 from dpbudget_cli._keys import PASSPHRASE_FD, load_signer, local_name, read_passphrases, shown
-from dpbudget_cli._options import ADJACENCY, DELTA, EPSILON, JSON
+from dpbudget_cli._options import ADJACENCY, DELTA, EPSILON, JSON, UNIT
 from dpbudget_cli.main import Leaf
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ ONE_PERSON = "Owner and writer keys were made together, so both roles are one pe
 @click.option("--owner-key", metavar="FILE", help="Key that grants; PATH.owner.key is made if not given.")
 @click.option("--writer-key", metavar="FILE", help="Key that spends; PATH.writer.key is made if not given.")
 @click.option("--adjacency", type=ADJACENCY, default="add-remove", help="add-remove (default), zero-out, replace-one.")
+@click.option("--unit", type=UNIT, default="example", help="example (default), or user with all of its examples.")
 @click.option("--filter", "kind", default="portfolio", help="portfolio (default, tight) or rdp (adaptive).")
 @click.option("--whole-budget", is_flag=True, help="Let the first portfolio of plans use all of delta, not half.")
 @click.option("--public-data", is_flag=True, help="Declare that the data are public anyway.")
@@ -41,6 +42,7 @@ def command(
     owner_key: str | None,
     writer_key: str | None,
     adjacency: str,
+    unit: str,
     kind: str,
     whole_budget: bool,
     public_data: bool,
@@ -77,6 +79,7 @@ def command(
             owner=owner,
             writer=writer,
             adjacency=Adjacency(adjacency),
+            unit="user" if unit == "user" else "example",
             public_data=public_data,
             whole_budget=whole_budget,
             kind="rdp" if kind == "rdp" else "portfolio",
@@ -125,6 +128,7 @@ def _report(path: str, ledger: Ledger, budget: Budget, made: list[str], as_json:
                 "delta": budget.delta,
                 "plan_delta": ledger.plan_delta,
                 "adjacency": str(genesis.adjacency),
+                "unit": genesis.unit,
                 "owner": genesis.owner.hex,
                 "writer": genesis.writer.hex,
                 "head": str(ledger.head),
@@ -139,7 +143,7 @@ def _report(path: str, ledger: Ledger, budget: Budget, made: list[str], as_json:
             ("id", ledger.id),
             ("budget", f"epsilon {budget.epsilon:g}, delta {budget.delta:g}"),
             ("first portfolio", f"delta {ledger.plan_delta:g}"),
-            ("adjacency", genesis.adjacency),
+            ("adjacency", f"{genesis.adjacency} of one {genesis.unit}"),
             ("owner", genesis.owner.hex),
             ("writer", genesis.writer.hex),
             ("head", ledger.head),

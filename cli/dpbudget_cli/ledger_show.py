@@ -43,7 +43,7 @@ def command(path: str, as_json: bool) -> None:
                 ("budget", f"epsilon {state.epsilon:g}, delta {state.delta:g}"),
                 ("filter", genesis.filter),
                 ("left", _left_in_words(state)),
-                ("adjacency", genesis.adjacency),
+                ("adjacency", f"{genesis.adjacency} of one {genesis.unit}"),
                 ("data", "declared public" if genesis.public_data else "private"),
                 ("owner", state.owner.hex),
                 ("writer", state.writer.hex),
@@ -150,6 +150,7 @@ def describe(ledger: Ledger) -> dict[str, Any]:
             for grant in state.grants
         ],
         "adjacency": str(genesis.adjacency),
+        "unit": genesis.unit,
         "public_data": genesis.public_data,
         "owner": state.owner.hex,
         "writer": state.writer.hex,

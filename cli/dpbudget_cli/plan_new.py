@@ -112,6 +112,7 @@ def _plan(question: Question, ledger: Ledger) -> Plan:
     question.need("clip_norm", "max_parameters")
     facts = question.pick("sample_rate", "batch_size", "steps", "epochs", "dataset_size", "delta")
     facts |= question.pick("clip_norm", "adjacency", "accountant", "max_parameters")
+    facts["unit"] = state.genesis.unit
     if question.has("noise_multiplier"):
         return plan_for(noise_multiplier=values["noise_multiplier"], **facts)
     if question.has("epsilon"):
@@ -135,6 +136,7 @@ def _adaptive_plan(question: Question, ledger: Ledger) -> Plan:
     question.need("clip_norm", "max_parameters")
     facts = question.pick("sample_rate", "batch_size", "steps", "epochs", "dataset_size", "delta")
     facts |= question.pick("clip_norm", "adjacency", "accountant", "max_parameters")
+    facts["unit"] = ledger.state.genesis.unit
     if question.has("noise_multiplier"):
         return plan_for(noise_multiplier=values["noise_multiplier"], **facts)
     if question.has("epsilon"):

@@ -17,7 +17,7 @@ from dpbudget._record import MAX_INTEGER, MAX_STATEMENT_BYTES, decode, float_to_
 from dpbudget._renyi import MAX_ORDERS, MAX_SHARE
 from dpbudget.errors import Tampered
 from dpbudget.mechanisms import Adjacency
-from dpbudget.plan import MAX_STEPS
+from dpbudget.plan import MAX_STEPS, UNITS
 
 VERSION = 1
 #: Types whose line the owner signs, the one that the old and the new key sign, and the one whose statement the owner
@@ -115,7 +115,7 @@ FIELDS: Mapping[str, Mapping[str, Check]] = {
     "genesis": {
         "dataset": _DIGEST,
         "adjacency": _one_of(*(adjacency.value for adjacency in Adjacency)),
-        "unit": _one_of("example"),
+        "unit": _one_of(*UNITS),
         "epsilon": _EPSILON,
         "delta": _DELTA,
         "filter": _one_of("portfolio", "rdp"),

@@ -39,7 +39,7 @@ from dpbudget.ledger.store.locate import ReadingStore, create_store, open_store,
 from dpbudget.ledger.store.memory import MemoryStore
 from dpbudget.mechanisms import Adjacency
 from dpbudget.meter import Meter
-from dpbudget.plan import Budget, Plan
+from dpbudget.plan import Budget, Plan, Unit
 
 
 class Ledger:
@@ -59,6 +59,7 @@ class Ledger:
         writer: Signer,
         filter: SpendingFilter,
         adjacency: Adjacency = Adjacency.ADD_REMOVE,
+        unit: Unit = "example",
         dataset: str | None = None,
         public_data: bool = False,
         whole_budget: bool = False,
@@ -77,6 +78,7 @@ class Ledger:
             writer: another key, that of the training process; it signs heads and cannot create budget.
             filter: computes joint claims.
             adjacency: which datasets are neighbours.
+            unit: whose presence is protected, an ``example`` or a ``user`` with all of its examples; for every plan.
             dataset: the owner's id of the dataset, 64 hexadecimal digits: random (the default) or a keyed hash. An
                 unkeyed hash of the data would let anybody test guesses of it.
             public_data: the owner declares the dataset public.
@@ -103,7 +105,7 @@ class Ledger:
         facts: dict[str, Any] = {
             "dataset": dataset,
             "adjacency": Adjacency(adjacency).value,
-            "unit": "example",
+            "unit": unit,
             "epsilon": budget.epsilon,
             "delta": budget.delta,
             "filter": kind,

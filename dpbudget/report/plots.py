@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpbudget._calibrate import build_meter, make_phases
+from dpbudget._calibrate import make_phases
+from dpbudget._live import build_meter
 from dpbudget.curve import Bounds, PrivacyCurve, round_up, show_delta
 from dpbudget.errors import InvalidParameter, MissingExtra, NotComputable, Unreadable
 from dpbudget.mechanisms import Adjacency, Charge

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
 import peers
 from accounting_cases import WORKLOADS, Workload
 
-from dpbudget._calibrate import build_meter, noise_for, plan_for
+from dpbudget._calibrate import noise_for, plan_for
+from dpbudget._live import build_meter
 from dpbudget.accountants import get_accountant
 from dpbudget.mechanisms import Adjacency
 

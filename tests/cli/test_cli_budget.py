@@ -325,3 +325,14 @@ def test_an_owner_elsewhere_grants_nothing_on_top_of_an_understated_claim(run_cl
     (folder / "g.signed").write_bytes(sign_request((folder / "g.req").read_bytes(), owner))
     refused = run_cli("ledger", "apply", LEDGER, "g.signed")
     assert (refused.code, "frozen at a claim" in refused.err) == (1, True)
+
+
+def test_a_ledger_for_users_is_planned_for_users(run_cli: Cli, empty: Path) -> None:
+    keys = ("--epsilon", "3", "--delta", "1e-5")
+    assert run_cli("ledger", "init", "u.ledger", *keys, "--unit", "people").code == 2
+    assert run_cli("ledger", "init", "u.ledger", *keys, "--unit", "user", "--json").json["unit"] == "user"
+    assert run_cli("plan", "new", "--ledger", "u.ledger", *SMALL, "--epsilon", "1").code == 0
+    assert run_cli("ledger", "show", "u.ledger", "--json").json["unit"] == "user"
+    assert "add-remove of one user" in run_cli("ledger", "show", "u.ledger").out
+    report = run_cli("verify", "u.ledger", "--trust", "u.ledger.owner.key.pub", "--json").json
+    assert (report["ok"], report["unit"], report["adjacency"]) == (True, "user", "add-remove")

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpbudget._calibrate import bounds_of, build_meter, calibrate, delta_of, epsilon_of, max_steps, plan_for
+from dpbudget._calibrate import bounds_of, calibrate, delta_of, epsilon_of, max_steps, plan_for
+from dpbudget._live import build_meter
 from dpbudget._schedule import default_delta, delta_warning, make_schedule
 from dpbudget._search import most_steps, smallest_noise
 from dpbudget.accountants import get_accountant

@@ -337,3 +337,24 @@ def test_work_that_is_interrupted_leaves_nothing_behind():
     with interruptible(lambda: None):
         assert PortfolioFilter().joint_bounds((plan,), plan.claim.delta) == whole
     assert calls == 3
+
+
+def test_the_report_says_whose_presence_is_protected(tmp_path, plan):
+    desk = Desk(tmp_path, unit="user")
+    with pytest.raises(errors.InvalidParameter, match="one example in a ledger for add-remove neighbours of one user"):
+        desk.ledger.sign_plan(plan, owner=desk.owner)
+    per_user = dpbudget.calibrate(epsilon=3.0, delta=DELTA, dataset_size=1000, batch_size=1000, steps=20, unit="user")
+    assert per_user == plan.replace(unit="user")
+    desk.spend(per_user)
+    report = desk.verify()
+    assert (report.ok, report.unit, report.adjacency) == (True, "user", "add-remove")
+    assert (report.to_json()["unit"], "for one user of the dataset" in report.summary()) == ("user", True)
+
+
+def test_an_unknown_unit_is_refused_with_the_known_ones():
+    schedule = {"dataset_size": 1000, "batch_size": 10, "steps": 1, "delta": DELTA}
+    for make in (dpbudget.plan_for, dpbudget.calibrate):
+        target = {"noise_multiplier": 1.0} if make is dpbudget.plan_for else {"epsilon": 1.0}
+        with pytest.raises(errors.InvalidParameter, match="unknown unit of privacy 'users'") as caught:
+            make(**target, **schedule, unit="users")
+        assert "user" in caught.value.hint

@@ -33,6 +33,7 @@ LAYERS = {
     "dpbudget.ledger": 3,
     "dpbudget._calibrate": 4,
     "dpbudget._targets": 4,
+    "dpbudget._live": 4,
     "dpbudget.report": 4,
     "dpbudget._config": 4,
     "dpbudget._verify": 4,

@@ -33,7 +33,7 @@ def real(low, high, *never): return lambda v: low <= number(v) <= high and numbe
 def many(form): return lambda v: isinstance(v, list) and 1 <= len(v) <= 64 and all(map(form, v))
 H64, H32, STEP, COUNT = text("[0-9a-f]{64}"), text("[0-9a-f]{32}"), whole(0, 1024 * 10**9), whole(1, 1024 * 10**9)
 EPSILON, DELTA, ALLOWED = real(0, 10**6, 0), real(0, 1, 0, 1), many(real(-Fraction(1e300), 10**6))
-SAME = {"adjacency": text("add-remove", "zero-out", "replace-one"), "unit": text("example")}
+SAME = {"adjacency": text("add-remove", "zero-out", "replace-one"), "unit": text("example", "user")}
 FORMS = {
     "genesis": {**SAME, "dataset": H64, "epsilon": EPSILON, "delta": DELTA, "owner": H64, "writer": H64,
                 "filter": text("portfolio", "rdp"), "public_data": kind(bool)},

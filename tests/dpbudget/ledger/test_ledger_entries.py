@@ -125,7 +125,7 @@ def test_a_value_of_another_kind_or_range_is_refused(kind: str, name: str) -> No
         ("genesis", "epsilon", "0x1.8p+1"),  # C's spelling of 3.0
         ("genesis", "epsilon", "0X1.8000000000000p+1"),
         ("genesis", "adjacency", "add_remove"),
-        ("genesis", "unit", "user"),
+        ("genesis", "unit", "token"),
         ("genesis", "filter", "renyi"),
         ("renyi", "orders", [(1.0).hex()]),
         ("renyi", "orders", (2.0).hex()),
