@@ -109,7 +109,9 @@ class RDPFilter:
     def epsilon(self, spent: Spent, delta: float | None = None) -> float:
         """The smallest epsilon for which this filter, **had it been fixed in advance**, admits what is spent.
 
-        An upper bound of what a composition costs whose budget was that epsilon; no statement about all times at once.
+        An upper bound of what a composition costs whose budget was that epsilon. At one stopping time, chosen from the
+        outputs, it is an ex-post guarantee although it is random: E (1 - e^(epsilon - L))_+ <= delta (docs/filters.md).
+        No statement about all times at once.
         """
         return self._odometer(spent, self.budget.delta if delta is None else delta, log_kappa)
 

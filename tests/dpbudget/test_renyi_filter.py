@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from fractions import Fraction
+from functools import cache
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from dpbudget.accountants import get_accountant
 from dpbudget.errors import BudgetExceeded, InvalidParameter
 from dpbudget.filters import RDPFilter, Spent
 from dpbudget.filters.renyi import DEFAULT_ORDERS, UNITS
-from dpbudget.mechanisms import Adjacency, Charge, Gaussian, PoissonSampled
+from dpbudget.mechanisms import Adjacency, Charge, Gaussian, PoissonSampled, RandomisedResponse
 from dpbudget.plan import Budget, rate_from_float
 
 BUDGET = Budget(epsilon=3.0, delta=1e-6)
@@ -126,6 +128,38 @@ def test_the_odometer_is_the_budget_that_would_have_sufficed():
     truth = get_accountant("prv").curve([sampled(0.02, 1.2, 100)], Adjacency.ADD_REMOVE).epsilon(1e-6)
     assert truth.lower < epsilon < FILTER.running_epsilon(spent)
     assert FILTER.epsilon(Spent()) == FILTER.running_epsilon(Spent()) == 0.0
+
+
+@pytest.mark.parametrize("delta", [0.2, 0.02])
+def test_no_strategy_of_choosing_and_stopping_beats_the_ex_post_guarantee(delta):
+    """Every adaptive strategy on two mechanisms, by dynamic programming: the largest E (1 - e^(epsilon - L))_+."""
+    adjacency, sizes = Adjacency.REPLACE_ONE, (0.4, 1.5)
+    rdp = RDPFilter(Budget(epsilon=9.0, delta=delta), adjacency, orders=(1.5, 3.0, 8.0))
+    pairs = [RandomisedResponse(epsilon=size, categories=2).dominating_pair(adjacency) for size in sizes]
+    truths = [1 / (1 + math.exp(-size)) for size in sizes]
+
+    @cache
+    def reported(counts):
+        return rdp.epsilon(Spent(dict(zip(pairs, counts, strict=True))))
+
+    @cache
+    def worst(counts, net):  # net: true answers minus lies of each mechanism so far
+        loss = sum(size * times for size, times in zip(sizes, net, strict=True))
+        best = max(0.0, -math.expm1(reported(counts) - loss))
+        for index in range(2) if sum(counts) < 7 else ():
+            step = tuple(int(place == index) for place in range(2))
+            more = tuple(map(operator.add, counts, step))
+            true, lie = (worst(more, tuple(map(sign, net, step))) for sign in (operator.add, operator.sub))
+            best = max(best, truths[index] * true + (1 - truths[index]) * lie)
+        return best
+
+    assert delta / 4 < worst((0, 0), (0, 0)) <= delta
+
+
+def test_the_running_odometer_is_never_below_the_one_at_a_stopping_time():
+    for count in (1, 10, 1000):
+        spent = FILTER.admit(Spent(), [sampled(0.01, 1.0, count)])
+        assert FILTER.running_epsilon(spent) > FILTER.epsilon(spent)
 
 
 def test_a_loss_without_moments_fits_no_order():

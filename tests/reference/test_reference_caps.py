@@ -16,7 +16,7 @@ import pytest
 from dpbudget._record import MAX_LINE_BYTES, MAX_STATEMENT_BYTES, decode
 from dpbudget.errors import DPBudgetError, Tampered
 from dpbudget.ledger.entries import MAX_ENVELOPE_BYTES, MAX_PORTFOLIOS
-from dpbudget.ledger.rules import MAX_ALL_PHASES, MAX_RUNS, Machine
+from dpbudget.ledger.rules import MAX_ALL_COSTS, MAX_ALL_PHASES, MAX_RUNS, Machine
 from dpbudget.ledger.signing import Ed25519Signer, open_envelope, sign_envelope
 from dpbudget.ledger.state import LedgerState
 from dpbudget.ledger.store import jsonl
@@ -53,7 +53,7 @@ def both(package: Any, other: Any) -> bool:
 
 
 def test_the_page_states_every_cap_of_the_code() -> None:
-    for cap in (MAX_LINE_BYTES, MAX_ENVELOPE_BYTES, MAX_PORTFOLIOS, MAX_RUNS, MAX_ALL_PHASES):
+    for cap in (MAX_LINE_BYTES, MAX_ENVELOPE_BYTES, MAX_PORTFOLIOS, MAX_RUNS, MAX_ALL_PHASES, MAX_ALL_COSTS):
         assert str(cap) in PAGE
     assert (MAX_STATEMENT_BYTES, jsonl.MAX_EXPORT_BYTES) == (2**20, 2**30)
     assert "2^20 bytes" in PAGE
@@ -248,6 +248,22 @@ def test_a_hundred_thousand_phases_and_not_one_more(kind: str) -> None:
     assert history.holds()
     assert not add(history, 99, 1).holds()
     assert at(MAX_ALL_PHASES).lease(run=run_id(0), count=1024, claim=claim).holds()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("orders", [11, 64])
+def test_a_million_costs_of_phases_and_not_one_more(orders: int) -> None:
+    def at(phases: int) -> History:
+        history = History("rdp").renyi(*[EPSILON] * orders)
+        for number in range(-(-phases // 1024)):
+            count = min(1024, phases - 1024 * number)
+            table = {"costs": [[None] * orders] * count, "tails": [ZERO] * count, "factors": [ZERO] * count}
+            history.plan(run_id(number), steps=[1] * count, **table)
+        return history
+
+    most = MAX_ALL_COSTS // orders  # with 64 orders exactly a million
+    assert at(most).holds()
+    assert not at(most + 1).holds()
 
 
 @pytest.mark.slow

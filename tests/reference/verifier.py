@@ -121,7 +121,7 @@ class Ledger:
         self.portfolios += ({"claim": None, **{n: r[n] and number(r[n]) for n in ("delta", "epsilon")}},)
         self.check_totals()
     def plan(self, r):
-        rdp = self.facts["filter"] == "rdp"
+        rdp, most = self.facts["filter"] == "rdp", min(10**5, 10**6 // len(self.allowances or "1"))
         named = [{"name": "dpbudget-run/" + r["run"], "digest": {"sha256": self.hashes[0].hex()}}]
         kinds = text("https://in-toto.io/Statement/v1"), text(f"urn:dpbudget:{'rdp-' * rdp}plan:v1")
         forms = {"_type": kinds[0], "predicateType": kinds[1], "predicate": kind(dict), "subject": lambda v: v == named}
@@ -131,7 +131,7 @@ class Ledger:
         self.phases += len(rates)
         need(1 <= len(rates) <= 1024 and all(1 <= k <= 2**64 and int(float(k)) == k for k in rates), "phases")
         need(all(plan[name] == self.facts[name] for name in SAME) and fields(plan["claim"], CLAIM), "neighbours")
-        need(r["run"] not in self.runs and len(self.runs) < 10000 and self.phases <= 100000, "runs, phases")
+        need(r["run"] not in self.runs and len(self.runs) < 10000 and self.phases <= most, "runs, phases")
         ends, own = [0, *accumulate(p["steps"] for p in plan["phases"])], {"claim": 0} if rdp else self.portfolios[-1]
         need(rdp or (own["claim"] is None and number(plan["claim"]["delta"]) == own["delta"]), "portfolio")
         run = self.runs[r["run"]] = {"ends": ends, "charged": 0, "leases": [], "costs": [], "in": own}
