@@ -29,6 +29,7 @@ class Attestation:
         ledger_id: which ledger.
         head: ``size:root`` of the history that was verified.
         filter: ``portfolio`` or ``rdp``.
+        adjacency, unit: which datasets are neighbours, and whose presence is protected: ``example`` or ``user``.
         epsilon_lower, epsilon_upper: bounds of epsilon at ``delta``; the upper one is the guarantee.
         delta: see :class:`Report`.
         total_epsilon, total_delta: what the owner granted.
@@ -43,6 +44,8 @@ class Attestation:
     ledger_id: str
     head: str
     filter: str
+    adjacency: str
+    unit: str
     epsilon_lower: float
     epsilon_upper: float
     delta: float
@@ -69,6 +72,7 @@ def attest(report: Report, signer: Signer) -> bytes:
         )
     size, _, root = (report.head or "").partition(":")
     predicate: dict[str, Any] = {
+        "adjacency": report.adjacency,
         "anchored": report.anchored,
         "checked_by": list(report.checked_by),
         "delta": float_to_hex(report.delta),
@@ -81,6 +85,7 @@ def attest(report: Report, signer: Signer) -> bytes:
         "steps": report.steps,
         "total_delta": float_to_hex(report.budget[1]),
         "total_epsilon": float_to_hex(report.budget[0]),
+        "unit": report.unit,
         "warnings": _warnings(report),
     }
     statement = {
@@ -110,6 +115,8 @@ def read_attestation(data: bytes, trust: PublicKey) -> Attestation:
             ledger_id=str(predicate["ledger"]),
             head=f"{size}:{root}",
             filter=str(predicate["filter"]),
+            adjacency=str(predicate["adjacency"]),
+            unit=str(predicate["unit"]),
             steps=steps,
             runs=runs,
             checked_by=tuple(map(str, predicate["checked_by"])),

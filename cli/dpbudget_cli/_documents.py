@@ -124,6 +124,8 @@ def _show_attestation(path: str, trust: str | None, expect_head: tuple[str, ...]
         "ledger": found.ledger_id,
         "head": found.head,
         "filter": found.filter,
+        "adjacency": found.adjacency,
+        "unit": found.unit,
         "epsilon": {"lower": found.epsilon_lower, "upper": found.epsilon_upper},
         "delta": found.delta,
         "budget": {"epsilon": found.total_epsilon, "delta": found.total_delta},

@@ -155,6 +155,7 @@ def test_an_auditor_signs_the_verdict_and_anybody_reads_it_again(run_cli: Cli, f
     assert run_cli(*attest).code == 2  # nothing is overwritten
     report = run_cli("verify", "r.dsse", "--trust", "auditor.key.pub", "--json").json
     assert (report["ok"], report["head"], report["budget"]["epsilon"]) == (True, head, 3.0)
+    assert (report["adjacency"], report["unit"]) == ("add-remove", "example")
     assert [warning[:10] for warning in report["warnings"]] == ["unanchored"]
     assert run_cli("verify", "r.dsse").code == 2
     assert run_cli("verify", "r.dsse", "--trust", "owner.key.pub").code == 1
