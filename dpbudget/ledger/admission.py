@@ -14,6 +14,7 @@ from dpbudget.errors import BudgetExceeded, InvalidParameter, Tampered
 from dpbudget.ledger.claims import covers, portfolio_claim
 from dpbudget.ledger.journal import Draft, Journal
 from dpbudget.ledger.renyi import RenyiAccount, steps_that_fit
+from dpbudget.ledger.rules import MAX_ALL_COSTS, MAX_ALL_PHASES, MAX_RUNS
 from dpbudget.ledger.signing import RECORD_TYPE, STATEMENT_TYPE, Signer, sign_envelope
 from dpbudget.ledger.state import LedgerState, Portfolio, SpendingFilter
 from dpbudget.ledger.statement import plan_statement, statement_digest
@@ -144,9 +145,11 @@ def check_facts(state: LedgerState, plan: Plan) -> None:
     """Refuse a plan that the rules would refuse, with the way out.
 
     Raises:
-        InvalidParameter: another adjacency or unit (DP062), or no nominal size (DP009).
+        InvalidParameter: another adjacency or unit (DP062), no nominal size, or more runs, phases or costs than a
+            ledger holds (DP009).
     """
     genesis = state.genesis
+    _check_caps(state, plan)
     if plan.nominal_size is None:
         raise InvalidParameter(
             "the plan has no nominal dataset size, from which rate and divisor come",
@@ -159,6 +162,23 @@ def check_facts(state: LedgerState, plan: Plan) -> None:
             code="DP062",
             hint=f"plan with adjacency {genesis.adjacency}",
         )
+
+
+def _check_caps(state: LedgerState, plan: Plan) -> None:
+    phases = state.phases + len(plan.phases)
+    costs = 0 if state.account is None else phases * len(state.account.terms.orders)
+    counts = (
+        (len(state.runs) + 1, MAX_RUNS, "runs"),
+        (phases, MAX_ALL_PHASES, "phases"),
+        (costs, MAX_ALL_COSTS, "costs"),
+    )
+    for count, most, what in counts:
+        if count > most:
+            raise InvalidParameter(
+                f"with this plan the ledger would hold {count} {what}; {most} is the most",
+                code="DP009",
+                hint="plan with fewer phases, or lower this ledger and begin another with what was left",
+            )
 
 
 def check_owner(state: LedgerState, owner: Signer) -> None:

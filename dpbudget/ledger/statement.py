@@ -12,7 +12,7 @@ from typing import Any
 
 from dpbudget._record import MAX_STATEMENT_BYTES, decode, encode
 from dpbudget._renyi import PhaseCost
-from dpbudget.errors import Tampered
+from dpbudget.errors import InvalidParameter, Tampered
 from dpbudget.ledger.renyi import costs_from_jsonable, costs_to_jsonable
 from dpbudget.plan import Plan
 
@@ -27,9 +27,12 @@ def plan_statement(plan: Plan, *, ledger_id: str, run_id: str, costs: Sequence[P
 
     The subject names ledger and run, so that the writer can neither carry a signed plan into another ledger nor run it
     a second time. ``costs`` is the table of an ``rdp`` ledger, one entry a phase.
+
+    Raises:
+        InvalidParameter: the statement would be larger than a record holds (DP009).
     """
     columns = {} if costs is None else costs_to_jsonable(costs)
-    return encode(
+    payload = encode(
         {
             "_type": STATEMENT,
             "predicate": {**plan.to_jsonable(), **columns},
@@ -37,6 +40,14 @@ def plan_statement(plan: Plan, *, ledger_id: str, run_id: str, costs: Sequence[P
             "subject": [_subject(ledger_id, run_id)],
         }
     )
+    if len(payload) > MAX_STATEMENT_BYTES:
+        raise InvalidParameter(
+            f"the statement of a plan of {len(plan.phases)} phases would have {len(payload)} bytes; "
+            f"{MAX_STATEMENT_BYTES} are the most",
+            code="DP009",
+            hint="plan with fewer phases, as several runs",
+        )
+    return payload
 
 
 def read_statement(

@@ -45,6 +45,16 @@ class SumFilter:
         return tuple(PhaseCost((one, 2 * one), 2.0**-150, 2.0**-60) for _ in plan.phases)
 
 
+class WideFilter(SumFilter):
+    """64 orders, with long spellings of every cost."""
+
+    def renyi_terms(self, budget: Budget) -> RenyiTerms:
+        return RenyiTerms(tuple(1.5 + order for order in range(64)), (1,) * 64, (2.9,) * 64)
+
+    def renyi_costs(self, plan: Plan, terms: RenyiTerms) -> tuple[PhaseCost, ...]:
+        return tuple(PhaseCost((2.0**-40 / 3,) * 64, 2.0**-150, 2.0**-60) for _ in plan.phases)
+
+
 def make_plan(steps: int = 4, epsilon: float = 1.0, delta: float = HALF_DELTA, **changes: Any) -> Plan:
     facts: dict[str, Any] = {
         "phases": (Phase(rate_k=rate_from_float(0.01), noise_multiplier=1.0, steps=steps),),

@@ -19,6 +19,7 @@ from ledgerkit import (
     STRANGER,
     WRITER,
     SumFilter,
+    WideFilter,
     make_ledger,
     make_plan,
     reopen,
@@ -329,3 +330,24 @@ def test_an_owner_grants_nothing_on_top_of_an_understated_claim() -> None:
         ledger.sign_plan(make_plan(4, epsilon=2.0, delta=ledger.plan_delta), owner=OWNER)
     assert caught.value.code == "DP071"
     assert ledger.head == before
+
+
+@pytest.mark.parametrize(("name", "what"), [("MAX_RUNS", "2 runs"), ("MAX_ALL_PHASES", "2 phases")])
+def test_a_plan_beyond_what_a_ledger_holds_is_refused_with_the_way_out(
+    name: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"dpbudget.ledger.admission.{name}", 1)
+    ledger = make_ledger()
+    ledger.sign_plan(make_plan(), owner=OWNER)
+    with pytest.raises(InvalidParameter, match=f"would hold {what}; 1 is the most") as caught:
+        ledger.sign_plan(make_plan(), owner=OWNER)
+    assert "begin another" in caught.value.hint
+
+
+def test_a_plan_whose_costs_fill_more_than_a_statement_is_refused_with_the_way_out() -> None:
+    ledger = make_ledger(kind="rdp", filter=WideFilter())
+    phases = tuple(make_plan(1).phases[0].replace(steps=1 + number) for number in range(1000))
+    with pytest.raises(InvalidParameter, match=r"1000 phases would have [0-9]+ bytes") as caught:
+        ledger.sign_plan(make_plan(phases=phases), owner=OWNER)
+    assert "as several runs" in caught.value.hint
+    ledger.sign_plan(make_plan(phases=phases[:600]), owner=OWNER)
