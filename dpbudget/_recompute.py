@@ -88,7 +88,10 @@ class Recomputation:
                 self._check_claim(f"portfolio {portfolio.index}", plans, portfolio.claim, portfolio.delta)
             except OutOfTime:
                 return self._out_of_time(f"portfolio {portfolio.index} was not recomputed")
-        self._check_allowances()
+        try:
+            self._check_allowances()
+        except OutOfTime:
+            self._out_of_time("the allowances were not recomputed")
 
     def _out_of_time(self, what: str) -> None:
         self.found.problems.append(
@@ -159,6 +162,7 @@ class Recomputation:
         if account is None:
             return
         for grant in self.state.grants:
+            self._clock.check()
             budget = Budget(epsilon=grant.epsilon, delta=grant.delta)
             most = certified_allowances(budget, account.terms.orders, account.terms.shares)
             if any(stated > bound for stated, bound in zip(grant.allowances or (), most, strict=True)):

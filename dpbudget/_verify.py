@@ -28,6 +28,8 @@ __all__ = ["Report", "RunReport", "verify"]
 
 #: What a file that nobody vouches for may take, so that a hostile one cannot keep a verifier busy.
 UNTRUSTED_SECONDS = 6.0
+#: A ledger keeps at most one head a record.
+MAX_HEADS = 1_000_000
 _ANCHOR = re.compile(r"([1-9][0-9]{0,15}):([0-9a-f]{64})")
 
 
@@ -105,30 +107,49 @@ def _replay(
         vouched = trust is not None and owner == trust.hex
         limited = time_limit is None and not vouched
         clock = Clock(UNTRUSTED_SECONDS if limited else time_limit)
-        kept = reading.heads() if all_heads else ()
-        watch = {size for size, _ in anchors} | {_size_of(note) for note in kept}
+        watch = {size for size, _ in anchors}
+        if all_heads:
+            watch |= {_size_of(note) for note in _some(clock, reading.heads())}
         machine = Machine(LedgerState(trust=trust), watch=watch, remember=True)
         machine.feed(_within(clock, entries, machine, limited=limited))
         if limited and machine.trusted:
             clock.lift()
-        heads = reading.heads()
-        state, head = conclude(machine, heads[-1] if heads else None)
+        state, head = conclude(machine, reading.newest())
+        kept = None
         if all_heads:
-            kept = kept or heads
-            check_kept_heads(kept, state, {**machine.roots, state.size: state.tree.root})
-    return _History(state, head, machine.roots, len(kept) if all_heads else None, clock)
+            roots = {**machine.roots, state.size: state.tree.root}
+            kept = check_kept_heads(_some(clock, reading.heads()), state, roots)
+    return _History(state, head, machine.roots, kept, clock)
+
+
+def _some(clock: Clock, heads: Iterator[bytes]) -> Iterator[bytes]:
+    """The kept heads, while there is time and as long as there can be so many."""
+    for count, note in enumerate(heads):
+        if count == MAX_HEADS or (not count & 63 and clock.over):
+            raise Tampered(
+                f"after {count} of the heads that the store kept there is no room or no time for more",
+                hint="leave --all-heads out, or give more time (--time-limit)",
+            )
+        yield note
+
+
+def _more_time(trust: PublicKey | None) -> str:
+    if trust is None:
+        return "give the owner's key (--trust), or more time (--time-limit)"
+    return (
+        "the trusted key is not the one that the ledger began with: if it came into the role later, give more time "
+        "(--time-limit), or the first owner's key"
+    )
 
 
 def _within(clock: Clock, entries: Iterator[Entry], machine: Machine, *, limited: bool) -> Iterator[Entry]:
     """The entries while there is time; a trusted key that came into the role meanwhile vouches for all of them."""
+    trust = machine.trust
     for index, entry in enumerate(entries):
         # What the owner signs may be a megabyte each.
-        asked = entry.envelope is not None or not index & 1023
+        asked = entry.envelope is not None or not index & 63
         if asked and clock.over and not (limited and machine.trusted):
-            raise Tampered(
-                f"after {clock.seconds:g} s only {index} records were read",
-                hint="give the owner's key (--trust), or more time (--time-limit)",
-            )
+            raise Tampered(f"after {clock.seconds:g} s only {index} records were read", hint=_more_time(trust))
         yield entry
 
 

@@ -50,7 +50,7 @@ def command(request: str, target: str, owner_key: str, path: str, passphrase_fd:
             out.emit_table(list(facts.items()))
     signer = load_signer(owner_key, read_passphrases(passphrase_fd))
     check_owner(state, signer)
-    write_new(target, sign_request(data, signer))
+    write_new(target, sign_request(data, signer, state))
     if as_json:
         out.emit_json({"signed": target, "by": signer.public.hex, "wishes": described})
     else:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dpbudget._pause import pause
 from dpbudget.errors import InvalidParameter, NotComputable
 from dpbudget.mechanisms import Adjacency, Charge, DominatingPair, ReplaceOneGaussianPair, SubsampledGaussianPair
 
@@ -37,6 +38,7 @@ def uses_of(charges: Sequence[Charge], adjacency: Adjacency) -> dict[DominatingP
     """
     counts: dict[DominatingPair, int] = {}
     for charge in charges:
+        pause()
         if isinstance(charge.count, bool) or not isinstance(charge.count, int) or charge.count < 0:
             raise InvalidParameter(f"count of a charge must be an integer >= 0, got {charge.count!r}", code="DP009")
         pair = charge.mechanism.dominating_pair(adjacency)

@@ -26,6 +26,8 @@ from dpbudget.errors import BudgetExceeded, InvalidParameter
 from dpbudget.mechanisms import Adjacency, Charge, Direction, DominatingPair
 from dpbudget.plan import Budget
 
+#: Beyond it no float is; what costs so much bounds nothing.
+_HUGE = Fraction(2) ** 1023
 #: One unit of Renyi divergence is 2^-100: a step of rate 1e-7 costs about 1e-15, which leaves 15 digits.
 UNITS = 1 << 100
 #: Orders for delta between 1e-3 and 1e-12; equal weights cost log(15)/(a - 1) of epsilon against one best order.
@@ -189,7 +191,7 @@ def _least_epsilon(
         if total is None:
             continue
         c = order - 1.0
-        used = _up(float(total))
+        used = _up(float(total)) if total < _HUGE else math.inf
         parts = (log_constant(c), math.log(float(weight)), math.log(delta))
         value = used + (parts[0] - parts[1] - parts[2]) / c
         best = min(best, value + 64.0 * UNIT * (used + sum(map(abs, parts)) / c))

@@ -130,6 +130,14 @@ def sign_head(ledger_id: str, size: int, root: bytes, writer: Signer) -> Head:
     return Head(size, root.hex(), f"{text}\n— {origin} {base64.b64encode(blob).decode('ascii')}\n")
 
 
+def key_hint(note: bytes) -> bytes:
+    """The key hash that the last signature line of a note names; empty where there is none."""
+    try:
+        return base64.b64decode(note.rstrip(b"\n").rpartition(b" ")[2][:8])[:4]
+    except ValueError:
+        return b""
+
+
 def read_head(note: bytes, ledger_id: str, writer: PublicKey) -> Head:
     """The head that ``writer`` signed for this ledger.
 

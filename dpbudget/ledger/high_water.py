@@ -83,23 +83,14 @@ class HighWater:
                 f"this machine has seen another history of the ledger: its first {seen} records differ from these",
             )
 
-    def raise_to(self, ledger_id: str, head: Head) -> Mark:
+    def raise_to(self, ledger_id: str, head: Head) -> tuple[Mark, Mark | None]:
         """Remember ``head``, unless a newer one is known: one write of one length; a torn one counts as absent.
 
         Returns:
-            the mark of ``head``.
-
-        Raises:
-            Tampered: as many records with another root were seen meanwhile: two copies went on at once (DP079).
+            The mark of ``head``, and the one that was there before; None where there was none or it cannot be read.
         """
         mark = (head.size, head.root)
-        before = self._raise(ledger_id, mark)
-        if before is not None and before[0] == head.size and before != mark:
-            raise self._refusal(
-                ledger_id,
-                f"another copy of the ledger went on at the same time: its first {head.size} records differ from these",
-            )
-        return mark
+        return mark, self._raise(ledger_id, mark)
 
     def _raise(self, ledger_id: str, mark: Mark) -> Mark | None:
         """Write ``mark`` over a smaller one, and return the one that was there."""

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any, TypeVar
 
 from dpbudget.errors import InvalidParameter, ReceiptSpent, Tampered
 from dpbudget.ledger.entries import Entry, draft, read
-from dpbudget.ledger.head import Head, read_head, sign_head
+from dpbudget.ledger.head import Head, key_hash, key_hint, origin_of, read_head, sign_head
 from dpbudget.ledger.high_water import HighWater, Mark
+from dpbudget.ledger.receipt import LeaseKey
 from dpbudget.ledger.rules import Machine
 from dpbudget.ledger.signing import PublicKey, Signer
 from dpbudget.ledger.state import LedgerState
@@ -26,6 +28,9 @@ from dpbudget.ledger.tree import leaf_hash
 #: Kinds after which the head stays in the store, so that an outsider who saw it then can find it again.
 _KEPT = frozenset({"genesis", "renyi", "portfolio", "budget", "rekey", "note", "plan", "lease", "close"})
 
+
+#: How many of the newest roots are kept, to compare the marks of other processes with.
+_ROOTS = 64
 
 T = TypeVar("T")
 
@@ -89,8 +94,8 @@ def replay_store(
     with store.reading() as reading:
         machine = Machine(LedgerState(trust=trust), watch=() if mark is None else (mark[0],), remember=True)
         machine.feed(reading.entries())
-        heads = reading.heads()
-    state, head = conclude(machine, heads[-1] if heads else None)
+        note = reading.newest()
+    state, head = conclude(machine, note)
     if high_water is not None:
         high_water.check(mark, state, machine.roots)
     return state, head
@@ -120,11 +125,15 @@ class CheckedReading:
             self._machine.feed((entry,))
             yield entry
 
-    def heads(self) -> tuple[bytes, ...]:
-        """The kept heads, after the newest was checked."""
-        heads = self._reading.heads()
-        self._conclusion = conclude(self._machine, heads[-1] if heads else None)
-        return heads
+    def newest(self) -> bytes | None:
+        """The newest head, once it was checked."""
+        note = self._reading.newest()
+        self._conclusion = conclude(self._machine, note)
+        return note
+
+    def heads(self) -> Iterator[bytes]:
+        """The kept heads, unchecked."""
+        return self._reading.heads()
 
     def conclusion(self) -> tuple[LedgerState, Head]:
         """State and head of what was read."""
@@ -175,7 +184,7 @@ def check_head(state: LedgerState, note: bytes) -> Head:
     return head
 
 
-def check_kept_heads(notes: Sequence[bytes], state: LedgerState, roots: Mapping[int, bytes]) -> int:
+def check_kept_heads(notes: Iterable[bytes], state: LedgerState, roots: Mapping[int, bytes]) -> int:
     """Check every head that a store kept, and return their number.
 
     Args:
@@ -186,25 +195,18 @@ def check_kept_heads(notes: Sequence[bytes], state: LedgerState, roots: Mapping[
     Raises:
         Tampered: a head is not a writer's, or does not belong to this history.
     """
-    last = 0
+    origin = origin_of(state.genesis.ledger_id)
+    writers = {key_hash(origin, writer): writer for writer in state.writers}
+    last = count = 0
     for note in notes:
-        head = _head_of_any(note, state)
+        # A wrong hint of the key is a wrong signature.
+        head = read_head(note, state.genesis.ledger_id, writers.get(key_hint(note), state.writer))
         if not last < head.size <= state.size:
             raise Tampered(f"a kept head of {head.size} records is out of order or beyond the {state.size} records")
         if roots.get(head.size, b"").hex() != head.root:
             raise Tampered(f"the head of {head.size} records has another root than these records")
-        last = head.size
-    return len(notes)
-
-
-def _head_of_any(note: bytes, state: LedgerState) -> Head:
-    problem: Tampered | None = None
-    for writer in reversed(state.writers):
-        try:
-            return read_head(note, state.genesis.ledger_id, writer)
-        except Tampered as error:
-            problem = error
-    raise problem or Tampered("a head without a writer")
+        last, count = head.size, count + 1
+    return count
 
 
 class Journal:
@@ -228,8 +230,11 @@ class Journal:
     ) -> None:
         self.store, self.writer, self.state, self.head = store, writer, state, head
         self.high_water = high_water
-        # The newest mark of this machine that is known to be part of the history.
-        self._mark: Mark | None = None
+        #: By run; weak: the key of a used-up lease dies with the last receipt that still needs it.
+        self.keys: dict[str, weakref.WeakSet[LeaseKey]] = {}
+        # Marks that are known to be part of the history, and roots of the newest sizes, to judge others by.
+        self._known_marks: tuple[Mark | None, Mark | None] = (None, None)
+        self._roots: dict[int, bytes] = {}
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._closed = False
@@ -238,6 +243,11 @@ class Journal:
     def forked(self) -> bool:
         """Whether this is a copy in a forked child."""
         return os.getpid() != self._pid
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
 
     def guard(self) -> None:
         """Refuse a forked child (DP076) and a closed ledger (DP078)."""
@@ -281,36 +291,59 @@ class Journal:
                 self.state, self.head, self.writer = state, head, signer
             if draft.entries and head is not None and self.high_water is not None:
                 # After the commit: a mark beyond what is on disk would lock the ledger out for ever.
-                self._mark = self.high_water.raise_to(state.genesis.ledger_id, head)
+                self._raise_mark(self.high_water, state, head)
         return result
 
-    def _catch_up(self, transaction: Transaction) -> tuple[LedgerState, Head | None]:
+    def _raise_mark(self, high_water: HighWater, state: LedgerState, head: Head) -> None:
+        """Remember the new head; what somebody else remembered meanwhile must be of this history.
+
+        Of two copies that go on at once, whoever comes second sees the mark of the first, and releases nothing.
+        """
+        mark, before = high_water.raise_to(state.genesis.ledger_id, head)
+        self._known_marks = (mark, self._known_marks[0])
+        if before is None or before in self._known_marks:
+            return
+        if before[0] in self._roots:
+            high_water.check(before, state, self._roots)
+            return
+        with self.store.transaction() as transaction:
+            self._catch_up(transaction, before)
+
+    def _catch_up(self, transaction: Transaction, mark: Mark | None = None) -> tuple[LedgerState, Head | None]:
         # Read under the lock: whoever belongs to this history raises the mark after a commit.
-        mark, state = self._new_mark(), self.state
-        roots = {state.size: state.tree.root}
+        mark, state = mark or self._new_mark(), self.state
         added = iter(transaction.read(state.size))
         first = next(added, None)
         if first is not None:
-            machine = Machine(state, watch=() if mark is None else (mark[0],))
+            # Marks are of the newest records nearly always, and then need no second reading.
+            machine = Machine(state, watch=range(state.size, state.size + _ROOTS))
             machine.feed(chain((first,), added))
             state = machine.state()
-            roots |= {**machine.roots, state.size: state.tree.root}
+            self._remember_roots(machine.roots)
+        if self.high_water is not None and state.size:
+            self._remember_roots({state.size: state.tree.root})
         if mark is not None:
-            self._check_mark(mark, transaction, state, roots)
+            self._check_mark(mark, transaction, state)
         return state, self._newest(state, transaction.note())
+
+    def _remember_roots(self, roots: Mapping[int, bytes]) -> None:
+        self._roots |= roots
+        for size in list(self._roots)[:-_ROOTS]:
+            del self._roots[size]
 
     def _new_mark(self) -> Mark | None:
         """The mark of this machine, where it is not known to be part of the history."""
         if self.high_water is None or self.state.size == 0:
             return None
         mark = self.high_water.known(self.state.genesis.ledger_id)
-        return None if mark == self._mark else mark
+        return None if mark in self._known_marks else mark
 
-    def _check_mark(self, mark: Mark, transaction: Transaction, state: LedgerState, roots: Mapping[int, bytes]) -> None:
+    def _check_mark(self, mark: Mark, transaction: Transaction, state: LedgerState) -> None:
         """Before every append: this machine has seen no other history, and none that goes beyond this one.
 
         A process that opened a copy before the ledger went on would otherwise spend the same budget a second time.
         """
+        roots: Mapping[int, bytes] = self._roots
         if mark[0] < state.size and mark[0] not in roots:
             # Another process raised it late, to a place that this one had passed; rare, so all is read again.
             machine = Machine(LedgerState(trust=state.trust), watch=(mark[0],))
@@ -318,7 +351,13 @@ class Journal:
             roots = machine.roots
         if self.high_water is not None:
             self.high_water.check(mark, state, roots)
-        self._mark = mark
+        self._known_marks = (self._known_marks[0], mark)
+
+    def wipe_keys(self, run_id: str | None = None) -> None:
+        """Erase the noise keys of one run, or of all."""
+        for run in [run_id] if run_id is not None else list(self.keys):
+            for key in list(self.keys.get(run, ())):
+                key.wipe()
 
     def reading(self) -> AbstractContextManager[Reading]:
         """The whole store, consistently."""
@@ -326,8 +365,9 @@ class Journal:
         return self.store.reading()
 
     def close(self) -> None:
-        """Close the store; harmless when repeated."""
+        """Erase all keys and close the store; harmless when repeated."""
         self._closed = True
+        self.wipe_keys()
         self.store.close()
 
     def _newest(self, state: LedgerState, note: bytes | None) -> Head | None:

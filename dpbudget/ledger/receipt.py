@@ -48,15 +48,18 @@ class LeaseKey:
                 code="DP076",
                 hint="open the ledger in the process that trains; a fork would repeat its parent's noise",
             )
-        if self._key is None:
+        held = self._key
+        found = b"" if held is None else bytes(held)
+        if held is None or self._key is not held:  # erased, perhaps while it was copied
             raise ReceiptSpent("the noise key of this lease was erased", code="DP076", hint="take the next receipt")
-        return bytes(self._key)
+        return found
 
     def wipe(self) -> None:
         """Overwrite and drop the key (best effort)."""
-        if self._key is not None:
-            self._key[:] = bytes(len(self._key))
-            self._key = None
+        # Dropped first: an interrupt in between must not leave a key of zeros that works.
+        held, self._key = self._key, None
+        if held is not None:
+            held[:] = bytes(len(held))
 
     def __del__(self) -> None:
         # A key lives as long as its run's current lease or a receipt of it, and no longer.

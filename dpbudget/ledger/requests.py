@@ -108,10 +108,35 @@ def read_request(data: bytes) -> list[Wish]:
     return wishes
 
 
-def sign_request(data: bytes, owner: Signer) -> bytes:
-    """The same request with the owner's signatures, whatever signatures it had."""
+def sign_request(data: bytes, owner: Signer, state: LedgerState | None = None) -> bytes:
+    """The same request with the owner's signatures, whatever signatures it had.
+
+    Args:
+        data: the request.
+        owner: the present owner of the ledger.
+        state: the ledger that it is for, whose rules must admit what is signed; None leaves that to whoever applies it.
+
+    Raises:
+        Tampered: the rules refuse it (DP071, DP082).
+    """
     wishes = read_request(data)
-    return b"\n".join(sign_envelope(wish.payload, wish.payload_type, owner) for wish in wishes) + b"\n"
+    envelopes = [sign_envelope(wish.payload, wish.payload_type, owner) for wish in wishes]
+    if state is not None:
+        _write_wishes(wishes, envelopes, Draft(state))
+    return b"\n".join(envelopes) + b"\n"
+
+
+def _write_wishes(wishes: Sequence[Wish], envelopes: Sequence[bytes], draft: Draft) -> None:
+    """Draft what the owner signed, under the rules; a record must name its place."""
+    for wish, envelope in zip(wishes, envelopes, strict=True):
+        if wish.kind == "plan":
+            index = draft.state.portfolios[-1].index if draft.state.portfolios else 0
+            fields = {"run": wish.run_id, "statement": statement_digest(wish.payload), "portfolio": index}
+            draft.add("plan", seal=partial(_kept, envelope), **fields)
+        else:
+            if (wish.facts["seq"], wish.facts["prev"]) != (draft.state.size, draft.state.last.hex()):
+                raise _too_late()
+            draft.put(Entry(wish.payload, envelope), wish.kind)
 
 
 def check_place(wish: Wish, state: LedgerState) -> None:
@@ -210,15 +235,7 @@ def apply_request(journal: Journal, spending: SpendingFilter, data: bytes) -> st
     def write(draft: Draft) -> None:
         if draft.state.portfolios != seen.portfolios or draft.state.grants != seen.grants:
             raise _too_late()
-        for wish, envelope in zip(wishes, envelopes, strict=True):
-            if wish.kind == "plan":
-                index = draft.state.portfolios[-1].index if draft.state.portfolios else 0
-                fields = {"run": wish.run_id, "statement": statement_digest(wish.payload), "portfolio": index}
-                draft.add("plan", seal=partial(_kept, envelope), **fields)
-            else:
-                if (wish.facts["seq"], wish.facts["prev"]) != (draft.state.size, draft.state.last.hex()):
-                    raise _too_late()
-                draft.put(Entry(wish.payload, envelope), wish.kind)
+        _write_wishes(wishes, envelopes, draft)
 
     journal.transact(write)
     return None if plan is None else plan.run_id

@@ -46,7 +46,7 @@ from dpbudget.mechanisms import Adjacency
 from dpbudget.plan import Plan
 
 #: More runs and phases than anybody plans; they bound what a hostile file makes a reader keep.
-MAX_RUNS, MAX_ALL_PHASES, MAX_ALL_COSTS = 10_000, 100_000, 1_000_000
+MAX_RUNS, MAX_ALL_PHASES, MAX_ALL_COSTS = 10_000, 32_768, 1_000_000
 _DAMAGED = "stop spending from it, and compare it with an export, a backup or a signed head that was kept"
 
 
@@ -161,6 +161,11 @@ class Machine:
             charged=self._charged,
             phases=self._phases,
         )
+
+    @property
+    def trust(self) -> PublicKey | None:
+        """The key that is trusted from outside, if any."""
+        return self._begin.trust
 
     @property
     def trusted(self) -> bool:

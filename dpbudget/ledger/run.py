@@ -91,8 +91,6 @@ class Run:
             )
         self._held: _Held | None = None
         self._issued: list[_Issued] = []
-        # Weak: the key of a used-up lease dies with the last receipt that still needs it.
-        self._keys: weakref.WeakSet[LeaseKey] = weakref.WeakSet()
         # For threads; a signal handler gets through, and finds every step passed and every key known to close().
         self._lock = threading.RLock()
         self._closed = False
@@ -197,16 +195,21 @@ class Run:
         Raises:
             StorageFailed: the last settles could not be written; their steps stay charged all the same.
         """
-        if self._closed or self._journal.forked:
+        if self._journal.forked:
             # A forked child holds a copy of the run, whose keys are gone; its parent closes the original.
             return
         with self._lock:
             self._closed = True
-            for key in list(self._keys):
-                key.wipe()
-            held, self._held = self._held, None
-            if held is not None:
-                self._journal.transact(partial(self._write_close, held))
+            # Each time: what an interrupt left undone is done by the next call.
+            self._journal.wipe_keys(self.run_id)
+            # Of a ledger that is closed there is nothing to write to; what was issued stays charged.
+            if self._held is not None and not self._journal.closed:
+                try:
+                    self._journal.transact(partial(self._write_close, self._held))
+                except Exception:
+                    self._held = None
+                    raise
+                self._held = None
 
     def __enter__(self) -> Self:
         return self
@@ -256,8 +259,8 @@ class Run:
 
     def _take_lease(self) -> _Held:
         nonce, key = os.urandom(32), LeaseKey()
-        # Before the lease exists, so that whoever closes the run from now on wipes it.
-        self._keys.add(key)
+        # Before the lease exists, so that whoever closes the run or the ledger from now on wipes it.
+        self._journal.keys.setdefault(self.run_id, weakref.WeakSet()).add(key)
         taken: _Held | None = None
         while taken is None:
             state = self._journal.state
@@ -344,7 +347,8 @@ class Run:
 
     def _write_close(self, held: _Held, draft: Draft) -> None:
         self._write_issued(held, draft)
-        if held.next < held.end:
+        still_open = any(lease.first == held.first for lease in draft.state.runs[self.run_id].leases)
+        if held.next < held.end and still_open:
             draft.add("close", run=self.run_id, first=held.first, unspent=held.end - held.next)
 
     def _exhausted(self) -> PlanExhausted:

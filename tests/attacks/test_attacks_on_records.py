@@ -49,7 +49,7 @@ def _goes_on(state: LedgerState, tail: bytes) -> bool:
     reading, machine = ExportReading(io.BytesIO(tail)), Machine(state, remember=True)
     try:
         machine.feed(reading.entries())
-        check_head(machine.state(), reading.heads()[-1])
+        check_head(machine.state(), reading.newest() or b"")
     except Tampered:
         return False
     return True

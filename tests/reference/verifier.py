@@ -121,7 +121,7 @@ class Ledger:
         self.portfolios += ({"claim": None, **{n: r[n] and number(r[n]) for n in ("delta", "epsilon")}},)
         self.check_totals()
     def plan(self, r):
-        rdp, most = self.facts["filter"] == "rdp", min(10**5, 10**6 // len(self.allowances or "1"))
+        rdp, most = self.facts["filter"] == "rdp", min(32768, 10**6 // len(self.allowances or "1"))
         named = [{"name": "dpbudget-run/" + r["run"], "digest": {"sha256": self.hashes[0].hex()}}]
         kinds = text("https://in-toto.io/Statement/v1"), text(f"urn:dpbudget:{'rdp-' * rdp}plan:v1")
         forms = {"_type": kinds[0], "predicateType": kinds[1], "predicate": kind(dict), "subject": lambda v: v == named}

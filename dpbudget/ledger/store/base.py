@@ -16,8 +16,11 @@ class Reading(Protocol):
     def entries(self) -> Iterator[Entry]:
         """Every record, in order; once."""
 
-    def heads(self) -> tuple[bytes, ...]:
-        """The kept heads, oldest first, the newest included. Of an export: after its entries."""
+    def newest(self) -> bytes | None:
+        """The newest head. Of an export: after its entries."""
+
+    def heads(self) -> Iterator[bytes]:
+        """The kept heads, oldest first, the newest included; there may be hundreds of thousands."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Snapshot:
     def of(cls, reading: Reading) -> Snapshot:
         """All of a reading."""
         entries = tuple(reading.entries())
-        heads = reading.heads()
+        heads = tuple(reading.heads())
         return cls(entries, heads[-1] if heads else None, heads)
 
     def reading(self) -> Reading:
@@ -53,8 +56,11 @@ class _SnapshotReading:
     def entries(self) -> Iterator[Entry]:
         return iter(self._snapshot.entries)
 
-    def heads(self) -> tuple[bytes, ...]:
-        return self._snapshot.heads
+    def newest(self) -> bytes | None:
+        return self._snapshot.note
+
+    def heads(self) -> Iterator[bytes]:
+        return iter(self._snapshot.heads)
 
 
 class Transaction(Protocol):

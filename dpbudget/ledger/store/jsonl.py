@@ -33,11 +33,11 @@ def write_export(reading: Reading, file: BinaryIO) -> bytes:
         file.write(entry.line + b"\n")
         if entry.envelope is not None:
             file.write(entry.envelope + b"\n")
-    heads = reading.heads()
-    if not heads:
+    note = reading.newest()
+    if note is None:
         raise Tampered("a ledger without a signed head cannot be exported", code="DP070")
-    file.write(encode({"note": base64.b64encode(heads[-1]).decode("ascii")}) + b"\n")
-    return heads[-1]
+    file.write(encode({"note": base64.b64encode(note).decode("ascii")}) + b"\n")
+    return note
 
 
 class ExportReading:
@@ -45,7 +45,7 @@ class ExportReading:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._heads: tuple[bytes, ...] = ()
+        self._note: bytes | None = None
 
     def entries(self) -> Iterator[Entry]:
         """Every record, in order.
@@ -59,7 +59,7 @@ class ExportReading:
                 yield Entry(line)
                 continue
             if line.startswith(b'{"note":'):
-                self._heads = (_note(line),)
+                self._note = _note(line)
                 if next(lines, None) is not None:
                     raise Tampered("the export goes on after its signed head", code="DP082")
                 return
@@ -74,9 +74,14 @@ class ExportReading:
             first = False
         raise Tampered("the export has no signed head at its end: it was cut", code="DP082")
 
-    def heads(self) -> tuple[bytes, ...]:
+    def newest(self) -> bytes | None:
         """The head, once the entries were read."""
-        return self._heads
+        return self._note
+
+    def heads(self) -> Iterator[bytes]:
+        """The one head, once the entries were read."""
+        if self._note is not None:
+            yield self._note
 
 
 def read_export(data: bytes) -> Snapshot:

@@ -52,7 +52,7 @@ class MemoryStore:
 class _MemoryTransaction:
     def __init__(self, entries: list[Entry], heads: list[tuple[bytes, bool]]) -> None:
         self._entries, self._heads = entries, heads
-        self._added: tuple[Sequence[Entry], bytes, bool] | None = None
+        self._added: tuple[Sequence[Entry], bytes, int, bool] | None = None
 
     def read(self, start: int) -> tuple[Entry, ...]:
         return tuple(self._entries[start:])
@@ -61,11 +61,14 @@ class _MemoryTransaction:
         return self._heads[-1][0] if self._heads else None
 
     def append(self, entries: Sequence[Entry], note: bytes, *, size: int, keep: bool) -> None:
-        self._added = (entries, note, keep)
+        self._added = (entries, note, size - len(entries), keep)
 
     def commit(self) -> None:
         if self._added is not None:
-            entries, note, keep = self._added
+            entries, note, first, keep = self._added
+            if len(self._entries) != first:
+                # A signal handler of this thread, which the lock lets in.
+                raise StorageFailed("the ledger was used again in the middle of a transaction; nothing was released")
             self._entries.extend(entries)
             if self._heads and not self._heads[-1][1]:
                 self._heads.pop()

@@ -50,6 +50,7 @@ class PostgresStore(BoundStore):
         super().__init__(show_location(location))
         self._name = PostgresUrl.parse(location).name
         self._connection, self._busy_seconds = connection, busy_seconds
+        self._inside = False
         self._close = weakref.finalize(self, _close_in_owner, connection, os.getpid())
 
     @classmethod
@@ -99,11 +100,9 @@ class PostgresStore(BoundStore):
         errors = _driver()
         with self._lock:
             self._check_alive()
-            if self._connection.info.transaction_status == errors.pq.TransactionStatus.INTRANS:
-                # A signal handler of this thread: its rollback would undo the outer spend, and COMMIT still passes.
-                self._poison = "the ledger was used again in the middle of a transaction"
-                raise StorageFailed(f"{self.shown}: {self._poison}; nothing was released")
+            self._refuse_reentry()
             try:
+                self._inside = True
                 self._begin(errors)
                 yield _PostgresTransaction(self._connection, self._name)
                 self._check_alive()
@@ -126,20 +125,35 @@ class PostgresStore(BoundStore):
                 # Nothing was written yet, or the rules refused it: the database is as it was.
                 self._roll_back(errors)
                 raise
+            finally:
+                self._inside = False
 
     @contextmanager
     def reading(self) -> Iterator[PostgresReading]:
         """Everything, as of one moment."""
         with self._lock:
             self._check_alive()
-            with _database_errors(self.shown), _snapshot(self._connection):
-                yield PostgresReading(self._connection, self._name)
+            self._refuse_reentry()
+            try:
+                self._inside = True
+                with _database_errors(self.shown), _snapshot(self._connection):
+                    yield PostgresReading(self._connection, self._name)
+            finally:
+                self._inside = False
 
     def close(self) -> None:
         """Close the connection; harmless when repeated, and left alone in a forked child."""
         with self._lock:
+            self._refuse_reentry()
             self._close()
         self._poison = self._poison or "the store is closed"
+
+    def _refuse_reentry(self) -> None:
+        # A signal handler of this thread, which the lock lets in. The driver's own lock would not, and wait for itself;
+        # and a rollback here would undo the outer spend, whose COMMIT still passes.
+        if self._inside:
+            self._poison = "the ledger was used again in the middle of a transaction"
+            raise StorageFailed(f"{self.shown}: {self._poison}; nothing was released")
 
     def _begin(self, errors: ModuleType) -> None:
         milliseconds = max(1, int(self._busy_seconds * 1000))
@@ -174,10 +188,7 @@ class _PostgresTransaction:
         return _read_entries(self._connection, self._name, start)
 
     def note(self) -> bytes | None:
-        row = self._connection.execute(
-            "SELECT note FROM dpbudget.head WHERE ledger = %s ORDER BY size DESC LIMIT 1", (self._name,)
-        ).fetchone()
-        return None if row is None else bytes(row[0])
+        return _newest_head(self._connection, self._name)
 
     def append(self, entries: Sequence[Entry], note: bytes, *, size: int, keep: bool) -> None:
         first = size - len(entries)
@@ -207,12 +218,27 @@ class PostgresReading:
         """Every record, in order."""
         return _read_entries(self._connection, self._name, 0)
 
-    def heads(self) -> tuple[bytes, ...]:
-        """The kept heads, oldest first, the newest included."""
-        rows = self._connection.execute(
-            "SELECT substring(note for 1025) FROM dpbudget.head WHERE ledger = %s ORDER BY size", (self._name,)
+    def newest(self) -> bytes | None:
+        """The newest head."""
+        return _newest_head(self._connection, self._name)
+
+    def heads(self) -> Iterator[bytes]:
+        """The kept heads, oldest first, the newest included; a batch at a time."""
+        query = (
+            "SELECT size, substring(note for 1025) FROM dpbudget.head "
+            "WHERE ledger = %s AND size > %s ORDER BY size LIMIT %s"
         )
-        return tuple(bytes(note) for (note,) in rows)
+        after = -1
+        while rows := self._connection.execute(query, (self._name, after, _BATCH)).fetchall():
+            yield from (bytes(note) for _, note in rows)
+            after = rows[-1][0]
+
+
+def _newest_head(connection: psycopg.Connection[Any], name: str) -> bytes | None:
+    row = connection.execute(
+        "SELECT substring(note for 1025) FROM dpbudget.head WHERE ledger = %s ORDER BY size DESC LIMIT 1", (name,)
+    ).fetchone()
+    return None if row is None else bytes(row[0])
 
 
 @contextmanager

@@ -19,17 +19,19 @@ _URL = re.compile(
     r"(?P<scheme>postgres(?:ql)?://)"
     r"(?:(?P<user>[A-Za-z0-9._~%+-]*)(?::(?P<password>[^@/?#\s]*))?@)?"
     rf"(?P<hosts>{_HOST}(?:,{_HOST})*)"
-    r"(?P<database>/[A-Za-z0-9._~%-]*)?"
+    r"(?P<database>/[A-Za-z0-9._~-]*)?"
     r"(?:\?(?P<query>[^#\s@]*))?"
     r"(?:#(?P<name>.*))?",
     re.ASCII,
 )
+_LOOKALIKE = re.compile(r"://|^\s*(?:postgres\w*|pgsql|psql|jdbc)\s*:|password\s*=", re.IGNORECASE)
 #: Parameters that hold no secret; every other one, however it is spelt, is left out of what is shown.
 _SHOWN = frozenset(
     ("host", "hostaddr", "port", "dbname", "user", "sslmode", "sslrootcert", "application_name", "connect_timeout",
      "target_session_attrs", "channel_binding", "gssencmode", "keepalives", "keepalives_idle", "keepalives_interval",
      "keepalives_count", "service")
 )  # fmt: skip
+_NAME_OF_DATABASE = re.compile(r"[A-Za-z0-9._~-]*", re.ASCII)
 _PLAIN = re.compile(r"[A-Za-z0-9._~,:/%+-]*", re.ASCII)
 
 
@@ -77,8 +79,23 @@ class PostgresUrl:
 
 
 def is_database(location: object) -> bool:
-    """Whether a location is a PostgreSQL URL."""
-    return isinstance(location, str) and location.startswith(_SCHEMES)
+    """Whether a location is a PostgreSQL URL.
+
+    Raises:
+        InvalidParameter: it looks like a URL or a connection string of another kind, which is no path and may hold a
+            password (DP070).
+    """
+    text = location if isinstance(location, str) else ""
+    if text.startswith(_SCHEMES):
+        return True
+    if _LOOKALIKE.search(text):
+        raise InvalidParameter(
+            "the location looks like that of a database, but not in the one form that is known; it is not shown, since "
+            "it may hold a password",
+            code="DP070",
+            hint="write postgresql://user@host/database#name, or name a file without :// and password= in its name",
+        )
+    return False
 
 
 def show_location(location: str) -> str:
@@ -99,4 +116,6 @@ def _shown(found: re.Match[str]) -> str:
 
 def _harmless(item: str) -> bool:
     key, equals, value = item.partition("=")
-    return equals == "=" and key in _SHOWN and _PLAIN.fullmatch(value) is not None
+    # libpq takes a dbname that looks like a connection string for one.
+    plain = _PLAIN if key != "dbname" else _NAME_OF_DATABASE
+    return equals == "=" and key in _SHOWN and plain.fullmatch(value) is not None

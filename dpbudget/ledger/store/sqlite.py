@@ -247,8 +247,7 @@ class _SqliteTransaction:
             begun.close()
 
     def note(self) -> bytes | None:
-        row = self._connection.execute("SELECT note FROM head ORDER BY size DESC LIMIT 1").fetchone()
-        return None if row is None else _blob(row[0])
+        return _newest_head(self._connection)
 
     def append(self, entries: Sequence[Entry], note: bytes, *, size: int, keep: bool) -> None:
         self.wrote = True
@@ -264,7 +263,7 @@ class SqliteReading:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
-        self._begun: list[Generator[Entry]] = []
+        self._begun: list[Generator[Any]] = []
 
     def entries(self) -> Iterator[Entry]:
         """Every record, in order."""
@@ -276,9 +275,14 @@ class SqliteReading:
         for begun in self._begun:
             begun.close()
 
-    def heads(self) -> tuple[bytes, ...]:
+    def newest(self) -> bytes | None:
+        """The newest head."""
+        return _newest_head(self._connection)
+
+    def heads(self) -> Iterator[bytes]:
         """The kept heads, oldest first, the newest included."""
-        return _read_heads(self._connection)
+        self._begun.append(_read_heads(self._connection))
+        return self._begun[-1]
 
 
 def _read_entries(connection: sqlite3.Connection, start: int) -> Generator[Entry]:
@@ -298,15 +302,20 @@ def _entries_of(rows: Iterable[tuple[Any, Any, Any]], start: int) -> Generator[E
         yield Entry(line, envelope)
 
 
-def _read_heads(connection: sqlite3.Connection) -> tuple[bytes, ...]:
-    """The newest head and all that were kept."""
-    heads, total = [], 0
-    for (note,) in connection.execute("SELECT note FROM head ORDER BY size"):
-        heads.append(_blob(note))
-        total += len(heads[-1])
-        if total > MAX_TOTAL_BYTES:
-            raise Tampered(f"the heads hold more than {MAX_TOTAL_BYTES} bytes", code="DP082")
-    return tuple(heads)
+def _newest_head(connection: sqlite3.Connection) -> bytes | None:
+    row = connection.execute("SELECT note FROM head ORDER BY size DESC LIMIT 1").fetchone()
+    return None if row is None else _blob(row[0])
+
+
+def _read_heads(connection: sqlite3.Connection) -> Generator[bytes]:
+    """All heads that were kept, the newest included, one at a time."""
+    total = 0
+    with closing(connection.execute("SELECT note FROM head ORDER BY size")) as rows:
+        for (note,) in rows:
+            total += len(_blob(note))
+            if total > MAX_TOTAL_BYTES:
+                raise Tampered(f"the heads hold more than {MAX_TOTAL_BYTES} bytes", code="DP082")
+            yield note
 
 
 def _blob(value: Any) -> bytes:

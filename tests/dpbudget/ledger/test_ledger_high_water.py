@@ -13,6 +13,7 @@ from ledgerkit import OWNER, make_ledger, make_plan, reopen
 from dpbudget.errors import Tampered
 from dpbudget.ledger.head import Head
 from dpbudget.ledger.high_water import HighWater, state_folder
+from dpbudget.ledger.journal import Journal
 from dpbudget.ledger.ledger import Ledger
 from dpbudget.ledger.store.reader import read_ledger
 from dpbudget.ledger.store.sqlite import _SqliteTransaction
@@ -141,11 +142,44 @@ def test_a_slower_process_does_not_lower_the_mark(tmp_path: Path) -> None:
     assert marks.known(ledger_id) == (7, "02" * 32)
 
 
-def test_two_copies_that_commit_at_the_same_moment_are_told_apart(tmp_path: Path) -> None:
-    marks = HighWater(tmp_path / "heads")
-    marks.raise_to("ab" * 32, head_of(5, "01"))
-    with pytest.raises(Tampered, match="at the same time"):
-        marks.raise_to("ab" * 32, head_of(5, "02"))
+@pytest.mark.parametrize("first", ["lease", "two notes"])
+@pytest.mark.parametrize("second", ["lease", "two notes"])
+def test_of_two_copies_that_were_checked_at_the_same_moment_one_releases_nothing(
+    first: str, second: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever remembers its head second meets the mark of the other, be it smaller, equal or larger."""
+    path, copy = tmp_path / "ledger", tmp_path / "copy"
+    run_id = signed(path)
+    shutil.copy(path, copy)
+    monkeypatch.setattr(Journal, "_new_mark", lambda journal: None)  # neither has seen the other yet
+
+    def go_on(ledger: Ledger, how: str, event: str) -> None:
+        if how == "lease":
+            ledger.start(run_id, lease_steps=1).next_receipt()
+        else:
+            ledger._journal.transact(lambda draft: [draft.add("note", event=event) for _ in range(2)])
+
+    with reopen(path) as true, reopen(copy) as other:
+        go_on(true, first, "checked")
+        with pytest.raises(Tampered) as caught:
+            go_on(other, second, "published")
+        assert caught.value.code == "DP079"
+
+
+def test_a_mark_that_can_be_read_and_not_written_costs_no_second_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger"
+    run_id = signed(path)
+    starts: list[int] = []
+    read = _SqliteTransaction.read
+    monkeypatch.setattr(_SqliteTransaction, "read", lambda self, start: starts.append(start) or read(self, start))
+    monkeypatch.setattr(HighWater, "_raise", lambda marks, ledger_id, mark: None)
+    with reopen(path) as ledger, ledger.start(run_id, lease_steps=1) as run:
+        for _ in range(5):
+            run.next_receipt()
+    assert len(starts) >= 5
+    assert 0 not in starts
 
 
 def test_a_mark_whose_lock_is_held_for_ever_stops_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sqlite3
 import sys
@@ -13,11 +14,14 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from ledgerkit import OWNER, make_ledger, make_plan, reopen
+from ledgerkit import OWNER, make_ledger, make_plan, reopen, snapshot_in
 
 from dpbudget.errors import InvalidParameter, PrivacyViolation, ReceiptSpent, StorageFailed
 from dpbudget.ledger.entries import read
+from dpbudget.ledger.journal import replay
+from dpbudget.ledger.ledger import Ledger
 from dpbudget.ledger.receipt import LeaseKey, Receipt
+from dpbudget.ledger.run import Run
 from dpbudget.ledger.store.reader import read_ledger
 
 PLACES = {
@@ -25,6 +29,8 @@ PLACES = {
     ("run.py", "_take_lease"),
     ("run.py", "_write_lease"),
     ("run.py", "_write_issued"),
+    ("run.py", "close"),
+    ("run.py", "_write_close"),
     ("journal.py", "transact"),
     ("sqlite.py", "transaction"),
     ("sqlite.py", "_begin"),
@@ -149,7 +155,10 @@ class Handler(Tracer):
 def handled_at(target: int, path: Path, what: str) -> tuple[bool, list[Receipt], Receipt | None]:
     """Whether the handler ran, all receipts that anybody got, and the one of the step that it ran in."""
     ledger = reopen(path, high_water=False)
-    run = ledger.start(next(iter(ledger.state.runs)), lease_steps=2)
+    return handled_in(ledger, ledger.start(next(iter(ledger.state.runs)), lease_steps=2), target, what)
+
+
+def handled_in(ledger: Ledger, run: Run, target: int, what: str) -> tuple[bool, list[Receipt], Receipt | None]:
     use = {"next_receipt": run.next_receipt, "close": run.close, "close the ledger": ledger.close}[what]
     receipts, last = [run.next_receipt(), run.next_receipt()], None
     handler, previous = Handler(target, use), sys.gettrace()
@@ -160,9 +169,10 @@ def handled_at(target: int, path: Path, what: str) -> tuple[bool, list[Receipt],
     finally:
         sys.settrace(previous)
     receipts += [receipt for receipt in (*handler.got, last) if isinstance(receipt, Receipt)]
-    with suppress(PrivacyViolation, InvalidParameter):
+    with suppress(PrivacyViolation, InvalidParameter, StorageFailed):
         receipts += list(run)
-    ledger.close()
+    with suppress(StorageFailed):
+        ledger.close()
     return handler.seen >= target, receipts, last
 
 
@@ -186,6 +196,65 @@ def test_a_signal_handler_in_the_middle_of_a_step_gets_no_step_twice(
             break
         trials += 1
     assert trials > 100 // stride
+
+
+@pytest.mark.parametrize("what", ["next_receipt", "close", "close the ledger"])
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_ledger_in_memory_is_no_different(stride: int, what: str) -> None:
+    trials = 0
+    for target in range(1, 3000, stride):
+        ledger = make_ledger()
+        run = ledger.start(ledger.sign_plan(make_plan(5), owner=OWNER), lease_steps=2)
+        ran, receipts, _ = handled_in(ledger, run, target, what)
+        steps = [receipt.step for receipt in receipts]
+        assert len(set(steps)) == len(steps) <= ledger.state.charged
+        replay(snapshot_in(ledger).entries, snapshot_in(ledger).note, OWNER.public)
+        if not ran:
+            break
+        trials += 1
+    assert trials > 100 // stride
+
+
+def test_a_close_that_is_interrupted_is_finished_by_the_next_one(signed: Path, tmp_path: Path) -> None:
+    path, hits = tmp_path / "ledger", 0
+    for target in range(1, 400):
+        shutil.copy(signed, path)
+        ledger = reopen(path, high_water=False)
+        run = ledger.start(next(iter(ledger.state.runs)), lease_steps=2)
+        receipt, tracer, previous = run.next_receipt(), Tracer(target), sys.gettrace()
+        sys.settrace(tracer)
+        try:
+            run.close()
+        except Interrupt:
+            hits += 1
+        finally:
+            sys.settrace(previous)
+        run.close()
+        assert not usable(receipt)
+        ledger.close()
+        assert [record for entry in read_ledger(path).entries if (record := read(entry.line))["type"] == "close"]
+        if tracer.seen < target:
+            break
+    assert hits > 20
+
+
+def test_a_run_that_nobody_holds_is_closed_with_its_ledger(signed: Path, tmp_path: Path) -> None:
+    shutil.copy(signed, tmp_path / "ledger")
+    ledger = reopen(tmp_path / "ledger", high_water=False)
+    receipt = ledger.start(next(iter(ledger.state.runs)), lease_steps=2).next_receipt()
+    gc.collect()
+    ledger.close()
+    assert not usable(receipt)
+
+
+def test_a_key_that_is_erased_while_it_is_read_gives_nothing() -> None:
+    key = LeaseKey()
+    held = key._key
+    assert held is not None
+    key.wipe()
+    assert held == bytes(32)
+    with pytest.raises(ReceiptSpent, match="erased"):
+        key.reveal()
 
 
 def usable(receipt: Receipt) -> bool:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dpbudget.errors import InvalidParameter
 from dpbudget.ledger.ledger import Ledger
+from dpbudget.ledger.store.locate import create_store, open_store
 from dpbudget.ledger.store.postgres_url import PostgresUrl, is_database, show_location
 
 psycopg = pytest.importorskip("psycopg")
@@ -84,6 +85,26 @@ def test_a_parameter_that_libpq_does_not_know_is_not_shown() -> None:
     with pytest.raises(InvalidParameter) as caught:
         Ledger.open(location)
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "location",
+    [f"postgresql+psycopg://me:{SECRET}@db/x", f"Postgresql://me:{SECRET}@db/x", f"pgsql://me:{SECRET}@db/x",
+     f" postgresql://me:{SECRET}@db/x", f"jdbc:postgresql://db/x?password={SECRET}", f"host=db password={SECRET}",
+     f"dbname=x PASSWORD = {SECRET}", f"sslpassword={SECRET}", f"mysql://me:{SECRET}@db/x"],
+)  # fmt: skip
+def test_what_looks_like_another_databases_location_is_no_path(location: str, tmp_path: Path) -> None:
+    for use in (create_store, open_store, is_database):
+        with pytest.raises(InvalidParameter) as caught:
+            use(location)
+        assert SECRET not in str(caught.value)
+        assert "postgresql://user@host/database#name" in caught.value.hint
+
+
+@pytest.mark.parametrize("where", ["?dbname={}", "/{}"])
+@pytest.mark.parametrize("inner", ["password%3Ds3cret", "postgresql://me:s3cret%40db/x"])
+def test_a_database_that_is_named_like_a_connection_string_is_not_shown(where: str, inner: str) -> None:
+    assert SECRET not in show_location("postgresql://db" + where.format(inner))
 
 
 def test_a_location_of_a_database_is_told_from_a_path() -> None:
