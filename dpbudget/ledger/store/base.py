@@ -41,8 +41,8 @@ class Snapshot:
     def of(cls, reading: Reading) -> Snapshot:
         """All of a reading."""
         entries = tuple(reading.entries())
-        heads = tuple(reading.heads())
-        return cls(entries, heads[-1] if heads else None, heads)
+        note = reading.newest()
+        return cls(entries, note, tuple(reading.heads()))
 
     def reading(self) -> Reading:
         """The same, record by record."""

@@ -334,7 +334,7 @@ def test_the_key_of_a_used_lease_dies_with_its_last_receipt() -> None:
     del old, key
     gc.collect()
     assert buffer == bytes(32)
-    assert len(run._keys) == 1
+    assert len(run._journal.keys[run.run_id]) == 1
 
 
 def test_receipts_and_keys_are_never_copied() -> None:
