@@ -53,6 +53,7 @@ class ParameterGuard(TorchFunctionMode):
 
     Attributes:
         allowed: ids of the parameters whose layer is running now; kept by the engine.
+        functions: torch function -> what stands for it while a traced layer runs; kept by the engine.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], buffers: Iterable[Tensor]) -> None:
@@ -60,6 +61,7 @@ class ParameterGuard(TorchFunctionMode):
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._fixed = {id(buffer) for buffer in buffers}
         self.allowed: frozenset[int] = frozenset()
+        self.functions: Mapping[Callable[..., Any], Callable[..., Any]] = {}
 
     def __torch_function__(
         self,
@@ -74,6 +76,8 @@ class ParameterGuard(TorchFunctionMode):
             PrivacyViolation: (DP019) a trainable parameter was used directly.
         """
         kwargs = kwargs or {}
+        if self.functions and func in self.functions:
+            return self.functions[func](*args, **kwargs)  # answers for the parameters among its arguments itself
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor | list | tuple):
             return result  # shapes, types and numbers of elements carry no gradient
