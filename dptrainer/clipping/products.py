@@ -53,6 +53,27 @@ class Products(PerExample):
         return torch.bmm(self.grads[rows].transpose(1, 2), self.activations[rows])
 
 
+class Stacked(PerExample):
+    """Gradients of a weight whose rows, cut into blocks, were used by different products."""
+
+    def __init__(self, blocks: Sequence[PerExample]) -> None:
+        self.blocks = blocks
+        self.batch_size = blocks[0].batch_size
+        self.shape = torch.Size((sum(block.shape[0] for block in blocks), *blocks[0].shape[1:]))
+
+    def squared_norms(self) -> Tensor:
+        """See :class:`PerExample`."""
+        return torch.stack([block.squared_norms() for block in self.blocks]).sum(0)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """See :class:`PerExample`."""
+        return torch.cat([block.weighted_sum(weights) for block in self.blocks])
+
+    def dense(self, rows: slice) -> Tensor:
+        """See :class:`PerExample`."""
+        return torch.cat([block.dense(rows) for block in self.blocks], 1)
+
+
 def settled(parts: Sequence[PerExample]) -> list[PerExample]:
     """The contributions to one parameter, those that are products joined into one."""
     products = [part for part in parts if isinstance(part, Products)]

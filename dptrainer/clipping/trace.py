@@ -9,11 +9,10 @@ Any other use of the layer's parameters is refused by the guard, so that no part
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dpbudget.errors import PrivacyViolation
@@ -52,17 +51,17 @@ class Trace:
         rule = self._layer.rule
         return {} if rule is None else {function: partial(stand_in, self) for function, stand_in in rule.traced.items()}
 
-    def site(self, examples: Tensor, rows: int) -> Site:
+    def site(self, inputs: Sequence[Tensor], rows: int) -> Site:
         """Opens the record of one use of parameters.
 
         Args:
-            examples: an input that has one row per example, in whatever dimension.
-            rows: how many.
+            inputs: what the user gave; at least one of them has one row per example, in whatever dimension.
+            rows: how many rows.
 
         Raises:
-            PrivacyViolation: (DP030) the input is the same for all examples.
+            PrivacyViolation: (DP030) all inputs are the same for all examples.
         """
-        if depends_on_position_alone(examples) and rows != 1:
+        if rows != 1 and all(depends_on_position_alone(given) for given in inputs):
             raise PrivacyViolation(
                 f'layer "{self._layer.name}" is given positions that all examples share, so its rows are not examples.',
                 hint="name the module that does this in replay=[module].",
@@ -90,6 +89,10 @@ class Trace:
             )
         return self._names.get(id(parameter))
 
+    def trains(self, *parameters: Tensor | None) -> bool:
+        """Whether any of them is trained now."""
+        return any([self.name(parameter) is not None for parameter in parameters])
+
     def refuse(self, reason: str, hint: str, code: str = "DP019") -> PrivacyViolation:
         """An error that names the layer."""
         return PrivacyViolation(f'layer "{self._layer.name}": {reason}', hint=hint, code=code)
@@ -116,8 +119,3 @@ class Site:
     def answer(self, answer: Answer) -> None:
         """Says how contributions follow from the gradients of the taps."""
         self._call.answer = answer
-
-
-def uncast(device: torch.device) -> torch.autocast:
-    """Autocast off: a traced function computes in the type of its weights."""
-    return torch.autocast(device.type, enabled=False)

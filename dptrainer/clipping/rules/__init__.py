@@ -138,12 +138,13 @@ def rule_for(layer: nn.Module) -> Rule | None:
     return None
 
 
-from dptrainer.clipping.rules import conv, embedding, linear, norm, rnn  # noqa: E402  (they register themselves)
+from dptrainer.clipping.rules import attention, conv, embedding, linear, norm, rnn  # noqa: E402  (they register themselves)
 
 __all__ = [
     "LayerCall",
     "Rule",
     "RuleFunction",
+    "attention",
     "conv",
     "embedding",
     "linear",

@@ -79,11 +79,12 @@ class _Direction:
     weights: _Weights
     steps: Steps
     unsorted: Tensor | None
+    inputs: Sequence[Tensor]
 
     def run(self, rows: Tensor, initial: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """[N, d] and the initial states [B, H] -> [N, H] and the final states."""
         weights, steps = self.weights, self.steps
-        site = self.trace.site(rows, steps.batch)
+        site = self.trace.site(self.inputs, steps.batch)
         notes: dict[str, Tensor] = {}
         projected = site.tap(F.linear(rows, weights.w_ih, weights.bias(self.mode)))
         h0 = initial[0]
@@ -182,12 +183,14 @@ def recurrent(trace: Trace, data: Tensor, *arguments: Any) -> tuple[Tensor, ...]
         sequences = _Sequences.read(trace, data.to(kind), first if packed else None, not packed and bool(rest[6]))
         states = [state.to(kind) for state in (hx if mode == "LSTM" else (hx,))]
         rows, finals = sequences.rows, []
+        given = len(trace.args) + len(trace.kwargs) > 1  # initial states that PyTorch fills in are no one's
+        inputs = [data, *(hx if mode == "LSTM" else (hx,))] if given else [data]
         for layer in range(layers):
             outputs = []
             for way in range(directions):
                 index = layer * directions + way
                 steps = Steps(sequences.sizes, reverse=bool(way))
-                direction = _Direction(trace, mode, weights[index], steps, sequences.unsorted)
+                direction = _Direction(trace, mode, weights[index], steps, sequences.unsorted, inputs)
                 output, final = direction.run(rows, [state[index] for state in states])
                 outputs.append(output)
                 finals.append(final)
@@ -216,7 +219,7 @@ def _use(trace: Trace, weight: Tensor, bias: Tensor | None, given: Tensor, grad:
 def _projections(trace: Trace, given: Tensor, state: Tensor, weights: _Cell) -> tuple[Tensor, Tensor]:
     """Both projections of a cell, each tapped."""
     w_ih, w_hh, b_ih, b_hh = weights
-    site = trace.site(given, given.shape[0])
+    site = trace.site((given, state), given.shape[0])
     from_input = site.tap(F.linear(given.to(w_ih.dtype), w_ih, b_ih))
     from_state = site.tap(F.linear(state.to(w_hh.dtype), w_hh, b_hh))
     x, h = given.detach(), state.detach()
