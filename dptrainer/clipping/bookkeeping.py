@@ -319,6 +319,7 @@ class BookKeeping:
                 return None
             return None if self._traces(layer) else tap(session, module, layer, (args, kwargs), output, keep=True)
         if in_backward() and torch.is_grad_enabled():
+            self._recomputed(module, args, kwargs, output)  # its guard must not see what follows
             for parameter in layer.parameters.values():
                 parameter.requires_grad_(True)
             if self._traces(layer):

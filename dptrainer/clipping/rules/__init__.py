@@ -66,6 +66,8 @@ class Rule:
 
 
 _RULES: dict[type[nn.Module], Rule] = {}
+#: Rules of classes in libraries that are not imported here, by qualified name.
+_NAMED: dict[str, Rule] = {}
 
 
 def rule(*layers: type[nn.Module], parameters: tuple[str, ...] | None = None) -> Callable[[RuleFunction], RuleFunction]:
@@ -99,7 +101,7 @@ def rule(*layers: type[nn.Module], parameters: tuple[str, ...] | None = None) ->
 
 
 def traced_rule(
-    *layers: type[nn.Module],
+    *layers: type[nn.Module] | str,
     functions: Collection[Callable[..., Any]],
     parameters: Callable[[Any], Collection[str]],
     whole: bool = False,
@@ -111,14 +113,16 @@ def traced_rule(
 
     Args:
         *layers: classes whose ``forward`` uses its parameters through ``functions`` alone; the guard refuses the rest.
+            A class of a library that may not be installed is named, "package.module.Class".
         functions: the torch functions.
         parameters: layer -> names that it answers for; a layer with further ones is replayed instead.
         whole: the names are those of everything inside the layer.
     """
 
     def register(stand_in: Callable[..., Any]) -> Callable[..., Any]:
-        for layer in layers:
-            _RULES[layer] = Rule(None, parameters, dict.fromkeys(functions, stand_in), whole)
+        made = Rule(None, parameters, dict.fromkeys(functions, stand_in), whole)
+        _NAMED.update({layer: made for layer in layers if isinstance(layer, str)})
+        _RULES.update({layer: made for layer in layers if not isinstance(layer, str)})
         return stand_in
 
     return register
@@ -129,8 +133,8 @@ def rule_for(layer: nn.Module) -> Rule | None:
     if "forward" in vars(layer):
         return None
     for base in type(layer).__mro__:
-        if base in _RULES:
-            found = _RULES[base]
+        found = _RULES.get(base) or _NAMED.get(f"{base.__module__}.{base.__qualname__}")
+        if found is not None:
             if type(layer).forward is not base.forward:
                 return None
             own = {name for name, p in layer.named_parameters(recurse=found.whole) if p.requires_grad}
@@ -138,7 +142,7 @@ def rule_for(layer: nn.Module) -> Rule | None:
     return None
 
 
-from dptrainer.clipping.rules import attention, conv, embedding, linear, norm, rnn  # noqa: E402  (they register themselves)
+from dptrainer.clipping.rules import attention, conv, embedding, huggingface, linear, norm, rnn  # noqa: E402  (they register themselves)
 
 __all__ = [
     "LayerCall",
@@ -147,6 +151,7 @@ __all__ = [
     "attention",
     "conv",
     "embedding",
+    "huggingface",
     "linear",
     "norm",
     "rnn",

@@ -130,7 +130,8 @@ def _projected(trace: Trace, call: SimpleNamespace) -> tuple[Tensor, Tensor, Ten
         site = _site(trace, call)
         outputs = [site.tap(output) for output in outputs]
         seen = [given.detach() for given, _ in blocks]
-        site.answer(lambda grads: _projection_parts(trace, call, seen, grads))
+        sizes = [width * size for _, size in blocks]
+        site.answer(lambda grads: _projection_parts(trace, call, seen, sizes, grads))
     found = [part for output, (_, size) in zip(outputs, blocks, strict=True) for part in output.chunk(size, -1)]
     q, k, v = found
     if call.bias_k is not None and call.bias_v is not None:
@@ -139,23 +140,21 @@ def _projected(trace: Trace, call: SimpleNamespace) -> tuple[Tensor, Tensor, Ten
 
 
 def _projection_parts(
-    trace: Trace, call: SimpleNamespace, seen: Sequence[Tensor], grads: Sequence[Tensor | None]
+    trace: Trace,
+    call: SimpleNamespace,
+    seen: Sequence[Tensor],
+    sizes: Sequence[int],
+    grads: Sequence[Tensor | None],
 ) -> Parts:
     """Contributions of the three projections; in one weight they are blocks of its rows."""
     if all(grad is None for grad in grads):
         return
-    length, width = call.query.shape[0], call.embed_dim_to_check
-    batch = call.query.shape[1]
-    sizes = [3 * width // len(grads)] * len(grads) if len(grads) != 2 else [width, 2 * width]
-    like = next(grad for grad in grads if grad is not None)
+    # Where no gradient came (only the weights of the attention were used, not its values) it is zero.
     found = [
-        like.new_zeros(batch, length, size) if grad is None else grad.transpose(0, 1)
-        for grad, size in zip(grads, sizes, strict=True)
+        given.new_zeros(given.shape[1], given.shape[0], size, dtype=trace.dtype) if grad is None else grad.transpose(0, 1)
+        for grad, given, size in zip(grads, seen, sizes, strict=True)
     ]
-    inputs = [
-        given.new_zeros(batch, length, given.shape[2], dtype=trace.dtype) if grad is None else _by_example(trace, given)
-        for grad, given in zip(grads, seen, strict=True)
-    ]
+    inputs = [_by_example(trace, given) for given in seen]
     bias = trace.name(call.in_proj_bias)
     if bias is not None:
         yield bias, Dense(torch.cat([grad.sum(1) for grad in found], 1))

@@ -59,6 +59,10 @@ class _Weights:
             found.append(cls(w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) in (1, 3) else None))
         return found
 
+    def all(self) -> tuple[Tensor | None, ...]:
+        """All of them."""
+        return self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.w_hr
+
     def bias(self, mode: str) -> Tensor | None:
         """What is added to the projections of the input: both biases, but not that inside the product of a GRU."""
         if self.b_ih is None or self.b_hh is None:
@@ -84,12 +88,13 @@ class _Direction:
     def run(self, rows: Tensor, initial: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """[N, d] and the initial states [B, H] -> [N, H] and the final states."""
         weights, steps = self.weights, self.steps
-        site = self.trace.site(self.inputs, steps.batch)
+        site = self.trace.site(self.inputs, steps.batch) if self.trace.trains(*weights.all()) else None
+        tap: Callable[[Tensor], Tensor] = (lambda value: value) if site is None else site.tap
         notes: dict[str, Tensor] = {}
-        projected = site.tap(F.linear(rows, weights.w_ih, weights.bias(self.mode)))
+        projected = tap(F.linear(rows, weights.w_ih, weights.bias(self.mode)))
         h0 = initial[0]
         if self.mode == "LSTM":
-            shift = None if weights.w_hr is None else site.tap(rows.new_zeros(rows.shape[0], h0.shape[1]))
+            shift = None if weights.w_hr is None else tap(rows.new_zeros(rows.shape[0], h0.shape[1]))
             output, *final = recurrence.LSTM.apply(
                 projected, h0, initial[1], weights.w_hh, weights.w_hr, shift, steps, notes
             )
@@ -98,8 +103,9 @@ class _Direction:
             output, *final = recurrence.GRU.apply(projected, h0, weights.w_hh, b_hn, steps, notes)
         else:
             output, *final = recurrence.Elman.apply(projected, h0, weights.w_hh, self.mode == "RNN_RELU", steps, notes)
-        given = rows.detach()
-        site.answer(lambda grads: self._answer(given, notes, grads))
+        if site is not None:
+            given = rows.detach()
+            site.answer(lambda grads: self._answer(given, notes, grads))
         return output, final
 
     def _rows(self, padded: Tensor) -> Tensor:
@@ -149,6 +155,8 @@ class _Sequences:
             return cls(data, tuple(int(n) for n in batch_sizes), True, False, given.unsorted_indices)
         time_major = data.transpose(0, 1) if batch_first else data
         length, batch, width = time_major.shape
+        if length == 0:
+            raise ValueError("a sequence must have at least one step")
         return cls(time_major.reshape(length * batch, width), (batch,) * length, False, batch_first, None)
 
     def restore(self, rows: Tensor) -> Tensor:
