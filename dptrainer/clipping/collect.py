@@ -58,7 +58,7 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _ruled(call: Call, batch_size: int) -> dict[str, PerExample]:
     """What the layer's rule answers, with tensors wrapped."""
-    function, (grad,) = call.layer.rule and call.layer.rule.function, call.grads
+    function, (grad,) = None if call.layer.rule is None else call.layer.rule.function, call.grads
     activation = next((t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)), None)
     if function is None or grad is None or activation is None:
         raise PrivacyViolation(f'layer "{call.layer.name}" was called without a tensor.', code="DP019")

@@ -2,8 +2,8 @@
 
 A recurrent or attention layer uses several parameters in one call, so its input and output alone do not give their
 gradients. While such a layer runs in an open private batch, its own ``forward`` is unchanged, but the torch function
-that it calls (``torch.lstm``, ``F.multi_head_attention_forward``) is computed by the layer's rule, which taps the values
-in the middle. What the layer returns is the same up to rounding, dropout is drawn once, and nothing is computed twice.
+that it calls (``torch.lstm``, ``F.multi_head_attention_forward``) is computed by the layer's rule, which taps values in
+the middle. What the layer returns is the same up to rounding, dropout is drawn once, and nothing is computed twice.
 Any other use of the layer's parameters is refused by the guard, so that no part of a gradient is lost.
 """
 
@@ -47,7 +47,7 @@ class Trace:
         self.dtype = layer.sum_dtype
 
     def functions(self) -> dict[Callable[..., Any], Callable[..., Any]]:
-        """torch function -> what stands for it while the layer runs."""
+        """For each torch function, what stands for it while the layer runs."""
         rule = self._layer.rule
         return {} if rule is None else {function: partial(stand_in, self) for function, stand_in in rule.traced.items()}
 
@@ -91,7 +91,8 @@ class Trace:
 
     def trains(self, *parameters: Tensor | None) -> bool:
         """Whether any of them is trained now."""
-        return any([self.name(parameter) is not None for parameter in parameters])
+        names = [self.name(parameter) for parameter in parameters]  # each is looked at, so that none is lost
+        return any(name is not None for name in names)
 
     def refuse(self, reason: str, hint: str, code: str = "DP019") -> PrivacyViolation:
         """An error that names the layer."""

@@ -135,7 +135,7 @@ def rule_for(layer: nn.Module) -> Rule | None:
     for base in type(layer).__mro__:
         found = _RULES.get(base) or _NAMED.get(f"{base.__module__}.{base.__qualname__}")
         if found is not None:
-            if type(layer).forward is not base.forward:
+            if type(layer).forward is not getattr(base, "forward", None):
                 return None
             own = {name for name, p in layer.named_parameters(recurse=found.whole) if p.requires_grad}
             return found if found.parameters is None or own <= set(found.parameters(layer)) else None

@@ -28,10 +28,13 @@ _PARAMETERS = (
 )  # fmt: skip
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 _UNDERSTOOD = frozenset(
-    "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p "
-    "out_proj_weight out_proj_bias training key_padding_mask need_weights attn_mask use_separate_proj_weight "
-    "q_proj_weight k_proj_weight v_proj_weight average_attn_weights is_causal".split()
-)
+    {
+        "query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k",
+        "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training", "key_padding_mask",
+        "need_weights", "attn_mask", "use_separate_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight",
+        "average_attn_weights", "is_causal",
+    }
+)  # fmt: skip
 
 #: Contributions by local parameter name.
 Parts = Iterator[tuple[str, PerExample]]
@@ -151,7 +154,9 @@ def _projection_parts(
         return
     # Where no gradient came (only the weights of the attention were used, not its values) it is zero.
     found = [
-        given.new_zeros(given.shape[1], given.shape[0], size, dtype=trace.dtype) if grad is None else grad.transpose(0, 1)
+        given.new_zeros(given.shape[1], given.shape[0], size, dtype=trace.dtype)
+        if grad is None
+        else grad.transpose(0, 1)
         for grad, given, size in zip(grads, seen, sizes, strict=True)
     ]
     inputs = [_by_example(trace, given) for given in seen]
@@ -178,9 +183,7 @@ def _appended(trace: Trace, call: SimpleNamespace, rows: Tensor, extra: Tensor) 
     if name is not None:
         site = _site(trace, call)
         shared = site.tap(shared)
-        site.answer(
-            lambda grads: [] if grads[0] is None else [(name, Dense(grads[0].transpose(0, 1).unsqueeze(1)))]
-        )
+        site.answer(lambda grads: [] if grads[0] is None else [(name, Dense(grads[0].transpose(0, 1).unsqueeze(1)))])
     return torch.cat([rows, shared])
 
 
@@ -212,7 +215,7 @@ def _masks(call: SimpleNamespace) -> Tensor | None:
 
 def _heads(values: Tensor, heads: int) -> Tensor:
     """[L, N, E] -> [N, heads, L, E / heads]."""
-    return values.unflatten(2, (heads, -1)).permute(1, 2, 0, 3)
+    return values.reshape(*values.shape[:2], heads, -1).permute(1, 2, 0, 3)
 
 
 def _attend(

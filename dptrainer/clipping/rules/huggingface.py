@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @traced_rule("transformers.pytorch_utils.Conv1D", functions=(torch.addmm,), parameters=lambda _: ("weight", "bias"))
 def conv1d(trace: Trace, bias: Tensor, rows: Tensor, weight: Tensor, **options: Any) -> Tensor:
-    """bias + rows @ weight, where rows are the layer's input [B, ..., in] flattened to [B * ..., in].
+    """Gives bias + rows @ weight; rows are the layer's input [B, ..., in] flattened to [B * ..., in].
 
     Raises:
         PrivacyViolation: (DP019) the product is another one, as it might be in another version of the library.

@@ -11,6 +11,7 @@ PyTorch packs them, longest first: at step t the first ``sizes[t]`` rows are ali
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -70,6 +71,10 @@ class Steps:
         flat = padded.reshape(self.length * self.batch, padded.shape[2])
         return flat if self.uniform else flat[self._places.to(padded.device)]
 
+    def by_gate(self, padded: Tensor, gates: int) -> Tensor:
+        """[T, B, kH] -> a view [T, k, B, H]."""
+        return padded.view(self.length, self.batch, gates, -1).transpose(1, 2)
+
     def alive(self, steps: Tensor, dim: int = 0) -> list[Tensor]:
         """[T, ...] -> the T slices, cut to the rows that are alive; rows are dimension ``dim`` of a slice."""
         slices = steps.unbind(0)
@@ -98,10 +103,13 @@ class Steps:
         return after[lengths.to(after.device) - 1, torch.arange(self.batch, device=after.device)]
 
 
-def _gate_major(projected: Tensor, gates: int, steps: Steps) -> Tensor:
-    """[N, kH] -> a new [T, k, B, H]."""
-    padded = steps.pad(projected)
-    return padded.view(steps.length, steps.batch, gates, -1).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+def _gate_major(projected: Tensor, gates: int, steps: Steps, order: Sequence[int] | None = None) -> Tensor:
+    """[N, kH] -> a new [T, k, B, H], gates possibly in another order."""
+    padded = steps.by_gate(steps.pad(projected), gates)
+    made = padded.new_empty(padded.shape)
+    for place, gate in enumerate(order or range(gates)):
+        made[:, place] = padded[:, gate]
+    return made
 
 
 def _by_gate(weight: Tensor, gates: int) -> Tensor:
@@ -114,15 +122,24 @@ def _for_gates(states: Tensor, gates: int, steps: Steps) -> list[Tensor]:
     return steps.alive(states.unsqueeze(1).expand(-1, gates, -1, -1), dim=1)
 
 
-def _columns(buffer: Tensor, gates: int, steps: Steps) -> list[list[Tensor]]:
-    """[T, B, kH] -> for each gate, its T views [B, H]."""
-    return [steps.alive(part) for part in buffer.unflatten(2, (gates, -1)).unbind(2)]
-
-
 def _buffer(like: Tensor, width: int, steps: Steps) -> Tensor:
     """[T, B, width]; zeros where sequences have ended."""
     make = like.new_empty if steps.uniform else like.new_zeros
-    return make(steps.length, steps.batch, width)
+    made: Tensor = make(steps.length, steps.batch, width)
+    return made
+
+
+def _once(ctx: Any) -> tuple[Tensor, ...]:
+    """What forward saved, which backward overwrites.
+
+    Raises:
+        RuntimeError: it did so before.
+    """
+    if ctx.spent:
+        raise RuntimeError("a recurrent layer of a private batch can be differentiated once only")
+    ctx.spent = True
+    saved: tuple[Tensor, ...] = ctx.saved_tensors
+    return saved
 
 
 class LSTM(torch.autograd.Function):
@@ -138,25 +155,25 @@ class LSTM(torch.autograd.Function):
         steps: Steps, notes: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """One product and six element-wise operations a step."""
-        gates, weight = _gate_major(projected, 4, steps), _by_gate(w_hh, 4)
+        order = [0, 1, 3, 2]  # i, f, o, g: three to squash alike
+        gates, weight = _gate_major(projected, 4, steps, order), _by_gate(w_hh, 4)[order]
         before, after = steps.states(h0)
         c_before, c_after = steps.states(c0)
         squashed = _buffer(c0, c0.shape[1], steps)
         unprojected = after if w_hr is None else _buffer(c0, c0.shape[1], steps)
         whole, states = steps.alive(gates, 1), _for_gates(before, 4, steps)
-        two, (i, f, g, o) = steps.alive(gates[:, :2], 1), [steps.alive(gate) for gate in gates.unbind(1)]
+        three, (i, f, o, g) = steps.alive(gates[:, :3], 1), [steps.alive(gate) for gate in gates.unbind(1)]
         c_old, c_new, tanh_c, u, h = map(steps.alive, (c_before, c_after, squashed, unprojected, after))
         for t in steps.order:
             whole[t].baddbmm_(states[t], weight)
-            two[t].sigmoid_()
+            three[t].sigmoid_()
             g[t].tanh_()
-            o[t].sigmoid_()
             torch.mul(f[t], c_old[t], out=c_new[t]).addcmul_(i[t], g[t])
             torch.tanh(c_new[t], out=tanh_c[t])
             torch.mul(o[t], tanh_c[t], out=u[t])
             if w_hr is not None:
                 torch.mm(u[t], w_hr.t(), out=h[t])
-        ctx.steps = steps
+        ctx.steps, ctx.spent = steps, False
         ctx.save_for_backward(gates, c_before, squashed, w_hh, w_hr)
         notes["before"] = before
         if w_hr is not None:
@@ -164,22 +181,26 @@ class LSTM(torch.autograd.Function):
         return steps.pack(after).clone(), steps.final(after), steps.final(c_after)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Derivatives of all steps first; then a step is one product and six element-wise operations."""
-        gates, c_before, tanh_c, w_hh, w_hr = ctx.saved_tensors
+        """The slopes of all steps first; then a step is one product and seven element-wise operations."""
+        gates, c_before, tanh_c, w_hh, w_hr = _once(ctx)
         steps: Steps = ctx.steps
-        i, f, g, o = gates.unbind(1)
+        i, f, o, g = gates.unbind(1)
+        # In place of what is not needed any more: first touching 16 MB costs as much as twenty steps.
+        scratch = o * tanh_c
+        torch.addcmul(o, scratch, tanh_c, value=-1, out=tanh_c)  # o (1 - tanh^2 c)
+        torch.addcmul(scratch, scratch, o, value=-1, out=o)  # o (1 - o) tanh c
+        torch.mul(i, g, out=scratch)
+        torch.addcmul(i, scratch, g, value=-1, out=g)  # i (1 - g^2)
+        torch.addcmul(scratch, scratch, i, value=-1, out=i)  # i (1 - i) g
+        torch.addcmul(c_before, c_before, f, value=-1, out=c_before)  # (1 - f) c, the factor f follows in the loop
+        del scratch
         found = _buffer(gates, w_hh.shape[0], steps)
-        d_i, d_f, d_g, d_o = found.unflatten(2, (4, -1)).unbind(2)
-        torch.addcmul(i, i, i, value=-1, out=d_i).mul_(g)
-        torch.addcmul(f, f, f, value=-1, out=d_f).mul_(c_before)
-        torch.addcmul(o, o, o, value=-1, out=d_o).mul_(tanh_c)
-        torch.mul(g, g, out=d_g).neg_().add_(1).mul_(i)
-        d_tanh = torch.addcmul(o, o * tanh_c, tanh_c, value=-1)
-        two = steps.alive(found.unflatten(2, (4, -1))[:, :, :2].transpose(1, 2), 1)
-        _, _, to_g, to_o = _columns(found, 4, steps)
-        whole, to_c, forget = steps.alive(found), steps.alive(d_tanh), steps.alive(f)
+        columns = steps.by_gate(found, 4)
+        slope_ig, slope_f, slope_o = steps.alive(gates[:, ::3], 1), steps.alive(c_before), steps.alive(o)
+        to_ig, to_f, to_o = steps.alive(columns[:, 0:3:2], 1), steps.alive(columns[:, 1]), steps.alive(columns[:, 3])
+        whole, through, forget = steps.alive(found), steps.alive(tanh_c), steps.alive(f)
         incoming, shifted = steps.alive(steps.pad(grads[0])), _buffer(gates, w_hh.shape[1], steps)
         kept = steps.alive(shifted)
         dh, dc = grads[1].clone(), grads[2].clone()
@@ -191,11 +212,11 @@ class LSTM(torch.autograd.Function):
             if w_hr is not None:
                 kept[t].copy_(h)
                 u = h @ w_hr
-            c.addcmul_(u, to_c[t])
-            to_o[t].mul_(u)
-            two[t].mul_(c)
-            to_g[t].mul_(c)
+            c.addcmul_(u, through[t])
+            torch.mul(slope_o[t], u, out=to_o[t])
+            torch.mul(slope_ig[t], c, out=to_ig[t])
             c.mul_(forget[t])
+            torch.mul(slope_f[t], c, out=to_f[t])
             torch.mm(whole[t], w_hh, out=h)
         shift = None if w_hr is None else steps.pack(shifted)
         return steps.pack(found), dh, dc, None, None, shift, None, None
@@ -233,21 +254,20 @@ class GRU(torch.autograd.Function):
         return steps.pack(after).clone(), steps.final(after)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """As for the LSTM; the product sees the gradient of n times r."""
         gates, before, recurrent, w_hh = ctx.saved_tensors
         steps: Steps = ctx.steps
         r, z, n = gates.unbind(1)
         width = r.shape[2]
-        found, inner = _buffer(gates, 3 * width, steps), _buffer(gates, 3 * width, steps)
-        d_r, d_z, d_n = found.unflatten(2, (3, -1)).unbind(2)
+        slopes, inner = torch.empty_like(gates), _buffer(gates, 3 * width, steps)
+        d_r, d_z, d_n = slopes.unbind(1)
         torch.addcmul(z, z, z, value=-1, out=d_z).mul_(before - n)
         torch.mul(n, n, out=d_n).neg_().add_(1).mul_(1 - z)
         torch.addcmul(r, r, r, value=-1, out=d_r).mul_(recurrent).mul_(d_n)
-        inner[:, :, : 2 * width] = found[:, :, : 2 * width]
-        torch.mul(d_n, r, out=inner[:, :, 2 * width :])
-        seen = steps.alive(inner.unflatten(2, (3, -1)).transpose(1, 2), 1)
+        d_n.mul_(r)  # as the product with the state sees it
+        slope, to = steps.alive(slopes, 1), steps.alive(steps.by_gate(inner, 3), 1)
         every = steps.alive(inner)
         keep, incoming = steps.alive(z), steps.alive(steps.pad(grads[0]))
         totals = _buffer(gates, width, steps)
@@ -256,10 +276,11 @@ class GRU(torch.autograd.Function):
         for t in reversed(steps.order):
             h = dh if steps.uniform else dh[: steps.sizes[t]]
             torch.add(h, incoming[t], out=total[t])
-            seen[t].mul_(total[t])
+            torch.mul(slope[t], total[t], out=to[t])
             torch.mul(total[t], keep[t], out=h)
             h.addmm_(every[t], w_hh)
-        found.unflatten(2, (3, -1)).mul_(totals.unsqueeze(2))
+        # At the projections of the input the gradient of n is without r.
+        found = torch.cat([inner[:, :, : 2 * width], (1 - n.square()).mul_(1 - z).mul_(totals)], 2)
         return steps.pack(found), dh, None, None, None, None
 
 
@@ -282,7 +303,7 @@ class Elman(torch.autograd.Function):
         return steps.pack(after).clone(), steps.final(after)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """One product and two element-wise operations a step."""
         after, w_hh = ctx.saved_tensors

@@ -38,6 +38,12 @@ def _uses(trace: Trace, uses: Sequence[tuple[Tensor | None, Callable[[], PerExam
 # ---------------------------------------------------------------------- whole sequences
 
 
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> tuple[Tensor, ...]:
+    """The function's output and final states."""
+    found: tuple[Tensor, ...] = function.apply(*arguments)  # type: ignore[no-untyped-call]  # torch does not annotate it
+    return found
+
+
 @dataclass(frozen=True)
 class _Weights:
     """Parameters of one direction of one layer."""
@@ -95,14 +101,16 @@ class _Direction:
         h0 = initial[0]
         if self.mode == "LSTM":
             shift = None if weights.w_hr is None else tap(rows.new_zeros(rows.shape[0], h0.shape[1]))
-            output, *final = recurrence.LSTM.apply(
-                projected, h0, initial[1], weights.w_hh, weights.w_hr, shift, steps, notes
+            output, *final = _apply(
+                recurrence.LSTM, projected, h0, initial[1], weights.w_hh, weights.w_hr, shift, steps, notes
             )
         elif self.mode == "GRU":
             b_hn = None if weights.b_hh is None else weights.b_hh[2 * h0.shape[1] :]
-            output, *final = recurrence.GRU.apply(projected, h0, weights.w_hh, b_hn, steps, notes)
+            output, *final = _apply(recurrence.GRU, projected, h0, weights.w_hh, b_hn, steps, notes)
         else:
-            output, *final = recurrence.Elman.apply(projected, h0, weights.w_hh, self.mode == "RNN_RELU", steps, notes)
+            output, *final = _apply(
+                recurrence.Elman, projected, h0, weights.w_hh, self.mode == "RNN_RELU", steps, notes
+            )
         if site is not None:
             given = rows.detach()
             site.answer(lambda grads: self._answer(given, notes, grads))
@@ -111,7 +119,7 @@ class _Direction:
     def _rows(self, padded: Tensor) -> Tensor:
         """[T, B, w] -> [B, T, w] in the order of the batch, in the type of the sums."""
         by_example = padded.to(self.trace.dtype).transpose(0, 1)
-        return by_example if self.unsorted is None else by_example[self.unsorted]
+        return by_example.contiguous() if self.unsorted is None else by_example[self.unsorted]
 
     def _answer(self, given: Tensor, notes: dict[str, Tensor], grads: Sequence[Tensor | None]) -> Parts:
         if grads[0] is None:
@@ -220,7 +228,10 @@ def _use(trace: Trace, weight: Tensor, bias: Tensor | None, given: Tensor, grad:
     if grad is not None:
         yield from _uses(
             trace,
-            [(weight, lambda: Products(grad.unsqueeze(1), given.to(trace.dtype).unsqueeze(1))), (bias, lambda: Dense(grad))],
+            [
+                (weight, lambda: Products(grad.unsqueeze(1), given.to(trace.dtype).unsqueeze(1))),
+                (bias, lambda: Dense(grad)),
+            ],
         )
 
 

@@ -92,7 +92,9 @@ def test_a_recurrent_layer_with_examples_in_either_dimension(kind, options, batc
 
 @pytest.mark.parametrize("options", [{}, {"bias": False, "bidirectional": True}, {"num_layers": 2}], ids=str)
 def test_an_lstm_with_projections(options):
-    assert_equal_to_the_oracle(Sequences(nn.LSTM(3, 4, proj_size=2, batch_first=True, **options)), [torch.randn(5, 6, 3)])
+    assert_equal_to_the_oracle(
+        Sequences(nn.LSTM(3, 4, proj_size=2, batch_first=True, **options)), [torch.randn(5, 6, 3)]
+    )
 
 
 def test_a_relu_network():
@@ -110,7 +112,9 @@ def test_one_example_as_many_steps_as_examples_and_one_step(shape):
 def test_a_gradient_of_one_result_alone(kind, use):
     if use == ("state1",) and kind is not nn.LSTM:
         use = ("state",)
-    assert_equal_to_the_oracle(Sequences(kind(3, 4, 2, batch_first=True, bidirectional=True), use), [torch.randn(5, 6, 3)])
+    assert_equal_to_the_oracle(
+        Sequences(kind(3, 4, 2, batch_first=True, bidirectional=True), use), [torch.randn(5, 6, 3)]
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
