@@ -119,7 +119,7 @@ class _Direction:
     def _rows(self, padded: Tensor) -> Tensor:
         """[T, B, w] -> [B, T, w] in the order of the batch, in the type of the sums."""
         by_example = padded.to(self.trace.dtype).transpose(0, 1)
-        return by_example.contiguous() if self.unsorted is None else by_example[self.unsorted]
+        return by_example if self.unsorted is None else by_example[self.unsorted]
 
     def _answer(self, given: Tensor, notes: dict[str, Tensor], grads: Sequence[Tensor | None]) -> Parts:
         if grads[0] is None:
