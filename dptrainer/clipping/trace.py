@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dpbudget.errors import PrivacyViolation
-from dptrainer.clipping.guard import ParameterGuard, depends_on_position_alone
+from dptrainer.clipping.guard import ParameterGuard, depends_on_position_alone, tensors
 from dptrainer.clipping.layout import Layer
 from dptrainer.clipping.recording import Answer, Call, Session, hooked
 
@@ -49,7 +49,22 @@ class Trace:
     def functions(self) -> dict[Callable[..., Any], Callable[..., Any]]:
         """For each torch function, what stands for it while the layer runs."""
         rule = self._layer.rule
-        return {} if rule is None else {function: partial(stand_in, self) for function, stand_in in rule.traced.items()}
+        return {} if rule is None else {name: partial(self._run, stand_in) for name, stand_in in rule.traced.items()}
+
+    def _run(self, stand_in: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The stand-in's result; the guard has not looked at the arguments.
+
+        Raises:
+            PrivacyViolation: (DP019) a parameter of another layer is among them.
+        """
+        others = {id(p): name for name, p in self._session.trainable.items() if id(p) not in self._names}
+        for given in tensors((*args, *kwargs.values())):
+            if id(given) in others:
+                raise self.refuse(
+                    f'parameter "{others[id(given)]}" is one of its inputs, so that part of its gradient would be lost.',
+                    hint="call the layer that owns the parameter, or name the module that uses it in replay=[module].",
+                )
+        return stand_in(self, *args, **kwargs)
 
     def site(self, inputs: Sequence[Tensor], rows: int) -> Site:
         """Opens the record of one use of parameters.
@@ -59,8 +74,13 @@ class Trace:
             rows: how many rows.
 
         Raises:
-            PrivacyViolation: (DP030) all inputs are the same for all examples.
+            PrivacyViolation: (DP030) all inputs are the same for all examples; (DP019) one is a parameter.
         """
+        if any(id(given) in self._names for given in inputs):
+            raise self.refuse(
+                "one of its own parameters is its input, so that part of the gradient would be lost.",
+                hint="name the module that does this in replay=[module].",
+            )
         if rows != 1 and all(depends_on_position_alone(given) for given in inputs):
             raise PrivacyViolation(
                 f'layer "{self._layer.name}" is given positions that all examples share, so its rows are not examples.',

@@ -83,7 +83,8 @@ def _arguments(trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> S
 
 
 def _site(trace: Trace, call: SimpleNamespace) -> Site:
-    return trace.site((call.query, call.key, call.value), call.query.shape[1])
+    inputs = (call.query, call.key, call.value, call.key_padding_mask, call.attn_mask)
+    return trace.site([given for given in inputs if given is not None], call.query.shape[1])
 
 
 def _by_example(trace: Trace, values: Tensor) -> Tensor:

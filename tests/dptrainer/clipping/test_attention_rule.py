@@ -311,6 +311,24 @@ def test_positions_that_all_examples_share_are_not_examples():
     refused("DP030", lambda: engine._model(torch.randn(5, 5, 6)))
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_parameter_as_an_input_is_refused(own):
+    """Its gradient would be lost: the function that is replaced is not seen by the guard."""
+
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.attend = nn.Embedding(6, 6), nn.MultiheadAttention(6, HEADS, batch_first=True)
+
+        def forward(self, x):
+            mask = self.attend.out_proj.weight if own else self.table.weight
+            return self.attend(x, x, x, attn_mask=mask)[0] + self.table(torch.zeros(len(x), 6, dtype=torch.long))
+
+    engine = BookKeeping(Biased(), clip_norm=1.0)
+    engine.begin(4)
+    refused("DP019", lambda: engine._model(torch.randn(4, 6, 6)))
+
+
 def test_a_projection_that_was_replaced_is_replayed():
     class Low(nn.Linear):
         def __init__(self, given):

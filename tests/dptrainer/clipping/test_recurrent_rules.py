@@ -288,6 +288,28 @@ def test_the_weights_of_the_layer_used_directly_are_refused():
     assert "bias_ih_l0" in refused("DP019", lambda: engine._model(torch.randn(2, 5, 3)))
 
 
+def test_a_parameter_as_an_initial_state_is_refused():
+    class Started(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.start, self.layer = nn.Linear(4, 2), nn.GRU(3, 4, batch_first=True)
+
+        def forward(self, x):
+            output, _ = self.layer(x, self.start.weight.view(1, 2, 4) if self.viewed else self.start.weight)
+            return self.start(output)
+
+    for viewed in (True, False):
+        model = Started()
+        model.viewed = viewed
+        engine = BookKeeping(model, clip_norm=1.0)
+        engine.begin(1)
+        x = torch.randn(2, 5, 3) if viewed else torch.randn(5, 3)
+        if not viewed:
+            model.start = nn.Linear(4, 1)
+            engine.begin(1)
+        refused("DP019", lambda model=model, x=x: model(x))
+
+
 # ---------------------------------------------------------------------- checkpointing, copies, exceptions
 
 
