@@ -61,7 +61,7 @@ class Trace:
         for given in tensors((*args, *kwargs.values())):
             if id(given) in others:
                 raise self.refuse(
-                    f'parameter "{others[id(given)]}" is one of its inputs, so that part of its gradient would be lost.',
+                    f'parameter "{others[id(given)]}" is one of its inputs; that part of its gradient would be lost.',
                     hint="call the layer that owns the parameter, or name the module that uses it in replay=[module].",
                 )
         return stand_in(self, *args, **kwargs)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dpbudget.errors import PrivacyViolation
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -133,10 +135,14 @@ def _once(ctx: Any) -> tuple[Tensor, ...]:
     """What forward saved, which backward overwrites.
 
     Raises:
-        RuntimeError: it did so before.
+        PrivacyViolation: (DP031) it did so before.
     """
     if ctx.spent:
-        raise RuntimeError("a recurrent layer of a private batch can be differentiated once only")
+        raise PrivacyViolation(
+            "backward() reached a recurrent layer twice within one private step.",
+            hint="call backward() once per step.",
+            code="DP031",
+        )
     ctx.spent = True
     saved: tuple[Tensor, ...] = ctx.saved_tensors
     return saved

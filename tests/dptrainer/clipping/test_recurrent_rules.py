@@ -379,6 +379,16 @@ def test_autocast_computes_the_recurrence_in_the_type_of_the_weights():
     assert 0 < norm(engine.backward(values).grads) <= 0.4
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_backward_pass_is_refused(kind):
+    model = Sequences(kind(3, 4, batch_first=True))
+    engine = BookKeeping(model, clip_norm=1.0)
+    engine.begin(2)
+    loss = model(torch.randn(2, 5, 3)).sum()
+    loss.backward(retain_graph=True)
+    refused("DP031", loss.backward)
+
+
 def test_the_self_test_accepts_recurrent_layers():
     for kind in KINDS:
         self_test(Sequences(kind(3, 4, 2, dropout=0.3)), [torch.zeros(2, 6, 3)])
