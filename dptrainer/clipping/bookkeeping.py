@@ -11,9 +11,9 @@ behaves as if it had no hooks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,17 @@ from dptrainer.clipping.guard import BufferWatch, ParameterGuard
 from dptrainer.clipping.layout import Layer, layout
 from dptrainer.clipping.per_example import summed
 from dptrainer.clipping.recording import Hook, Session, in_backward, refuse_batch_norm, tap
+from dptrainer.clipping.trace import Trace
 from dptrainer.values import ClippedSum
+
+
+class Entered(NamedTuple):
+    """A layer that is running, and the guard as it was before."""
+
+    module: nn.Module
+    active: bool
+    allowed: frozenset[int]
+    functions: Mapping[Callable[..., Any], Callable[..., Any]]
 
 
 class BookKeeping:
@@ -69,7 +79,8 @@ class BookKeeping:
         self._guard: ParameterGuard | None = None
         self._watch: BufferWatch | None = None
         self._busy = False
-        self._stack: list[tuple[nn.Module, bool, frozenset[int]]] = []
+        self._stack: list[Entered] = []
+        self._recomputing: list[tuple[nn.Module, ParameterGuard]] = []
         self._refresh(trainable_parameters(model))
 
     @property
@@ -216,10 +227,12 @@ class BookKeeping:
         root = self._model
         add = self._handles.append
         add(root.register_forward_pre_hook(Hook(self._enter_model), with_kwargs=True, prepend=True))
-        for module in self._layers:
+        for module, layer in self._layers.items():
             add(module.register_forward_pre_hook(Hook(self._enter_layer), with_kwargs=True))
             # First among the forward hooks: the gradient is that of the layer's own output.
             add(module.register_forward_hook(Hook(self._leave_layer), with_kwargs=True, prepend=True))
+            if layer.rule is not None and layer.rule.traced:
+                add(module.register_forward_hook(Hook(self._recomputed), with_kwargs=True, always_call=True))
         add(root.register_forward_hook(Hook(self._leave_model), with_kwargs=True))
         add(root.register_forward_hook(Hook(self._always_restore), with_kwargs=True, always_call=True))
         self._signature = signature
@@ -259,20 +272,39 @@ class BookKeeping:
                 parameter.requires_grad_(True)
 
     def _inside_unit(self) -> bool:
-        return any(active and self._layers[module].rule is None for module, active, _ in self._stack)
+        return any(entered.active and self._layers[entered.module].rule is None for entered in self._stack)
 
     def _enter_layer(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._session is None or self._busy or module not in self._layers:
             return
         layer = self._layers[module]
         if self._guard is not None:
-            active = not self._inside_unit()
-            self._stack.append((module, active, self._guard.allowed))
-            self._guard.allowed = self._guard.allowed | layer.ids
+            active, guard = not self._inside_unit(), self._guard
+            self._stack.append(Entered(module, active, guard.allowed, guard.functions))
+            guard.functions = {}
+            if active and self._traces(layer):
+                guard.functions = Trace(self._session, module, layer, (args, kwargs), keep=True).functions()
+            else:
+                guard.allowed = guard.allowed | layer.ids
         elif in_backward():
             # Recomputation for gradient checkpointing must build the graph that was built first.
             for parameter in layer.parameters.values():
                 parameter.requires_grad_(False)
+            if self._traces(layer):
+                keep = module in self._session.recomputed
+                again = Trace(self._session, module, layer, (args, kwargs), keep=keep).guard()
+                again.__enter__()  # type: ignore[no-untyped-call]  # torch does not annotate it
+                self._recomputing.append((module, again))
+
+    @staticmethod
+    def _traces(layer: Layer) -> bool:
+        """Whether the layer's own functions are recorded, rather than its output."""
+        return layer.rule is not None and bool(layer.rule.traced) and torch.is_grad_enabled()
+
+    def _recomputed(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Ends the recomputation of a traced layer, also by an exception: torch leaves early when it has enough."""
+        if self._recomputing and self._recomputing[-1][0] is module:
+            self._recomputing.pop()[1].__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _leave_layer(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         session = self._session
@@ -285,17 +317,21 @@ class BookKeeping:
             if not torch.is_grad_enabled():
                 session.recomputed.add(module)
                 return None
-            return tap(session, module, layer, (args, kwargs), output, keep=True)
+            return None if self._traces(layer) else tap(session, module, layer, (args, kwargs), output, keep=True)
         if in_backward() and torch.is_grad_enabled():
+            self._recomputed(module, args, kwargs, output)  # its guard must not see what follows
             for parameter in layer.parameters.values():
                 parameter.requires_grad_(True)
+            if self._traces(layer):
+                return None
             return tap(session, module, layer, (args, kwargs), output, keep=module in session.recomputed)
         return None
 
     def _pop(self, module: nn.Module, guard: ParameterGuard) -> bool:
         """Leaves ``module``, and whatever inside it ended by an exception; whether its call is to be recorded."""
         while self._stack:
-            entered, active, guard.allowed = self._stack.pop()
-            if entered is module:
-                return active
+            entered = self._stack.pop()
+            guard.allowed, guard.functions = entered.allowed, entered.functions
+            if entered.module is module:
+                return entered.active
         return False

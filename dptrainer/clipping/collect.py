@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from dpbudget.errors import PrivacyViolation
-from dptrainer.clipping.engine import sum_dtype
 from dptrainer.clipping.per_example import Dense, PerExample
-from dptrainer.clipping.recording import Call, Session
+from dptrainer.clipping.products import settled
+from dptrainer.clipping.recording import Answer, Call, Session
 from dptrainer.clipping.replay import UnitCall, replay
 from dptrainer.clipping.rules import LayerCall
 
@@ -27,9 +29,7 @@ def contributions(session: Session) -> dict[str, list[PerExample]]:
         if all(grad is None for grad in call.grads):
             continue
         call.check_inputs_unchanged()
-        parts = _ruled(call, session.batch_size) if call.layer.rule else _replayed(call, session.batch_size)
-        for local, name in call.layer.names.items():
-            part = parts.get(local)
+        for local, part in _parts(call, session.batch_size):
             shape = call.layer.parameters[local].shape
             if part is None or part.shape != shape or part.batch_size != session.batch_size:
                 raise PrivacyViolation(
@@ -38,14 +38,18 @@ def contributions(session: Session) -> dict[str, list[PerExample]]:
                     hint="return a tensor [B, *parameter.shape] for every name in call.wanted.",
                     code="DP019",
                 )
-            found.setdefault(name, []).append(part)
-    return found
+            found.setdefault(call.layer.names[local], []).append(part)
+        if all(other.layer is not call.layer for other in session.calls):
+            found |= {name: settled(found[name]) for name in call.layer.names.values() if name in found}
+    return {name: settled(parts) for name, parts in found.items()}  # tied parameters may have been joined again
 
 
-def _dtype(call: Call) -> torch.dtype:
-    """Contributions are computed in float32 at least, in float64 if a parameter of the layer is."""
-    kinds = {sum_dtype(parameter) for parameter in call.layer.parameters.values()}
-    return torch.float64 if torch.float64 in kinds else torch.float32
+def _parts(call: Call, batch_size: int) -> Iterable[tuple[str, PerExample | None]]:
+    """Contributions by local name; a rule must answer for every parameter, a traced call for those it used."""
+    if call.answer is not None:
+        return _traced(call, call.answer, batch_size)
+    answered = _ruled(call, batch_size) if call.layer.rule else _replayed(call, batch_size)
+    return [(local, answered.get(local)) for local in call.layer.names]
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,23 +58,14 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _ruled(call: Call, batch_size: int) -> dict[str, PerExample]:
     """What the layer's rule answers, with tensors wrapped."""
-    rule, (grad,) = call.layer.rule, call.grads
+    function, (grad,) = None if call.layer.rule is None else call.layer.rule.function, call.grads
     activation = next((t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)), None)
-    if rule is None or grad is None or activation is None:
+    if function is None or grad is None or activation is None:
         raise PrivacyViolation(f'layer "{call.layer.name}" was called without a tensor.', code="DP019")
-    rows = grad.shape[0] if grad.dim() else 0
-    if rows != batch_size:
-        raise PrivacyViolation(
-            # Neither number is named: the size of a drawn batch is private.
-            f'layer "{call.layer.name}" has another number of rows than the batch has examples; what would be clipped '
-            "is a row, not an example.",
-            hint="keep the examples in dimension 0 (no flatten(0, 1), batch_first=True), and declare the true batch "
-            "size.",
-            code="DP030",
-        )
+    _check_rows(call, grad.shape[0] if grad.dim() else 0, batch_size)
     if activation.shape[0] == 1 and batch_size > 1:
         activation = activation.expand(batch_size, *activation.shape[1:])
-    dtype = _dtype(call)
+    dtype = call.layer.sum_dtype
     layer_call = LayerCall(
         name=call.layer.name,
         activation=_as(activation, dtype),
@@ -80,12 +75,30 @@ def _ruled(call: Call, batch_size: int) -> dict[str, PerExample]:
         args=call.args,
         kwargs=call.kwargs,
     )
-    answer = rule.function(call.module, layer_call)
+    answer = function(call.module, layer_call)
     return {name: part if isinstance(part, PerExample) else Dense(part) for name, part in answer.items()}
+
+
+def _traced(call: Call, answer: Answer, batch_size: int) -> Iterable[tuple[str, PerExample]]:
+    """What a traced call answers; only now, since a forward pass without backward may have any number of rows."""
+    _check_rows(call, call.rows, batch_size)
+    return answer([None if grad is None else _as(grad, call.layer.sum_dtype) for grad in call.grads])
+
+
+def _check_rows(call: Call, rows: int, batch_size: int) -> None:
+    if rows != batch_size:
+        raise PrivacyViolation(
+            # Neither number is named: the size of a drawn batch is private.
+            f'layer "{call.layer.name}" has another number of rows than the batch has examples; what would be clipped '
+            "is a row, not an example.",
+            hint="keep the examples in dimension 0 (no flatten(0, 1), batch_first=True), and declare the true batch "
+            "size.",
+            code="DP030",
+        )
 
 
 def _replayed(call: Call, batch_size: int) -> dict[str, PerExample]:
     """The unit run again, one example at a time."""
     unit = UnitCall(call.layer.name, call.args, call.kwargs, call.outputs, call.grads, batch_size)
     rows = replay(call.module, unit, call.layer.parameters)
-    return {name: Dense(_as(grads, _dtype(call))) for name, grads in rows.items()}
+    return {name: Dense(_as(grads, call.layer.sum_dtype)) for name, grads in rows.items()}

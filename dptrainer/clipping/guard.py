@@ -25,15 +25,15 @@ _POSITIONS = {torch.arange, torch.linspace, torch.range}
 _MARK = "_dptrainer_positions"
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among arguments, also inside lists, tuples and dicts of arguments."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+            yield from tensors(value)
         elif isinstance(value, dict):
-            yield from _tensors(value.values())
+            yield from tensors(value.values())
 
 
 def depends_on_position_alone(tensor: object) -> bool:
@@ -53,6 +53,7 @@ class ParameterGuard(TorchFunctionMode):
 
     Attributes:
         allowed: ids of the parameters whose layer is running now; kept by the engine.
+        functions: torch function -> what stands for it while a traced layer runs; kept by the engine.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], buffers: Iterable[Tensor]) -> None:
@@ -60,6 +61,7 @@ class ParameterGuard(TorchFunctionMode):
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._fixed = {id(buffer) for buffer in buffers}
         self.allowed: frozenset[int] = frozenset()
+        self.functions: Mapping[Callable[..., Any], Callable[..., Any]] = {}
 
     def __torch_function__(
         self,
@@ -74,12 +76,14 @@ class ParameterGuard(TorchFunctionMode):
             PrivacyViolation: (DP019) a trainable parameter was used directly.
         """
         kwargs = kwargs or {}
+        if self.functions and func in self.functions:
+            return self.functions[func](*args, **kwargs)  # answers for the parameters among its arguments itself
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor | list | tuple):
             return result  # shapes, types and numbers of elements carry no gradient
-        inputs = list(_tensors(args))
+        inputs = list(tensors(args))
         if kwargs:
-            inputs.extend(_tensors(kwargs.values()))
+            inputs.extend(tensors(kwargs.values()))
         fixed = True
         for tensor in inputs:
             key = id(tensor)
@@ -94,15 +98,15 @@ class ParameterGuard(TorchFunctionMode):
     @staticmethod
     def _carries(func: Callable[..., Any], result: Any) -> bool:
         """Whether a gradient could have flowed from the parameter into the result."""
-        return func not in _CUT and any(t.is_floating_point() or t.is_complex() for t in _tensors([result]))
+        return func not in _CUT and any(t.is_floating_point() or t.is_complex() for t in tensors([result]))
 
     @staticmethod
     def _mark(func: Callable[..., Any], given: bool, fixed: bool, inputs: list[Tensor], result: Any) -> None:
         if fixed and (given or func in _POSITIONS):
-            for tensor in _tensors([result]):
+            for tensor in tensors([result]):
                 setattr(tensor, _MARK, True)
         elif given and not fixed:
-            for tensor in _tensors([result]):  # an in-place operation may have written data into a marked tensor
+            for tensor in tensors([result]):  # an in-place operation may have written data into a marked tensor
                 now_examples(tensor)
 
     @staticmethod

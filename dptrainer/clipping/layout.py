@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -13,7 +14,7 @@ from dptrainer.clipping.rules import Rule, rule_for
 
 #: Never called themselves, or not with a batch: the module that holds them is the unit.
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict, ParametrizationList)
-#: Their forward reads the weights of their children directly.
+#: Their forward reads the weights of their children directly: where no rule fits them, they are one unit.
 _WHOLE = (nn.MultiheadAttention,)
 
 
@@ -35,6 +36,12 @@ class Layer:
     parameters: Mapping[str, nn.Parameter]
     ids: frozenset[int]
 
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """Contributions are computed in float32 at least, in float64 if a parameter of the layer is."""
+        double = any(parameter.dtype == torch.float64 for parameter in self.parameters.values())
+        return torch.float64 if double else torch.float32
+
 
 def layout(
     model: nn.Module, trainable: Mapping[str, nn.Parameter], replay: Iterable[nn.Module] = ()
@@ -54,17 +61,16 @@ def layout(
     units = _units(modules, global_names, list(replay))
     layers: dict[nn.Module, Layer] = {}
     for name, module in modules.items():
-        recurse = module in units
+        rule = None if module in units else rule_for(module)
+        recurse = module in units or (rule is not None and rule.whole)
         own = {
             local: parameter
             for local, parameter in module.named_parameters(recurse=recurse)
             if id(parameter) in global_names
         }
-        if own:
-            rule = None if recurse else rule_for(module)
-            if recurse or rule is not None:
-                names = {local: global_names[id(parameter)] for local, parameter in own.items()}
-                layers[module] = Layer(name, rule, names, own, frozenset(map(id, own.values())))
+        if own and (recurse or rule is not None):
+            names = {local: global_names[id(parameter)] for local, parameter in own.items()}
+            layers[module] = Layer(name, rule, names, own, frozenset(map(id, own.values())))
     return layers
 
 
@@ -79,7 +85,8 @@ def _units(modules: Mapping[str, nn.Module], trainable: Mapping[int, str], repla
     units = set(replay)
     for name, module in modules.items():
         if isinstance(module, _WHOLE) and any(id(p) in trainable for p in module.parameters()):
-            units.add(module)
+            if rule_for(module) is None:
+                units.add(module)
         elif any(id(p) in trainable for p in module.parameters(recurse=False)) and rule_for(module) is None:
             units.add(_holder(modules, name))
     return units

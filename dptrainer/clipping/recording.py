@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,10 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from dpbudget.errors import PrivacyViolation
 from dptrainer.clipping.guard import depends_on_position_alone, now_examples
 from dptrainer.clipping.layout import Layer
+from dptrainer.clipping.per_example import PerExample
+
+#: How a traced call answers: gradients of its tapped values (None where none came) -> contributions by local name.
+Answer = Callable[[Sequence[Tensor | None]], Iterable[tuple[str, PerExample]]]
 
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
@@ -190,6 +194,8 @@ class Call:
         self._versions = [(t, t._version) for t in self._input_tensors() if not t.is_inference()]
         self.outputs: list[Tensor] = []
         self.grads: list[Tensor | None] = []
+        self.answer: Answer | None = None  # of a traced layer
+        self.rows = 0
 
     def _input_tensors(self) -> list[Tensor]:
         leaves, _ = tree_flatten((self.args, dict(self.kwargs)))
@@ -241,7 +247,8 @@ class _Leaf(torch.autograd.Function):
         return None, None, None
 
 
-def _hooked(output: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+def hooked(output: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+    """The tensor, whose gradient is handed to ``receive``; it starts a graph where it had none."""
     if output.requires_grad:
         # A tensor hook sees the gradient of the value before any later in-place operation.
         output.register_hook(receive)  # type: ignore[no-untyped-call]  # torch does not annotate it
@@ -271,7 +278,7 @@ def tap(
     if layer.rule is not None:
         output = _per_example_output(session, layer, inputs, output)
         call.grads.append(None)
-        return _hooked(output, call.receiver(0))
+        return hooked(output, call.receiver(0))
     leaves, spec = tree_flatten(output)
     for position, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
@@ -279,7 +286,7 @@ def tap(
             call.grads.append(None)
             if leaf.is_floating_point():
                 # A copy: later in-place operations must not reach the output that the replay is compared with.
-                leaves[position] = _hooked(leaf.clone(), call.receiver(len(call.grads) - 1))
+                leaves[position] = hooked(leaf.clone(), call.receiver(len(call.grads) - 1))
     return tree_unflatten(leaves, spec)
 
 

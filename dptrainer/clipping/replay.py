@@ -1,8 +1,8 @@
 """Per-example gradients of a module without a rule: it is run again, under vmap or one example at a time.
 
-The module is a unit: everything inside it is differentiated together, so bare parameters, parametrisations, attention
-and recurrent layers are right without a rule. The replay must repeat what the forward pass computed; where it does not
-(dropout, an internal counter) it is refused.
+The module is a unit: everything inside it is differentiated together, so bare parameters, parametrisations and layers
+with a forward of their own are right without a rule. The replay must repeat what the forward pass computed; where it
+does not (dropout, an internal counter) it is refused.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ skipped. Extension is one file: see ``docs/extending.md``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,13 +49,25 @@ RuleFunction = Callable[[Any, LayerCall], Mapping[str, Tensor | PerExample]]
 
 @dataclass(frozen=True)
 class Rule:
-    """A registered rule and the parameter names that it answers for; ``None`` means all own parameters of the layer."""
+    """A registered rule.
 
-    function: RuleFunction
-    parameters: frozenset[str] | None
+    Attributes:
+        function: answers from the layer's input and the gradient of its output; None where the layer is traced.
+        parameters: names that it answers for, possibly by layer; None means all own parameters of the layer.
+        traced: torch function that the layer's forward calls -> what computes it and records, see
+            :mod:`dptrainer.clipping.trace`.
+        whole: it answers for the parameters of everything inside the layer too.
+    """
+
+    function: RuleFunction | None
+    parameters: Callable[[Any], Collection[str]] | None
+    traced: Mapping[Callable[..., Any], Callable[..., Any]] = field(default_factory=dict)
+    whole: bool = False
 
 
 _RULES: dict[type[nn.Module], Rule] = {}
+#: Rules of classes in libraries that are not imported here, by qualified name.
+_NAMED: dict[str, Rule] = {}
 
 
 def rule(*layers: type[nn.Module], parameters: tuple[str, ...] | None = None) -> Callable[[RuleFunction], RuleFunction]:
@@ -82,8 +94,36 @@ def rule(*layers: type[nn.Module], parameters: tuple[str, ...] | None = None) ->
 
     def register(function: RuleFunction) -> RuleFunction:
         for layer in layers:
-            _RULES[layer] = Rule(function, None if parameters is None else frozenset(parameters))
+            _RULES[layer] = Rule(function, None if parameters is None else lambda _: parameters)
         return function
+
+    return register
+
+
+def traced_rule(
+    *layers: type[nn.Module] | str,
+    functions: Collection[Callable[..., Any]],
+    parameters: Callable[[Any], Collection[str]],
+    whole: bool = False,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers what stands for a torch function while one of ``layers`` runs in a private batch.
+
+    The decorated function takes a :class:`~dptrainer.clipping.trace.Trace` and the arguments of the torch function,
+    computes the same result and records how the per-example gradients of all parameters among the arguments follow.
+
+    Args:
+        *layers: classes whose ``forward`` uses its parameters through ``functions`` alone; the guard refuses the rest.
+            A class of a library that may not be installed is named, "package.module.Class".
+        functions: the torch functions.
+        parameters: layer -> names that it answers for; a layer with further ones is replayed instead.
+        whole: the names are those of everything inside the layer.
+    """
+
+    def register(stand_in: Callable[..., Any]) -> Callable[..., Any]:
+        made = Rule(None, parameters, dict.fromkeys(functions, stand_in), whole)
+        _NAMED.update({layer: made for layer in layers if isinstance(layer, str)})
+        _RULES.update({layer: made for layer in layers if not isinstance(layer, str)})
+        return stand_in
 
     return register
 
@@ -93,15 +133,29 @@ def rule_for(layer: nn.Module) -> Rule | None:
     if "forward" in vars(layer):
         return None
     for base in type(layer).__mro__:
-        if base in _RULES:
-            found = _RULES[base]
-            if type(layer).forward is not base.forward:
+        found = _RULES.get(base) or _NAMED.get(f"{base.__module__}.{base.__qualname__}")
+        if found is not None:
+            if type(layer).forward is not getattr(base, "forward", None):
                 return None
-            own = {name for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
-            return found if found.parameters is None or own <= found.parameters else None
+            own = {name for name, p in layer.named_parameters(recurse=found.whole) if p.requires_grad}
+            return found if found.parameters is None or own <= set(found.parameters(layer)) else None
     return None
 
 
-from dptrainer.clipping.rules import conv, embedding, linear, norm  # noqa: E402  (they register themselves)
+from dptrainer.clipping.rules import attention, conv, embedding, huggingface, linear, norm, rnn  # noqa: E402  (they register themselves)
 
-__all__ = ["LayerCall", "Rule", "RuleFunction", "conv", "embedding", "linear", "norm", "rule", "rule_for"]
+__all__ = [
+    "LayerCall",
+    "Rule",
+    "RuleFunction",
+    "attention",
+    "conv",
+    "embedding",
+    "huggingface",
+    "linear",
+    "norm",
+    "rnn",
+    "rule",
+    "rule_for",
+    "traced_rule",
+]
