@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dptrainer.clipping.factory import deterministic_copy, self_test, synthetic_like
-from dptrainer.validate import isolation_test, seeded
+from dptrainer.isolation import isolation_test, seeded
 
 # What a model raises when it is not called in the way that the probe guesses.
 NOT_MY_CALL = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError)

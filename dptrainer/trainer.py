@@ -21,7 +21,7 @@ from dptrainer.noise.source import NoiseSource, SecureNoise
 from dptrainer.probe import probe, probe_loss
 from dptrainer.sampling import Indices, PoissonSampler, physical_batches
 from dptrainer.update import check_run, release
-from dptrainer.validate import check, check_step
+from dptrainer.validation import check, check_step
 from dptrainer.values import ClippedSum
 
 #: Called after each step with (steps released by this call, live epsilon or None); returning False stops the training.

@@ -243,6 +243,9 @@ class _Leaf(torch.autograd.Function):
 
 def _hooked(output: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
     if output.requires_grad:
+        if output._is_view():
+            # Of instance norm, for example: an in-place operation on a view gives it a new history, without our hook.
+            output = output.clone()
         # A tensor hook sees the gradient of the value before any later in-place operation.
         output.register_hook(receive)  # type: ignore[no-untyped-call]  # torch does not annotate it
         return output
