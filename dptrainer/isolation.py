@@ -16,7 +16,7 @@ from dptrainer.clipping.guard import buffer_guard
 
 
 def isolation_test(model: nn.Module, example: Sequence[Tensor], *, tolerance: float = 1e-5) -> None:
-    """Perturbs one synthetic example at a time and watches the outputs of the others. Run it before private data.
+    """Perturbs three synthetic examples, one at a time, and watches the outputs of the others: before private data.
 
     A test, not a proof: dependence that shows only for other values or shapes goes unseen. It runs a copy of the model
     with dropout off and leaves the model and the random streams as they were.
@@ -30,7 +30,8 @@ def isolation_test(model: nn.Module, example: Sequence[Tensor], *, tolerance: fl
         PrivacyViolation: (DP033) names the layer where one example first reaches another; (DP030) no output has one row
             per example; (DP013) a buffer changed.
     """
-    inputs = synthetic_like(example)
+    # Enough that places which a few examples share are scarce: experts with a capacity, the largest of a batch.
+    inputs = synthetic_like(example, at_least=7)
     batch = inputs[0].shape[0]
     twin = deterministic_copy(model)
     with torch.no_grad():
@@ -42,7 +43,7 @@ def isolation_test(model: nn.Module, example: Sequence[Tensor], *, tolerance: fl
                 hint="return tensors with the examples in dimension 0.",
                 code="DP030",
             )
-        for changed in range(batch):
+        for changed in (0, batch // 2, batch - 1):
             after = _trace(twin, [_perturbed(t, changed) for t in inputs], batch)
             reached = _first_difference(before, after, changed, tolerance)
             if reached is not None:
@@ -52,7 +53,7 @@ def isolation_test(model: nn.Module, example: Sequence[Tensor], *, tolerance: fl
                     f"({f'layer {name!r}' if name else 'in the model itself'}); clipping each gradient does not bound "
                     "one example's influence.",
                     hint="remove what mixes the examples of a batch (batch statistics, x.mean(0), attention over the "
-                    "batch).",
+                    "batch, layers that lack batch_first=True).",
                     code="DP033",
                 )
 
@@ -95,7 +96,7 @@ def _trace(model: nn.Module, inputs: Sequence[Tensor], batch: int) -> list[tuple
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
     try:
         with seeded(model):
-            model(*inputs)
+            model(*[tensor.clone() for tensor in inputs])  # the model may write into them
     finally:
         for handle in handles:
             handle.remove()

@@ -153,7 +153,7 @@ def make_private(
         replay: modules to differentiate as a whole, see :class:`~dptrainer.clipping.BookKeeping`.
         record_outputs: settle every step with a hash of its noisy sum.
         noise: adds the noise.
-        note: is told, once, about modules that are slow to clip.
+        note: is told, once, about modules that are slow to clip and about parameters that get no gradient.
 
     Raises:
         PrivacyViolation: model, optimizer or dataset cannot be trained privately; nothing was charged or changed.

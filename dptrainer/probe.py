@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dpbudget.errors import InvalidParameter, PrivacyViolation
+from dptrainer.clipping.engine import trainable_parameters
 from dptrainer.clipping.factory import deterministic_copy, self_test, synthetic_like
 from dptrainer.isolation import isolation_test, seeded
+from dptrainer.validation.problem import a_few
 
 # What a model raises when it is not called in the way that the probe guesses.
 NOT_MY_CALL = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError)
@@ -40,7 +42,7 @@ def probe_batch(
     Raises:
         PrivacyViolation: as :func:`probe`.
     """
-    if any(probe(model, args, replay, named=named) for args, named in _calls(batch)):
+    if any(probe(model, args, replay, named=named, note=note) for args, named in _calls(batch)):
         return True
     if note is not None:
         note("the model could not be called with synthetic inputs, so it was not tested for mixing examples.")
@@ -69,6 +71,7 @@ def probe(
     replay: Sequence[nn.Module] = (),
     *,
     named: Mapping[str, object] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> bool:
     """Test isolation and clipping of ``model(*inputs, **named)`` on synthetic inputs; False where that is not possible.
 
@@ -81,6 +84,7 @@ def probe(
         inputs: positional inputs with the right shapes and types; their values are not used.
         replay: as for :class:`~dptrainer.clipping.BookKeeping`.
         named: inputs by name, likewise.
+        note: is told which parameters get no gradient, if any.
 
     Raises:
         PrivacyViolation: one example reaches another's output (DP033), a buffer or an attribute follows the data
@@ -99,9 +103,48 @@ def probe(
                 return False
             isolation_test(model, example)
             if _draws_nothing(model, example):
-                self_test(model, example, replay=replay)
+                _clips_as_it_should(model, example, replay)
+            if note is not None:
+                _note_unused(model, example, note)
             return True
     return False
+
+
+def _clips_as_it_should(model: nn.Module, example: Sequence[Tensor], replay: Sequence[nn.Module]) -> None:
+    """The self-test of the engine, for a model that is known to run without it.
+
+    Raises:
+        PrivacyViolation: as :func:`~dptrainer.clipping.factory.self_test`, or it cannot run at all (DP030).
+    """
+    try:
+        self_test(model, example, replay=replay)
+    except NOT_MY_CALL as error:
+        if isinstance(error, PrivacyViolation | InvalidParameter):
+            raise
+        raise PrivacyViolation(
+            f"the model runs on synthetic inputs, but not while it is clipped: {error}",
+            hint="give every layer one row for each example; name a module that picks rows in replay=[module].",
+            code="DP030",
+        ) from error
+
+
+def _note_unused(model: nn.Module, example: Sequence[Tensor], note: Callable[[str], None]) -> None:
+    """Say which trainable parameters no output depends on: they work, but noise is all that they will ever get."""
+    twin = deterministic_copy(model)
+    parameters = trainable_parameters(twin)
+    with torch.enable_grad(), seeded(twin):
+        leaves = tree_leaves(twin(*_copies(synthetic_like(example))))
+        outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        weights = [torch.ones_like(leaf) for leaf in outputs]
+        if not outputs:
+            return
+        found = torch.autograd.grad(outputs, list(parameters.values()), weights, allow_unused=True)
+    unused = [name for name, gradient in zip(parameters, found, strict=True) if gradient is None]
+    if unused:
+        note(
+            f"DP015 {a_few(unused)} got no gradient from synthetic inputs; noise alone will move what stays without. "
+            "Fix: freeze it with requires_grad_(False), or remove it."
+        )
 
 
 def synthetic_examples(record: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -157,12 +200,17 @@ def _outputs(model: nn.Module, example: Sequence[Tensor], *earlier: Sequence[Ten
         try:
             for before in earlier:
                 with seeded(twin):
-                    twin(*before)
+                    twin(*_copies(before))
             with seeded(twin):
-                found = tree_leaves(twin(*example))
+                found = tree_leaves(twin(*_copies(example)))
         except NOT_MY_CALL:
             return None
     return [leaf.nan_to_num() for leaf in found if isinstance(leaf, Tensor)]
+
+
+def _copies(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Inputs that the model may write into."""
+    return [tensor.clone() for tensor in inputs]
 
 
 def _runs_repeatably(model: nn.Module, example: Sequence[Tensor]) -> bool:
@@ -195,7 +243,7 @@ def _draws_nothing(model: nn.Module, example: Sequence[Tensor]) -> bool:
     twin, inputs = deterministic_copy(model), synthetic_like(example)
     with torch.no_grad(), seeded(twin):
         try:
-            first, second = tree_leaves(twin(*inputs)), tree_leaves(twin(*inputs))
+            first, second = tree_leaves(twin(*_copies(inputs))), tree_leaves(twin(*_copies(inputs)))
         except NOT_MY_CALL:
             return False
     return _all_equal(*([t.nan_to_num() for t in leaves if isinstance(t, Tensor)] for leaves in (first, second)))

@@ -75,7 +75,7 @@ class PrivateTrainer:
         replay: modules to differentiate as a whole, see :class:`~dptrainer.clipping.BookKeeping`.
         record_outputs: settle every step with a hash of its noisy sum (about 2 ns a parameter).
         noise: adds the noise.
-        note: is told, once, about modules that are slow to clip.
+        note: is told, once, about modules that are slow to clip and about parameters that get no gradient.
 
     Raises:
         PrivacyViolation: model, optimizer or dataset cannot be trained privately; nothing was charged or changed.
@@ -103,7 +103,8 @@ class PrivateTrainer:
         self._records = Records(dataset, collate_fn)
         self._loss = PerExampleLoss(loss_fn)
         inputs, named, target = split_batch(self._records.synthetic())
-        tested = probe(model, inputs, replay, named=named) and probe_loss(model, self._loss, inputs, named, target)
+        tested = probe(model, inputs, replay, named=named, note=note)
+        tested = tested and probe_loss(model, self._loss, inputs, named, target)
         if not tested and note is not None:
             note("model and loss could not be run on synthetic records, so they were not tested for mixing examples.")
         self._model, self._optimizer, self._run = model, optimizer, run

@@ -64,8 +64,8 @@ def _ruled(call: Call, batch_size: int) -> dict[str, PerExample]:
             # Neither number is named: the size of a drawn batch is private.
             f'layer "{call.layer.name}" has another number of rows than the batch has examples; what would be clipped '
             "is a row, not an example.",
-            hint="keep the examples in dimension 0 (no flatten(0, 1), batch_first=True), and declare the true batch "
-            "size.",
+            hint="keep the examples in dimension 0 (no flatten(0, 1), batch_first=True), and give the model the whole "
+            "batch: physical_batch_size splits it.",
             code="DP030",
         )
     if activation.shape[0] == 1 and batch_size > 1:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_validate import NormAndActivation, old_weight_norm
+from test_validate import Gated, NormAndActivation, old_weight_norm
 from torch import nn
 
 import dptrainer
@@ -32,9 +32,7 @@ REPAIRED = {
     "frozen": lambda: block(nn.BatchNorm2d(8).requires_grad_(False)),
     "instance norm": lambda: block(nn.InstanceNorm2d(8, affine=True, track_running_stats=True)),
     "old weight norm": lambda: nn.Sequential(old_weight_norm(nn.Conv2d(2, 8, 3)), nn.Flatten(), nn.Linear(72, 3)),
-    "attention": lambda: nn.Sequential(
-        nn.Flatten(2), nn.Linear(25, 8), nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), nn.Dropout(0.5)
-    ),
+    "dropout in a replay": lambda: nn.Sequential(nn.Flatten(2), nn.Linear(25, 4), Gated(0.5), nn.Dropout(0.5)),
 }
 
 
