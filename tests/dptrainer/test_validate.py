@@ -3,6 +3,7 @@
 import re
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -328,3 +329,8 @@ def test_the_group_norm_that_is_proposed_for_a_batch_norm_is_not_constant_withou
     assert channels % groups == 0
     if channels > 1:
         assert nn.GroupNorm(groups, channels)(torch.randn(5, channels)).abs().max() > 0.1
+
+
+def test_the_page_of_what_trains_names_every_code_of_the_trainer():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "what-trains.md").read_text(encoding="utf-8")
+    assert {code for code in CODES if "DP010" <= code <= "DP034"} <= set(re.findall(r"DP\d{3}", page))
