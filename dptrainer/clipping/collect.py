@@ -57,7 +57,11 @@ def _ruled(call: Call, batch_size: int) -> dict[str, PerExample]:
     rule, (grad,) = call.layer.rule, call.grads
     activation = next((t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)), None)
     if rule is None or grad is None or activation is None:
-        raise PrivacyViolation(f'layer "{call.layer.name}" was called without a tensor.', code="DP019")
+        raise PrivacyViolation(
+            f'layer "{call.layer.name}" was called without a tensor.',
+            hint="give it its input as a tensor, or name the module that calls it in replay=[module].",
+            code="DP019",
+        )
     rows = grad.shape[0] if grad.dim() else 0
     if rows != batch_size:
         raise PrivacyViolation(

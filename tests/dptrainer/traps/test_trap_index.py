@@ -443,6 +443,17 @@ def test_what_the_trainer_does_not_offer_yet_is_tested_as_soon_as_it_does(file: 
     assert not offered or functions_in(file)
 
 
+def test_every_refusal_of_the_trainer_has_a_code_and_a_way_out() -> None:
+    lacking = []
+    for path in sorted((TESTS.parent / "dptrainer").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "PrivacyViolation":
+                named = {keyword.arg for keyword in node.keywords}
+                if not {"code", "hint"} <= named:
+                    lacking.append(f"{path.name}:{node.lineno}")
+    assert lacking == []
+
+
 def test_every_code_that_answers_a_mistake_is_explained_and_stands_in_a_test() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in TESTS.rglob("test_*.py") if path != Path(__file__))
     for code in {code for code, _ in MISTAKES.values() if code}:
