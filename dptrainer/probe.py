@@ -15,12 +15,19 @@ from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dptrainer.clipping.engine import trainable_parameters
 from dptrainer.clipping.factory import deterministic_copy, self_test, synthetic_like
 from dptrainer.isolation import isolation_test, seeded
+from dptrainer.state_probe import probe_state
 from dptrainer.validation.problem import a_few
 
 # What a model raises when it is not called in the way that the probe guesses.
 NOT_MY_CALL = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError)
 #: Synthetic records: a prime, so that it is not easily a divisor of another dimension.
 _ROWS = 7
+
+#: Said where no test was possible.
+UNTESTED = (
+    "the model could not be called with synthetic inputs, or does not repeat itself on them (random numbers from "
+    "elsewhere than torch, a counter, memory), so it was not tested for mixing examples."
+)
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -45,7 +52,7 @@ def probe_batch(
     if any(probe(model, args, replay, named=named, note=note) for args, named in _calls(batch)):
         return True
     if note is not None:
-        note("the model could not be called with synthetic inputs, so it was not tested for mixing examples.")
+        note(UNTESTED)
     return False
 
 
@@ -84,11 +91,11 @@ def probe(
         inputs: positional inputs with the right shapes and types; their values are not used.
         replay: as for :class:`~dptrainer.clipping.BookKeeping`.
         named: inputs by name, likewise.
-        note: is told which parameters get no gradient, if any.
+        note: is told which parameters get no gradient, and which attributes keep values of examples.
 
     Raises:
-        PrivacyViolation: one example reaches another's output (DP033), a buffer or an attribute follows the data
-            (DP013), or clipping differs from the reference (DP019, DP030).
+        PrivacyViolation: one example reaches another's output (DP033), a buffer, parameter or attribute follows the
+            data (DP013), or clipping differs from the reference (DP019, DP030).
     """
     values = [*inputs, *(named or {}).values()]
     tensors = [value for value in values if isinstance(value, Tensor)]
@@ -99,15 +106,42 @@ def probe(
         for example in synthetic_examples([tensor.to(device) for tensor in tensors]):
             if _outputs(model, example) is None:
                 continue
+            probe_state(model, example, note)
             if not _runs_repeatably(model, example):
                 return False
             isolation_test(model, example)
             if _draws_nothing(model, example):
+                _alone_as_in_company(model, example)
                 _clips_as_it_should(model, example, replay)
             if note is not None:
                 _note_unused(model, example, note)
             return True
     return False
+
+
+def _alone_as_in_company(model: nn.Module, example: Sequence[Tensor]) -> None:
+    """The output for one example must not follow how many there are.
+
+    Raises:
+        PrivacyViolation: it does (DP033).
+    """
+    inputs = synthetic_like(example)
+    together, count = _outputs(model, inputs), len(inputs[0])
+    for index in range(count):
+        single = _outputs(model, [tensor[index : index + 1] for tensor in inputs])
+        if together is None or single is None or len(single) != len(together):
+            return  # some models do not take a single example
+        for all_rows, row in zip(together, single, strict=True):
+            if all_rows.shape[1:] != row.shape[1:] or all_rows.shape[:1] != (count,) or row.shape[:1] != (1,):
+                continue
+            # Another shape is another order of summation, but never another size.
+            size = float(all_rows.abs().max())
+            if not torch.allclose(all_rows[index], row[0], rtol=1e-2, atol=1e-3 * size + 1e-6):
+                raise PrivacyViolation(
+                    "the output for one example changes with how many others are in the batch.",
+                    hint="remove the division by the size of the batch, and places that its examples compete for.",
+                    code="DP033",
+                )
 
 
 def _clips_as_it_should(model: nn.Module, example: Sequence[Tensor], replay: Sequence[nn.Module]) -> None:

@@ -415,3 +415,86 @@ def test_a_repaired_model_trains_with_the_optimizer_that_was_built_before() -> N
     for batch in private(model, optimizer, run=make_run(2, rate=1.0), noise=noise)[2]:
         step(model, optimizer, batch)
     assert norm({"1.weight": noise.sums[0]["1.weight"]}) > 0.0
+
+
+# ---------------------------------------------------------------------- what a forward pass leaves behind
+
+
+class Keeps(nn.Module):
+    """Writes the mean of its hidden values somewhere, in one of many ways."""
+
+    def __init__(self, write: Callable[[Any, Tensor], object]) -> None:
+        super().__init__()
+        self.hidden, self.out, self.write = nn.Linear(5, 8), nn.Linear(8, 3), write
+        self.frozen = nn.Parameter(torch.zeros(8), requires_grad=False)
+        self.register_buffer("mean", torch.zeros(8), persistent=False)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.hidden(x)
+        self.write(self, hidden.detach().mean(0))
+        return self.out(hidden)
+
+
+def _assign(model: Any, mean: Tensor) -> None:
+    model.mean = mean
+
+
+def _assign_data(model: Any, mean: Tensor) -> None:
+    model.mean.data = mean
+
+
+WRITES: dict[str, Callable[[Any, Tensor], object]] = {
+    "a new buffer": _assign,
+    "in place": lambda model, mean: model.mean.copy_(mean),
+    "through .data": _assign_data,
+    "through .data in place": lambda model, mean: model.mean.data.add_(mean),
+    "through numpy": lambda model, mean: model.mean.numpy().__setitem__(slice(None), mean.numpy()),
+    "into a frozen parameter": lambda model, mean: model.frozen.data.add_(mean),
+    "into a trainable parameter": lambda model, mean: model.out.weight.data[0].add_(mean),
+}
+
+
+@pytest.mark.parametrize("way", WRITES)
+def test_a_running_mean_is_refused_however_it_is_written(way: str) -> None:
+    with refused("DP013") as caught:
+        private(Keeps(WRITES[way]))
+    assert "without noise" in str(caught.value)
+
+
+def test_values_that_are_kept_outside_the_state_dict_are_noted() -> None:
+    said: list[str] = []
+    private(Keeps(lambda model, mean: model.seen.append(mean)), note=said.append)
+    (note,) = said
+    assert '"seen"' in note
+    assert "state_dict()" in note
+
+
+def test_a_table_that_is_filled_once_for_a_length_is_no_trace() -> None:
+    class Caches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.weights = linear_model(), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.weights is None:
+                self.weights = torch.linspace(0.5, 1.5, x.shape[1])
+            return self.linear(x * self.weights)
+
+    said: list[str] = []
+    private(Caches(), note=said.append)
+    assert said == []
+
+
+def test_division_by_the_size_of_the_batch_is_named() -> None:
+    class Divides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = linear_model()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) / len(x)
+
+    with refused("DP033") as caught:
+        private(Divides())
+    assert "size of the batch" in caught.value.hint
