@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from clipping_oracle import typical_norm
+from clipping_oracle import assert_equal_to_the_oracle, typical_norm
 from loopkit import CountedNoise, NoNoise, make_run, norm, private, snapshot, step
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -96,3 +96,22 @@ def _one_by_one(model: nn.Module, x: Tensor, y: Tensor, clip_norm: float) -> dic
         for (name, _), grad in zip(model.named_parameters(), grads, strict=True):
             total[name] += factor * grad
     return total
+
+
+class Segments(nn.Module):
+    """As in BERT: a buffer of one row gives every example its segment numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.segments, self.out = nn.Embedding(7, 4), nn.Embedding(2, 4), nn.Linear(4, 2)
+        self.register_buffer("numbers", torch.zeros(1, 9, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = self.numbers[:, : x.shape[1]].expand(x.shape[0], x.shape[1])
+        return self.out(torch.tanh(self.words(x) + self.segments(numbers)))
+
+
+@pytest.mark.parametrize("length", [6, 4])
+def test_one_row_that_is_copied_for_every_example_has_examples_as_rows(length: int) -> None:
+    torch.manual_seed(0)
+    assert_equal_to_the_oracle(Segments(), [torch.randint(0, 7, (4, length))])
