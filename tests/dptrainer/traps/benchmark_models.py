@@ -35,12 +35,15 @@ class Wide(nn.Module):
         return self.skip(h) + self.keep(F.relu(self.second(self.down(h))))
 
 
-def wide_resnet(base: int, widen: int, groups: int) -> nn.Module:
-    """WRN-16: three stages of two blocks."""
+def wide_resnet(base: int, widen: int, groups: int, again: int = 1) -> nn.Module:
+    """WRN-16: three stages of two blocks, of which ``again`` keep the width."""
     blocks, before = [], base
     for stage in range(3):
         after = base * widen * 2**stage
-        blocks += [Wide(before, after, 1 if stage == 0 else 2, groups), Wide(after, after, 1, groups)]
+        blocks += [
+            Wide(before, after, 1 if stage == 0 else 2, groups),
+            *(Wide(after, after, 1, groups) for _ in range(again)),
+        ]
         before = after
     head = [nn.GroupNorm(groups, before), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(nn.Conv2d(3, base, 3, padding=1, bias=False), *blocks, *head, nn.Linear(before, 10))
@@ -180,7 +183,7 @@ BENCHES = {
         _classes(10), _cross_entropy,
     ),
     "b WRN-16-4": Bench(
-        lambda: wide_resnet(4, 1, 2), lambda: wide_resnet(16, 4, 16), lambda n: floats(n, 3, 8, 8),
+        lambda: wide_resnet(4, 1, 2, again=0), lambda: wide_resnet(16, 4, 16), lambda n: floats(n, 3, 8, 8),
         lambda n: floats(n, 3, 32, 32), _classes(10), _cross_entropy,
     ),
     "c1 embedding": Bench(
