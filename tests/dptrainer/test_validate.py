@@ -334,3 +334,9 @@ def test_the_group_norm_that_is_proposed_for_a_batch_norm_is_not_constant_withou
 def test_the_page_of_what_trains_names_every_code_of_the_trainer():
     page = (Path(__file__).resolve().parents[2] / "docs" / "what-trains.md").read_text(encoding="utf-8")
     assert {code for code in CODES if "DP010" <= code <= "DP034"} <= set(re.findall(r"DP\d{3}", page))
+
+
+def test_one_number_for_each_example_is_a_row_too():
+    isolation_test(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), [torch.zeros(2, 4)])
+    with pytest.raises(PrivacyViolation, match="DP033"):
+        isolation_test(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0), Call(lambda x: x - x.mean())), [torch.zeros(2, 4)])
