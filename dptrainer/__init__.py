@@ -15,37 +15,43 @@ if TYPE_CHECKING:
     from dptrainer.private import PrivateLoader, make_private
     from dptrainer.sampling import PoissonSampler
     from dptrainer.trainer import PrivateTrainer, TrainingResult
-    from dptrainer.validate import validate
+    from dptrainer.validation import Change, Problem, fix, validate
     from dptrainer.values import ClippedSum, NoisySum
 
 _HOMES = {
     "BookKeeping": "dptrainer.clipping",
+    "Change": "dptrainer.validation",
     "ClippedSum": "dptrainer.values",
     "NoisySum": "dptrainer.values",
     "PoissonSampler": "dptrainer.sampling",
     "PrivateLoader": "dptrainer.private",
     "PrivateTrainer": "dptrainer.trainer",
+    "Problem": "dptrainer.validation",
     "SecureNoise": "dptrainer.noise.source",
     "TrainingResult": "dptrainer.trainer",
     "VmapEngine": "dptrainer.clipping",
+    "fix": "dptrainer.validation",
     "load_checkpoint": "dptrainer.checkpoint",
     "make_engine": "dptrainer.clipping",
     "make_private": "dptrainer.private",
     "rule": "dptrainer.clipping",
     "save_checkpoint": "dptrainer.checkpoint",
-    "validate": "dptrainer.validate",
+    "validate": "dptrainer.validation",
 }
 
 __all__ = [
     "BookKeeping",
+    "Change",
     "ClippedSum",
     "NoisySum",
     "PoissonSampler",
     "PrivateLoader",
     "PrivateTrainer",
+    "Problem",
     "SecureNoise",
     "TrainingResult",
     "VmapEngine",
+    "fix",
     "load_checkpoint",
     "make_engine",
     "make_private",

@@ -27,7 +27,7 @@ from dptrainer.noise.source import NoiseSource, SecureNoise
 from dptrainer.outside import OutsideWatch
 from dptrainer.probe import probe_batch
 from dptrainer.update import check_run, release
-from dptrainer.validate import check, check_step
+from dptrainer.validation import check, check_step
 from dptrainer.values import ClippedSum
 
 _attached: weakref.WeakSet[PrivateLoop] = weakref.WeakSet()

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from dpbudget.errors import PrivacyViolation
 from dptrainer.clipping.engine import Reduction, gradient_scale
 from dptrainer.clipping.factory import deterministic_copy, synthetic_like
+from dptrainer.isolation import seeded
 from dptrainer.losses import Loss
 from dptrainer.probe import NOT_MY_CALL, synthetic_examples
-from dptrainer.validate import seeded
 
 
 def probe_criterion(model: nn.Module, criterion: Loss, reduction: Reduction, batch: object) -> bool:

@@ -19,6 +19,7 @@ from dptrainer.loop import PrivateLoop
 from dptrainer.loss_probe import probe_criterion
 from dptrainer.losses import Loss
 from dptrainer.noise.source import NoiseSource
+from dptrainer.probe import tell_untested
 from dptrainer.sampling import PoissonSampler, physical_batches
 from dptrainer.trainer import checked_size
 
@@ -153,7 +154,8 @@ def make_private(
         replay: modules to differentiate as a whole, see :class:`~dptrainer.clipping.BookKeeping`.
         record_outputs: settle every step with a hash of its noisy sum.
         noise: adds the noise.
-        note: is told, once, about modules that are slow to clip.
+        note: is told, once, about modules that are slow to clip, parameters that get no gradient, and tests that were
+            not possible, which without it are a warning.
 
     Raises:
         PrivacyViolation: model, optimizer or dataset cannot be trained privately; nothing was charged or changed.
@@ -188,6 +190,6 @@ def make_private(
     except PrivacyViolation:
         loop.detach()
         raise
-    if not tested and note is not None:
-        note("loss_fn could not be called with synthetic outputs and targets, so it was not tested.")
+    if not tested:
+        tell_untested("loss_fn could not be called with synthetic outputs and targets, so it was not tested.", note)
     return model, optimizer, PrivateLoader(loop, records, size, steps_per_epoch)

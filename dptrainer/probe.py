@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,15 +13,35 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dpbudget.errors import InvalidParameter, PrivacyViolation
+from dptrainer.clipping.engine import trainable_parameters
 from dptrainer.clipping.factory import deterministic_copy, self_test, synthetic_like
-from dptrainer.validate import isolation_test, seeded
+from dptrainer.isolation import isolation_test, seeded
+from dptrainer.state_probe import probe_state
+from dptrainer.validation.problem import a_few
 
 # What a model raises when it is not called in the way that the probe guesses.
 NOT_MY_CALL = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError)
 #: Synthetic records: a prime, so that it is not easily a divisor of another dimension.
 _ROWS = 7
 
+#: Said where no test was possible.
+UNTESTED = (
+    "the model could not be called with synthetic inputs, or does not repeat itself on them (random numbers from "
+    "elsewhere than torch, a counter, memory), so it was not tested for mixing examples."
+)
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def tell_untested(what: str, note: Callable[[str], None] | None) -> None:
+    """Say that a test at set-up was not possible: to ``note``, or as a warning, but never in silence.
+
+    Clipping bounds nobody's influence in a model that mixes examples, so whoever uses it must know that nobody looked.
+    """
+    if note is None:
+        warnings.warn(f"{what} Pass note=print to read this as a note.", stacklevel=4)
+    else:
+        note(what)
 
 
 def probe_batch(
@@ -40,10 +61,9 @@ def probe_batch(
     Raises:
         PrivacyViolation: as :func:`probe`.
     """
-    if any(probe(model, args, replay, named=named) for args, named in _calls(batch)):
+    if any(probe(model, args, replay, named=named, note=note) for args, named in _calls(batch)):
         return True
-    if note is not None:
-        note("the model could not be called with synthetic inputs, so it was not tested for mixing examples.")
+    tell_untested(UNTESTED, note)
     return False
 
 
@@ -69,6 +89,7 @@ def probe(
     replay: Sequence[nn.Module] = (),
     *,
     named: Mapping[str, object] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> bool:
     """Test isolation and clipping of ``model(*inputs, **named)`` on synthetic inputs; False where that is not possible.
 
@@ -81,10 +102,11 @@ def probe(
         inputs: positional inputs with the right shapes and types; their values are not used.
         replay: as for :class:`~dptrainer.clipping.BookKeeping`.
         named: inputs by name, likewise.
+        note: is told which parameters get no gradient, and which attributes keep values of examples.
 
     Raises:
-        PrivacyViolation: one example reaches another's output (DP033), a buffer or an attribute follows the data
-            (DP013), or clipping differs from the reference (DP019, DP030).
+        PrivacyViolation: one example reaches another's output (DP033), a buffer, parameter or attribute follows the
+            data (DP013), or clipping differs from the reference (DP019, DP030).
     """
     values = [*inputs, *(named or {}).values()]
     tensors = [value for value in values if isinstance(value, Tensor)]
@@ -95,13 +117,79 @@ def probe(
         for example in synthetic_examples([tensor.to(device) for tensor in tensors]):
             if _outputs(model, example) is None:
                 continue
+            probe_state(model, example, note)
             if not _runs_repeatably(model, example):
                 return False
             isolation_test(model, example)
             if _draws_nothing(model, example):
-                self_test(model, example, replay=replay)
+                _alone_as_in_company(model, example)
+                _clips_as_it_should(model, example, replay)
+            if note is not None:
+                _note_unused(model, example, note)
             return True
     return False
+
+
+def _alone_as_in_company(model: nn.Module, example: Sequence[Tensor]) -> None:
+    """The output for one example must not follow how many there are.
+
+    Raises:
+        PrivacyViolation: it does (DP033).
+    """
+    inputs = synthetic_like(example)
+    together, count = _outputs(model, inputs), len(inputs[0])
+    for index in range(count):
+        single = _outputs(model, [tensor[index : index + 1] for tensor in inputs])
+        if together is None or single is None or len(single) != len(together):
+            return  # some models do not take a single example
+        for all_rows, row in zip(together, single, strict=True):
+            if all_rows.shape[1:] != row.shape[1:] or all_rows.shape[:1] != (count,) or row.shape[:1] != (1,):
+                continue
+            # Another shape is another order of summation, but never another size.
+            size = float(all_rows.abs().max())
+            if not torch.allclose(all_rows[index], row[0], rtol=1e-2, atol=1e-3 * size + 1e-6):
+                raise PrivacyViolation(
+                    "the output for one example changes with how many others are in the batch.",
+                    hint="remove the division by the size of the batch, and places that its examples compete for.",
+                    code="DP033",
+                )
+
+
+def _clips_as_it_should(model: nn.Module, example: Sequence[Tensor], replay: Sequence[nn.Module]) -> None:
+    """The self-test of the engine, for a model that is known to run without it.
+
+    Raises:
+        PrivacyViolation: as :func:`~dptrainer.clipping.factory.self_test`, or it cannot run at all (DP030).
+    """
+    try:
+        self_test(model, example, replay=replay)
+    except NOT_MY_CALL as error:
+        if isinstance(error, PrivacyViolation | InvalidParameter):
+            raise
+        raise PrivacyViolation(
+            f"the model runs on synthetic inputs, but not while it is clipped: {error}",
+            hint="give every layer one row for each example; name a module that picks rows in replay=[module].",
+            code="DP030",
+        ) from error
+
+
+def _note_unused(model: nn.Module, example: Sequence[Tensor], note: Callable[[str], None]) -> None:
+    """Say which trainable parameters no output depends on: they work, but noise is all that they will ever get."""
+    twin = deterministic_copy(model)
+    parameters = trainable_parameters(twin)
+    with torch.enable_grad(), seeded(twin):
+        leaves = tree_leaves(twin(*_copies(synthetic_like(example))))
+        outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        weights = [torch.ones_like(leaf) for leaf in outputs]
+        if not outputs:
+            return
+        found = torch.autograd.grad(outputs, list(parameters.values()), weights, allow_unused=True)
+    unused = [name for name, gradient in zip(parameters, found, strict=True) if gradient is None]
+    if unused:
+        note(
+            f"DP015 {a_few(unused)} got no gradient from synthetic inputs; noise alone will move what stays without. "
+            "Fix: freeze it with requires_grad_(False), or remove it."
+        )
 
 
 def synthetic_examples(record: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -157,12 +245,17 @@ def _outputs(model: nn.Module, example: Sequence[Tensor], *earlier: Sequence[Ten
         try:
             for before in earlier:
                 with seeded(twin):
-                    twin(*before)
+                    twin(*_copies(before))
             with seeded(twin):
-                found = tree_leaves(twin(*example))
+                found = tree_leaves(twin(*_copies(example)))
         except NOT_MY_CALL:
             return None
     return [leaf.nan_to_num() for leaf in found if isinstance(leaf, Tensor)]
+
+
+def _copies(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Inputs that the model may write into."""
+    return [tensor.clone() for tensor in inputs]
 
 
 def _runs_repeatably(model: nn.Module, example: Sequence[Tensor]) -> bool:
@@ -195,7 +288,7 @@ def _draws_nothing(model: nn.Module, example: Sequence[Tensor]) -> bool:
     twin, inputs = deterministic_copy(model), synthetic_like(example)
     with torch.no_grad(), seeded(twin):
         try:
-            first, second = tree_leaves(twin(*inputs)), tree_leaves(twin(*inputs))
+            first, second = tree_leaves(twin(*_copies(inputs))), tree_leaves(twin(*_copies(inputs)))
         except NOT_MY_CALL:
             return False
     return _all_equal(*([t.nan_to_num() for t in leaves if isinstance(t, Tensor)] for leaves in (first, second)))

@@ -18,10 +18,10 @@ from dptrainer.data import Collate, Records, check_rows, split_batch, to_device
 from dptrainer.loop import detach_earlier
 from dptrainer.losses import Loss, PerExampleLoss
 from dptrainer.noise.source import NoiseSource, SecureNoise
-from dptrainer.probe import probe, probe_loss
+from dptrainer.probe import probe, probe_loss, tell_untested
 from dptrainer.sampling import Indices, PoissonSampler, physical_batches
 from dptrainer.update import check_run, release
-from dptrainer.validate import check, check_step
+from dptrainer.validation import check, check_step
 from dptrainer.values import ClippedSum
 
 #: Called after each step with (steps released by this call, live epsilon or None); returning False stops the training.
@@ -75,7 +75,8 @@ class PrivateTrainer:
         replay: modules to differentiate as a whole, see :class:`~dptrainer.clipping.BookKeeping`.
         record_outputs: settle every step with a hash of its noisy sum (about 2 ns a parameter).
         noise: adds the noise.
-        note: is told, once, about modules that are slow to clip.
+        note: is told, once, about modules that are slow to clip, parameters that get no gradient, and tests that were
+            not possible, which without it are a warning.
 
     Raises:
         PrivacyViolation: model, optimizer or dataset cannot be trained privately; nothing was charged or changed.
@@ -103,9 +104,10 @@ class PrivateTrainer:
         self._records = Records(dataset, collate_fn)
         self._loss = PerExampleLoss(loss_fn)
         inputs, named, target = split_batch(self._records.synthetic())
-        tested = probe(model, inputs, replay, named=named) and probe_loss(model, self._loss, inputs, named, target)
-        if not tested and note is not None:
-            note("model and loss could not be run on synthetic records, so they were not tested for mixing examples.")
+        tested = probe(model, inputs, replay, named=named, note=note)
+        tested = tested and probe_loss(model, self._loss, inputs, named, target)
+        if not tested:
+            tell_untested("model and loss could not be run on synthetic records, so nobody tested for mixing.", note)
         self._model, self._optimizer, self._run = model, optimizer, run
         self._engine: BookKeeping = make_engine(model, run.plan.clip_norm, replay=replay, note=note)
         self._sampler, self._noise = PoissonSampler(), SecureNoise() if noise is None else noise

@@ -19,21 +19,13 @@ def check_run(model: nn.Module, run: Run) -> None:
     """Refuse a model that the run's plan does not cover; nothing is charged or changed.
 
     Raises:
-        PrivacyViolation: more trainable parameters than the plan allows, or none (DP018); the model is compiled
-            (DP019); ``run`` is not a run (DP081).
+        PrivacyViolation: more trainable parameters than the plan allows, or none (DP018); ``run`` is not a run (DP081).
     """
     if not isinstance(run, Run):
         raise PrivacyViolation(
             f"run is {type(run).__name__}, not a run of a ledger",
             code="DP081",
             hint="run = dpbudget.start(ledger, run_id)",
-        )
-    # The whole model or one of its parts, wrapped by torch.compile or in place by module.compile().
-    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
-        raise PrivacyViolation(
-            "the model or a part of it is the result of torch.compile, whose layers cannot be hooked",
-            code="DP019",
-            hint="pass the module that was compiled",
         )
     count = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     if not 0 < count <= run.plan.max_parameters:

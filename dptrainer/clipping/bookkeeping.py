@@ -54,7 +54,7 @@ class BookKeeping:
 
     Guarantee: the clipped sum changes by at most ``clip_norm`` (Euclidean norm over all parameters) when one example is
     added or removed, provided that the model's output for one example does not depend on another
-    (:func:`dptrainer.validate.isolation_test` tests that). Whatever is not understood is refused, never skipped.
+    (:func:`dptrainer.isolation.isolation_test` tests that). Whatever is not understood is refused, never skipped.
 
     Args:
         model: the model, called as ``model(...)`` with the examples in dimension 0. Its class, names and state_dict do

@@ -61,7 +61,11 @@ def _ruled(call: Call, batch_size: int) -> dict[str, PerExample]:
     function, (grad,) = None if call.layer.rule is None else call.layer.rule.function, call.grads
     activation = next((t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)), None)
     if function is None or grad is None or activation is None:
-        raise PrivacyViolation(f'layer "{call.layer.name}" was called without a tensor.', code="DP019")
+        raise PrivacyViolation(
+            f'layer "{call.layer.name}" was called without a tensor.',
+            hint="give it its input as a tensor, or name the module that calls it in replay=[module].",
+            code="DP019",
+        )
     _check_rows(call, grad.shape[0] if grad.dim() else 0, batch_size)
     if activation.shape[0] == 1 and batch_size > 1:
         activation = activation.expand(batch_size, *activation.shape[1:])
@@ -91,8 +95,8 @@ def _check_rows(call: Call, rows: int, batch_size: int) -> None:
             # Neither number is named: the size of a drawn batch is private.
             f'layer "{call.layer.name}" has another number of rows than the batch has examples; what would be clipped '
             "is a row, not an example.",
-            hint="keep the examples in dimension 0 (no flatten(0, 1), batch_first=True), and declare the true batch "
-            "size.",
+            hint="keep the examples in dimension 0 (no flatten(0, 1), batch_first=True), and give the model the whole "
+            "batch: physical_batch_size splits it.",
             code="DP030",
         )
 

@@ -72,7 +72,11 @@ def checked_batch_size(batch_size: int) -> int:
         InvalidParameter: (DP009) otherwise.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 0:
-        raise InvalidParameter(f"batch_size must be an integer >= 0, got {batch_size!r}.", code="DP009")
+        raise InvalidParameter(
+            f"batch_size must be an integer >= 0, got {batch_size!r}.",
+            hint="pass the number of examples that were drawn.",
+            code="DP009",
+        )
     return batch_size
 
 
@@ -110,7 +114,11 @@ def gradient_scale(loss_reduction: Reduction, batch_size: int, loss_scale: float
             code="DP030",
         )
     if not (math.isfinite(loss_scale) and loss_scale > 0):
-        raise InvalidParameter(f"loss_scale must be a finite number > 0, got {loss_scale!r}.", code="DP009")
+        raise InvalidParameter(
+            f"loss_scale must be a finite number > 0, got {loss_scale!r}.",
+            hint="pass the factor that the loss was multiplied by.",
+            code="DP009",
+        )
     return (batch_size if loss_reduction == "mean" else 1) / loss_scale
 
 

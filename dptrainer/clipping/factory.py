@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -55,8 +56,10 @@ def make_engine(
     return engine
 
 
-def synthetic_like(example: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def synthetic_like(example: Sequence[Tensor], *, at_least: int = 3) -> tuple[Tensor, ...]:
     """Inputs with a number of examples that equals no other dimension, so that no layout can be taken for another.
+
+    It is the smallest such number from ``at_least`` on.
 
     Floating-point inputs are replaced by standard normal ones; integers are kept (their range is not known), repeated.
 
@@ -71,7 +74,7 @@ def synthetic_like(example: Sequence[Tensor]) -> tuple[Tensor, ...]:
             code="DP009",
         )
     taken = {size for t in example for size in t.shape[1:]}
-    batch = next(size for size in range(3, 99) if size not in taken)
+    batch = next(size for size in itertools.count(at_least) if size not in taken)
     generator = torch.Generator().manual_seed(0)
     made = []
     for tensor in example:
@@ -111,7 +114,7 @@ def self_test(model: nn.Module, example: Sequence[Tensor], *, replay: Sequence[n
         for clip_norm in (LARGEST_CLIP_NORM, float(norms.median().clamp(min=SMALLEST_CLIP_NORM)) / 2):
             engine = BookKeeping(twin, clip_norm=max(clip_norm, SMALLEST_CLIP_NORM), replay=twin_replay)
             with engine.record(batch):
-                losses = _losses(twin(*inputs), batch)
+                losses = _losses(twin(*[t.clone() for t in inputs]), batch)  # the model may write into them
             found = engine.backward(losses).grads
             engine.detach()
             _compare(found, rows, clip_factors(norms.square(), engine.clip_norm))
@@ -166,7 +169,7 @@ def _one_at_a_time(twin: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tenso
     parameters = trainable_parameters(twin)
     rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for index in range(inputs[0].shape[0]):
-        losses = _losses(twin(*[t[index : index + 1] for t in inputs]), 1)
+        losses = _losses(twin(*[t[index : index + 1].clone() for t in inputs]), 1)
         found = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
         for (name, parameter), gradient in zip(parameters.items(), found, strict=True):
             one = torch.zeros_like(parameter) if gradient is None else gradient

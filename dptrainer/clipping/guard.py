@@ -23,6 +23,9 @@ _CUT = {torch.Tensor.detach, torch.detach, vars(torch._C.TensorBase)["data"].__g
 #: Values of these depend on the position alone; an embedding of them has positions, not examples, in dimension 0.
 _POSITIONS = {torch.arange, torch.linspace, torch.range}
 _MARK = "_dptrainer_positions"
+#: Copies of one row for all examples. Were they for positions, there would hardly ever be as many as examples, and the
+#: number of rows is checked.
+_COPIES = {torch.Tensor.expand, torch.Tensor.expand_as, torch.Tensor.repeat}
 
 
 def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -34,6 +37,11 @@ def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors(value)
         elif isinstance(value, dict):
             yield from tensors(value.values())
+
+
+def _one_row(before: Tensor, after: Tensor) -> bool:
+    """Whether dimension 0 of ``after`` counts copies of one row of ``before``, which had this dimension already."""
+    return before.dim() == after.dim() and before.shape[0] == 1
 
 
 def depends_on_position_alone(tensor: object) -> bool:
@@ -102,7 +110,8 @@ class ParameterGuard(TorchFunctionMode):
 
     @staticmethod
     def _mark(func: Callable[..., Any], given: bool, fixed: bool, inputs: list[Tensor], result: Any) -> None:
-        if fixed and (given or func in _POSITIONS):
+        copied = func in _COPIES and result.dim() > 0 and _one_row(inputs[0], result) and result.shape[0] != 1
+        if fixed and not copied and (given or func in _POSITIONS):
             for tensor in tensors([result]):
                 setattr(tensor, _MARK, True)
         elif given and not fixed:

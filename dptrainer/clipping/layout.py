@@ -80,7 +80,9 @@ def _units(modules: Mapping[str, nn.Module], trainable: Mapping[int, str], repla
     for module in replay:
         if module not in known:
             raise PrivacyViolation(
-                f"replay=[...] names a {type(module).__name__} that is not part of the model.", code="DP019"
+                f"replay=[...] names a {type(module).__name__} that is not part of the model.",
+                hint="name modules of this very model, replay=[model.block].",
+                code="DP019",
             )
     units = set(replay)
     for name, module in modules.items():

@@ -105,7 +105,7 @@ class Session:
         elif task != self._task and not recomputed:
             raise PrivacyViolation(
                 "backward() ran twice within one private step.",
-                hint="add the losses and call backward() once, or let microbatches split the batch.",
+                hint="add the losses and call backward() once; to split a batch pass physical_batch_size.",
                 code="DP031",
             )
 
@@ -250,8 +250,17 @@ class _Leaf(torch.autograd.Function):
 def hooked(output: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
     """The tensor, whose gradient is handed to ``receive``; it starts a graph where it had none."""
     if output.requires_grad:
-        # A tensor hook sees the gradient of the value before any later in-place operation.
-        output.register_hook(receive)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        base, shape = output._base, output.shape
+        if base is None:
+            # A tensor hook sees the gradient of the value before any later in-place operation.
+            output.register_hook(receive)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        elif base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
+            # Of a linear layer over positions, for example. An in-place operation on a view gives the view a new
+            # history, without our hook, and leaves that of its base as it was.
+            base.register_hook(lambda grad: receive(grad.reshape(shape)))  # type: ignore[no-untyped-call]  # likewise
+        else:
+            output = output.clone()
+            output.register_hook(receive)  # type: ignore[no-untyped-call]  # torch does not annotate it
         return output
     anchor = torch.zeros((), requires_grad=True)
     started: Tensor = _Leaf.apply(output.detach(), anchor, receive)  # type: ignore[no-untyped-call]

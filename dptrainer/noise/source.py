@@ -54,7 +54,11 @@ def noise_scale(noise_multiplier: float, clip_norm: float) -> float:
     """
     scale = noise_multiplier * clip_norm
     if not 0.0 < scale < math.inf:
-        raise PrivacyViolation(f"noise scale {noise_multiplier!r} * {clip_norm!r} is not usable", code="DP005")
+        raise PrivacyViolation(
+            f"noise scale {noise_multiplier!r} * {clip_norm!r} is not usable",
+            code="DP005",
+            hint="plan with a clipping norm near 1",
+        )
     exact = Fraction(noise_multiplier) * Fraction(clip_norm)
     return scale if Fraction(scale) >= exact else math.nextafter(scale, math.inf)
 

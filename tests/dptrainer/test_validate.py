@@ -1,13 +1,19 @@
 """Every row of what cannot be trained privately: the code, the name and the way out."""
 
 import re
+import types
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.ao.quantization import MinMaxObserver
+from torch.nn.utils import parametrizations
 
 from dpbudget.errors import CODES, PrivacyViolation
-from dptrainer.validate import check, isolation_test, validate
+from dptrainer.isolation import isolation_test
+from dptrainer.validation import check, validate
 
 
 def wrap(*layers):
@@ -16,6 +22,39 @@ def wrap(*layers):
 
 def tables(**options):
     return nn.Sequential(nn.Embedding(5, 4, **options), nn.Linear(4, 2))
+
+
+class NormAndActivation(nn.BatchNorm1d):
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+class Gated(nn.Module):
+    """Has a bare parameter, so no rule fits, and it is run again as a whole."""
+
+    def __init__(self, dropout):
+        super().__init__()
+        self.gate, self.dropout = nn.Parameter(torch.ones(4)), nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.dropout(x * self.gate)
+
+
+def old_weight_norm(layer):
+    with pytest.warns(FutureWarning):
+        return nn.utils.weight_norm(layer)
+
+
+def quantised(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces that these modules will move
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear})[0]
+
+
+def scripted(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(model)
 
 
 ROWS = {
@@ -42,11 +81,31 @@ ROWS = {
     ),
     "eval mode": (lambda: wrap().eval(), "DP014", "", "model.train()"),
     "nothing trainable": (lambda: wrap().requires_grad_(False), "DP018", "", "requires_grad_"),
-    "half precision": (lambda: wrap().bfloat16(), "DP018", "0.weight", "autocast"),
     "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "DP018", "weight", "float32"),
     "sparse": (lambda: tables(sparse=True), "DP019", "0", "sparse=False"),
     "max norm": (lambda: tables(max_norm=1.0), "DP010", "0", "max_norm=None"),
     "by frequency": (lambda: tables(scale_grad_by_freq=True), "DP010", "0", "scale_grad_by_freq=False"),
+    "half precision": (lambda: wrap().bfloat16(), "DP018", "0.weight", "autocast"),
+    "without values": (lambda: wrap().to("meta"), "DP018", "0.weight", "to_empty"),
+    "batch norm with an activation": (lambda: wrap(NormAndActivation(4)), "DP010", "1", "replace it by GroupNorm"),
+    "lazy": (lambda: wrap(nn.LazyLinear(3)), "DP018", "1", "synthetic inputs"),
+    "lazy batch norm": (lambda: wrap(nn.LazyBatchNorm1d()), "DP018", "1", "synthetic inputs"),
+    "old weight norm": (lambda: wrap(old_weight_norm(nn.Linear(4, 2))), "DP019", "1", "parametrizations.weight_norm"),
+    "old spectral norm": (lambda: wrap(nn.utils.spectral_norm(nn.Linear(4, 2))), "DP019", "1", "remove_spectral_norm"),
+    "spectral norm": (
+        lambda: wrap(parametrizations.spectral_norm(nn.Linear(4, 2))),
+        "DP019",
+        "1.parametrizations.weight.0",
+        "remove_parametrizations",
+    ),
+    "quantised": (lambda: wrap(quantised(nn.Linear(4, 2))), "DP019", "1", "quantise afterwards"),
+    "observed": (lambda: wrap(MinMaxObserver()), "DP013", "1", "quantise afterwards"),
+    "compiled": (lambda: torch.compile(wrap(), backend="eager"), "DP019", "", "that was compiled"),
+    "a compiled part": (lambda: wrap(torch.compile(nn.Linear(4, 2), backend="eager")), "DP019", "1", "was compiled"),
+    "scripted": (lambda: scripted(wrap()), "DP019", "", "scripted"),
+    "data parallel": (lambda: nn.DataParallel(wrap()), "DP019", "", "pass the module inside it"),
+    "data parallel part": (lambda: wrap(nn.DataParallel(nn.Linear(4, 2))), "DP019", "1", "pass the module inside it"),
+    "dropout in a replay": (lambda: wrap(Gated(0.1)), "DP019", "1.dropout", "set its dropout to 0"),
     "bag by frequency": (lambda: wrap(nn.EmbeddingBag(5, 4, scale_grad_by_freq=True)), "DP010", "1", "scale_grad"),
 }
 
@@ -98,6 +157,68 @@ def test_the_optimizer_must_hold_exactly_the_trainable_parameters():
     assert "1.weight, 1.bias" in found[0].reason
     model[1].requires_grad_(False)
     assert validate(model, part) == []
+
+
+def test_what_is_no_optimizer_of_torch_is_named():
+    model = wrap()
+    schedule = torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD(model.parameters(), 0.1))
+    (problem,) = validate(model, schedule)
+    assert (problem.code, "ConstantLR" in problem.reason) == ("DP011", True)
+    (problem,) = validate(model, torch.optim.SparseAdam(model.parameters()))
+    assert (problem.code, problem.fix) == ("DP019", "use Adam.")
+
+
+def test_a_model_of_many_faults_lists_every_one():
+    model = nn.ModuleDict(
+        {
+            "words": nn.Embedding(5, 4, max_norm=1.0, scale_grad_by_freq=True, sparse=True),
+            "norm": nn.BatchNorm2d(4),
+            "lazy": nn.LazyLinear(2),
+            "short": nn.Linear(4, 2).half(),
+            "instance": nn.InstanceNorm2d(4, track_running_stats=True),
+            "gated": Gated(0.5),
+        }
+    ).eval()
+    model["gated"].train()
+    found = [(p.module_name, p.code) for p in validate(model, torch.optim.LBFGS([nn.Parameter(torch.zeros(1))]))]
+    assert found == [
+        ("words", "DP010"), ("words", "DP010"), ("words", "DP019"), ("norm", "DP010"), ("lazy", "DP018"),
+        ("instance", "DP013"), ("short.weight", "DP018"), ("short.bias", "DP018"), ("gated.dropout", "DP019"),
+        ("", "DP014"), ("", "DP011"), ("", "DP017"),
+    ]  # fmt: skip
+
+
+def test_layers_that_keep_examples_apart_have_no_problem():
+    model = nn.ModuleList(
+        [
+            nn.LSTM(4, 3), nn.GRU(4, 3), nn.MultiheadAttention(4, 2), nn.Bilinear(3, 4, 2), nn.ReLU(inplace=True),
+            nn.Dropout(0.5, inplace=True), nn.LocalResponseNorm(2), nn.InstanceNorm2d(4), nn.LayerNorm(4),
+            parametrizations.weight_norm(nn.Linear(4, 4)), parametrizations.orthogonal(nn.Linear(4, 4)),
+            nn.Embedding(5, 4, padding_idx=0),
+        ]
+    )  # fmt: skip
+    assert validate(model, torch.optim.AdamW(model.parameters())) == []
+
+
+def test_distributed_wrappers_are_refused_with_a_word_on_noise():
+    class DistributedDataParallel(nn.Module):  # stands in for torch's own, which needs a process group
+        __module__ = "torch.nn.parallel.distributed"
+
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    (problem,) = validate(DistributedDataParallel(wrap()))
+    assert problem.code == "DP019"
+    assert "every rank would add whole noise" in problem.reason
+    assert "one process" in problem.fix
+
+
+def test_public_names_are_never_hidden_by_modules_of_the_same_name():
+    import dptrainer
+
+    assert [n for n in dptrainer.__all__ if isinstance(getattr(dptrainer, n), types.ModuleType)] == []
+    assert dptrainer.validate(wrap()) == []
 
 
 def test_lbfgs_is_refused():
@@ -208,3 +329,14 @@ def test_the_group_norm_that_is_proposed_for_a_batch_norm_is_not_constant_withou
     assert channels % groups == 0
     if channels > 1:
         assert nn.GroupNorm(groups, channels)(torch.randn(5, channels)).abs().max() > 0.1
+
+
+def test_the_page_of_what_trains_names_every_code_of_the_trainer():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "what-trains.md").read_text(encoding="utf-8")
+    assert {code for code in CODES if "DP010" <= code <= "DP034"} <= set(re.findall(r"DP\d{3}", page))
+
+
+def test_one_number_for_each_example_is_a_row_too():
+    isolation_test(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), [torch.zeros(2, 4)])
+    with pytest.raises(PrivacyViolation, match="DP033"):
+        isolation_test(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0), Call(lambda x: x - x.mean())), [torch.zeros(2, 4)])

@@ -178,3 +178,11 @@ def test_an_untested_model_is_mentioned() -> None:
     set_up(NeedsMore(), TensorDataset(inputs(), classes()), trainer=False, note=said.append)
     assert len(said) == 1
     assert "not tested" in said[0]
+    with pytest.warns(UserWarning, match="not tested"):
+        set_up(NeedsMore(), TensorDataset(inputs(), classes()), trainer=False)
+    with pytest.warns(UserWarning, match="nobody tested"):
+        set_up(linear_model(), TensorDataset(inputs(), classes()), trainer=True, loss=_refuses_all)
+
+
+def _refuses_all(outputs: Tensor, target: Tensor) -> Tensor:
+    raise ValueError("this loss knows synthetic records from others")

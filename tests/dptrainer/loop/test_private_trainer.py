@@ -332,7 +332,7 @@ def test_a_refused_step_leaves_the_model_and_no_gradient() -> None:
         return F.cross_entropy(outputs, target, reduction="none")
 
     run = make_run(5, rate=1.0)
-    subject = trainer(model, run, loss=loss)
+    subject = trainer(model, run, loss=loss, note=lambda said: None)
     calls.clear()  # it was tested on synthetic records
     with pytest.raises(ValueError, match="user code fails"):
         subject.fit()
