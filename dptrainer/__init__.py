@@ -10,24 +10,41 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dptrainer.checkpoint import load_checkpoint, save_checkpoint
-    from dptrainer.clipping import BookKeeping, VmapEngine, make_engine, rule
+    from dptrainer.clipping import (
+        BookKeeping,
+        NormalisedClipping,
+        PerLayerClipping,
+        QuantileClipping,
+        VmapEngine,
+        make_engine,
+        rule,
+    )
+    from dptrainer.ema import WeightAverage
     from dptrainer.noise.source import SecureNoise
+    from dptrainer.optim import DPAdamBC
     from dptrainer.private import PrivateLoader, make_private
     from dptrainer.sampling import PoissonSampler
     from dptrainer.trainer import PrivateTrainer, TrainingResult
+    from dptrainer.users import UserDataset
     from dptrainer.validate import validate
     from dptrainer.values import ClippedSum, NoisySum
 
 _HOMES = {
     "BookKeeping": "dptrainer.clipping",
     "ClippedSum": "dptrainer.values",
+    "DPAdamBC": "dptrainer.optim",
     "NoisySum": "dptrainer.values",
+    "NormalisedClipping": "dptrainer.clipping",
+    "PerLayerClipping": "dptrainer.clipping",
     "PoissonSampler": "dptrainer.sampling",
     "PrivateLoader": "dptrainer.private",
     "PrivateTrainer": "dptrainer.trainer",
+    "QuantileClipping": "dptrainer.clipping",
     "SecureNoise": "dptrainer.noise.source",
     "TrainingResult": "dptrainer.trainer",
+    "UserDataset": "dptrainer.users",
     "VmapEngine": "dptrainer.clipping",
+    "WeightAverage": "dptrainer.ema",
     "load_checkpoint": "dptrainer.checkpoint",
     "make_engine": "dptrainer.clipping",
     "make_private": "dptrainer.private",
@@ -39,13 +56,19 @@ _HOMES = {
 __all__ = [
     "BookKeeping",
     "ClippedSum",
+    "DPAdamBC",
     "NoisySum",
+    "NormalisedClipping",
+    "PerLayerClipping",
     "PoissonSampler",
     "PrivateLoader",
     "PrivateTrainer",
+    "QuantileClipping",
     "SecureNoise",
     "TrainingResult",
+    "UserDataset",
     "VmapEngine",
+    "WeightAverage",
     "load_checkpoint",
     "make_engine",
     "make_private",

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from dpbudget.errors import PrivacyViolation
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
-from dptrainer.clipping import Reduction, add_clipped, make_engine
+from dptrainer.clipping import Clipping, Grouping, Reduction, add_clipped, make_engine
 from dptrainer.clipping.engine import trainable_parameters
 from dptrainer.data import check_rows
 from dptrainer.noise.source import NoiseSource, SecureNoise
@@ -81,6 +81,7 @@ class PrivateLoop:
         noise: NoiseSource | None,
         note: Callable[[str], None] | None,
         synthetic: Any,
+        clipping: Clipping | None = None,
     ) -> None:
         check(model, optimizer)
         check_run(model, run)
@@ -88,7 +89,7 @@ class PrivateLoop:
         probe_batch(model, synthetic, replay, note=note)
         self.run, self.step_complete = run, True
         self._model, self._optimizer = model, optimizer
-        self._engine = make_engine(model, run.plan.clip_norm, replay=replay, note=note)
+        self._engine = make_engine(model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note)
         self._reduction: Reduction = reduction
         self._record_outputs, self._noise = record_outputs, SecureNoise() if noise is None else noise
         self._step: Step | None = None
@@ -108,8 +109,10 @@ class PrivateLoop:
         self._step = Step(receipt)
         return self._step
 
-    def open(self, step: Step, batch: Any, size: int, *, last: bool) -> None:
+    def open(self, step: Step, batch: Any, size: int, *, last: bool, grouping: Grouping | None = None) -> None:
         """Open the next physical batch of ``step``, of ``size`` records (0: a synthetic example stands in).
+
+        With a grouping, several rows are one record.
 
         Raises:
             PrivacyViolation: another step was begun meanwhile, or the batch has not one row a record (DP023).
@@ -120,12 +123,12 @@ class PrivateLoop:
                 code="DP023",
                 hint="use one iteration of the loader at a time",
             )
-        rows = max(size, 1)
+        rows = max(size, 1) if grouping is None else grouping.rows
         check_rows(batch, rows)
         self._watch_parameters()
         for parameter in self._model.parameters():
             parameter.grad = None
-        self._engine.begin(rows)
+        self._engine.begin(rows, grouping=grouping)
         self._outside.start(self._model)
         step.open, step.empty, step.last = True, size == 0, last
 
@@ -225,7 +228,10 @@ class PrivateLoop:
             for parameter in self._model.parameters():
                 parameter.grad = None  # an optimizer passes over parameters without a gradient
             return
-        digest = release(self._model, step.total, step.receipt, self._noise, with_digest=self._record_outputs)
+        digest = release(
+            self._model, step.total, step.receipt, self._noise, with_digest=self._record_outputs,
+            optimizer=self._optimizer, clipping=self._engine.clipping,
+        )  # fmt: skip
         step.total = None
         if digest is not None:
             self.run.settle(step.receipt, digest)

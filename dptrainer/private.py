@@ -13,7 +13,7 @@ from dpbudget.curve import Bounds
 from dpbudget.errors import InvalidParameter, PlanExhausted, PrivacyViolation
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
-from dptrainer.clipping import Reduction
+from dptrainer.clipping import Clipping, Reduction
 from dptrainer.data import Collate, Records
 from dptrainer.loop import PrivateLoop
 from dptrainer.loss_probe import probe_criterion
@@ -93,8 +93,8 @@ class PrivateLoader:
         pieces = list(physical_batches(self._sampler.draw(receipt, self._records.population), self._physical))
         try:
             for number, piece in enumerate(pieces):
-                batch = self._records.batch(piece) if len(piece) else self._records.synthetic()
-                self._loop.open(step, batch, len(piece), last=number + 1 == len(pieces))
+                batch, groups = self._records.drawn(piece) if len(piece) else (self._records.synthetic(), None)
+                self._loop.open(step, batch, len(piece), last=number + 1 == len(pieces), grouping=groups)
                 yield batch
                 if not step.took(number):
                     return
@@ -113,6 +113,8 @@ def make_private(
     physical_batch_size: int | None = None,
     steps_per_epoch: int | None = None,
     collate_fn: Collate | None = None,
+    clipping: Clipping | None = None,
+    views: int = 1,
     replay: Sequence[nn.Module] = (),
     record_outputs: bool = False,
     noise: NoiseSource | None = None,
@@ -140,7 +142,7 @@ def make_private(
     Args:
         model: in train mode, called as ``model(...)`` with the examples in dimension 0.
         optimizer: any ``torch.optim`` optimizer over exactly the trainable parameters.
-        dataset: map-style; one item is one record.
+        dataset: map-style; one item is one record. In a :class:`~dptrainer.users.UserDataset` one user is.
         run: from ``dpbudget.start``; the caller closes it.
         loss_reduction: what the loop's criterion does over the examples of a batch: ``mean``, ``sum`` or ``none`` (then
             the loop sums). Its weights must not depend on other examples of the batch: class weights and ignored
@@ -150,6 +152,9 @@ def make_private(
         physical_batch_size: largest number of examples in one item; None gives every drawn batch whole.
         steps_per_epoch: an iteration ends after so many steps; None runs to the end of the plan.
         collate_fn: as for a ``DataLoader``.
+        clipping: how gradients are brought below the plan's norm, see :mod:`dptrainer.clipping.policy`; flat if None.
+        views: K: every drawn record is read K times, each time with the dataset's random augmentation. K rows of the
+            batch are then one example, and the mean of their gradients is clipped. De et al. (2022), section 3.2.
         replay: modules to differentiate as a whole, see :class:`~dptrainer.clipping.BookKeeping`.
         record_outputs: settle every step with a hash of its noisy sum.
         noise: adds the noise.
@@ -170,7 +175,7 @@ def make_private(
             hint="leave it out to run to the end of the plan",
         )
     size = checked_size(physical_batch_size)
-    records = Records(dataset, collate_fn)
+    records = Records(dataset, collate_fn, views=views)
     synthetic = records.synthetic()
     loop = PrivateLoop(
         model,
@@ -182,6 +187,7 @@ def make_private(
         noise=noise,
         note=note,
         synthetic=synthetic,
+        clipping=clipping,
     )
     try:
         tested = loss_fn is None or probe_criterion(model, loss_fn, loss_reduction, synthetic)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from dpbudget.curve import Bounds
 from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dpbudget.ledger.run import Run
-from dptrainer.clipping import BookKeeping, add_clipped, make_engine
+from dptrainer.clipping import BookKeeping, Clipping, add_clipped, make_engine
 from dptrainer.data import Collate, Records, check_rows, split_batch, to_device
 from dptrainer.loop import detach_earlier
 from dptrainer.losses import Loss, PerExampleLoss
@@ -66,12 +66,15 @@ class PrivateTrainer:
         model: in train mode; changed in place.
         optimizer: any ``torch.optim`` optimizer over the model's trainable parameters, without closure.
         loss_fn: criterion of (outputs, target), see :class:`~dptrainer.losses.PerExampleLoss`.
-        dataset: map-style; an item is ``(input, ..., target)`` or a mapping with ``labels``.
+        dataset: map-style; an item is ``(input, ..., target)`` or a mapping with ``labels``. In a
+            :class:`~dptrainer.users.UserDataset` one user is one record.
         run: from ``dpbudget.start``; the caller closes it.
         physical_batch_size: largest number of examples in memory at once; None takes every drawn batch whole.
         collate_fn: as for a ``DataLoader``. A record's row must not depend on the other records of the list: pad to a
             fixed length, not to the longest, unless the model gives the same output for any padding.
         callbacks: each is called after every step with (steps so far, epsilon); False stops.
+        clipping: how gradients are brought below the plan's norm, see :mod:`dptrainer.clipping.policy`; flat if None.
+        views: K: every drawn record is read K times, and the mean of the K gradients is clipped.
         replay: modules to differentiate as a whole, see :class:`~dptrainer.clipping.BookKeeping`.
         record_outputs: settle every step with a hash of its noisy sum (about 2 ns a parameter).
         noise: adds the noise.
@@ -92,6 +95,8 @@ class PrivateTrainer:
         physical_batch_size: int | None = None,
         collate_fn: Collate | None = None,
         callbacks: Sequence[Callback] = (),
+        clipping: Clipping | None = None,
+        views: int = 1,
         replay: Sequence[nn.Module] = (),
         record_outputs: bool = False,
         noise: NoiseSource | None = None,
@@ -100,14 +105,14 @@ class PrivateTrainer:
         check(model, optimizer)
         check_run(model, run)
         detach_earlier(model, optimizer)
-        self._records = Records(dataset, collate_fn)
+        self._records = Records(dataset, collate_fn, views=views)
         self._loss = PerExampleLoss(loss_fn)
         inputs, named, target = split_batch(self._records.synthetic())
         tested = probe(model, inputs, replay, named=named) and probe_loss(model, self._loss, inputs, named, target)
         if not tested and note is not None:
             note("model and loss could not be run on synthetic records, so they were not tested for mixing examples.")
         self._model, self._optimizer, self._run = model, optimizer, run
-        self._engine: BookKeeping = make_engine(model, run.plan.clip_norm, replay=replay, note=note)
+        self._engine: BookKeeping = make_engine(model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note)
         self._sampler, self._noise = PoissonSampler(), SecureNoise() if noise is None else noise
         self._physical, self._record_outputs = checked_size(physical_batch_size), record_outputs
         self._callbacks = tuple(callbacks)
@@ -132,7 +137,10 @@ class PrivateTrainer:
             for receipt in run:
                 check_step(self._model, self._optimizer)  # a callback may have changed it
                 clipped = self._clip(self._sampler.draw(receipt, self._records.population))
-                digest = release(self._model, clipped, receipt, self._noise, with_digest=self._record_outputs)
+                digest = release(
+                    self._model, clipped, receipt, self._noise, with_digest=self._record_outputs,
+                    optimizer=self._optimizer, clipping=self._engine.clipping,
+                )  # fmt: skip
                 self._optimizer.step()
                 if digest is not None:
                     run.settle(receipt, digest)
@@ -163,12 +171,13 @@ class PrivateTrainer:
             raise PrivacyViolation(
                 "the model is in eval mode", code="DP014", hint="call model.train() after evaluating in a callback"
             )
-        batch = self._records.batch(indices)
-        check_rows(batch, size)
+        batch, grouping = self._records.drawn(indices)
+        rows = size if grouping is None else grouping.rows
+        check_rows(batch, rows)
         device = next(self._model.parameters()).device
         inputs, named, target = split_batch(to_device(batch, device))
-        with torch.enable_grad(), self._engine.record(size):
-            losses = self._loss(self._model(*inputs, **named), target, size)
+        with torch.enable_grad(), self._engine.record(rows, grouping=grouping):
+            losses = self._loss(self._model(*inputs, **named), target, rows)
         return self._engine.backward(losses)
 
     def _tell(self, steps: int) -> None:

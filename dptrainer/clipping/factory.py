@@ -20,6 +20,7 @@ from dptrainer.clipping.engine import (
     trainable_parameters,
 )
 from dptrainer.clipping.per_example import row_squares
+from dptrainer.clipping.policy import Clipping
 
 #: Largest accepted relative difference between the engine and the reference, by type of the parameters.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
@@ -30,6 +31,7 @@ def make_engine(
     clip_norm: float,
     *,
     replay: Sequence[nn.Module] = (),
+    clipping: Clipping | None = None,
     example: Sequence[Tensor] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> BookKeeping:
@@ -39,6 +41,7 @@ def make_engine(
         model: the model; it must be called as ``model(...)`` with the examples in dimension 0.
         clip_norm: C in [1e-6, 1e12].
         replay: further modules to treat as a whole, see :class:`BookKeeping`.
+        clipping: how gradients are brought below C; flat unless given.
         example: public or synthetic positional inputs [B, ...] of the model; with them :func:`self_test` is run.
         note: is told once which modules are replayed, because that is slower.
 
@@ -46,7 +49,7 @@ def make_engine(
         InvalidParameter: (DP007) clip_norm out of range.
         PrivacyViolation: (DP018, DP019) the model cannot be trained privately; (DP019) the self-test failed.
     """
-    engine = BookKeeping(model, clip_norm=clip_norm, replay=replay)
+    engine = BookKeeping(model, clip_norm=clip_norm, replay=replay, clipping=clipping)
     if note is not None and engine.replayed:
         names = ", ".join(f'"{name}"' if name else "the whole model" for name in engine.replayed)
         note(f"no rule for {names}: replayed one example at a time, which is slower (register one with @rule).")
