@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         rule,
     )
     from dptrainer.ema import WeightAverage
+    from dptrainer.memory import MemoryBound
     from dptrainer.noise.source import SecureNoise
     from dptrainer.optim import DPAdamBC
     from dptrainer.private import PrivateLoader, make_private
@@ -33,6 +34,7 @@ _HOMES = {
     "BookKeeping": "dptrainer.clipping",
     "ClippedSum": "dptrainer.values",
     "DPAdamBC": "dptrainer.optim",
+    "MemoryBound": "dptrainer.memory",
     "NoisySum": "dptrainer.values",
     "NormalisedClipping": "dptrainer.clipping",
     "PerLayerClipping": "dptrainer.clipping",
@@ -57,6 +59,7 @@ __all__ = [
     "BookKeeping",
     "ClippedSum",
     "DPAdamBC",
+    "MemoryBound",
     "NoisySum",
     "NormalisedClipping",
     "PerLayerClipping",

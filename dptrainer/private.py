@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from dpbudget.curve import Bounds
-from dpbudget.errors import InvalidParameter, PlanExhausted, PrivacyViolation
+from dpbudget.errors import DPBudgetError, InvalidParameter, PlanExhausted
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dptrainer.clipping import Clipping, Reduction
@@ -18,9 +18,9 @@ from dptrainer.data import Collate, Records
 from dptrainer.loop import PrivateLoop
 from dptrainer.loss_probe import probe_criterion
 from dptrainer.losses import Loss
+from dptrainer.memory import PhysicalSize, checked_size, physical_size
 from dptrainer.noise.source import NoiseSource
 from dptrainer.sampling import PoissonSampler, physical_batches
-from dptrainer.trainer import checked_size
 
 Model = TypeVar("Model", bound=nn.Module)
 AnyOptimizer = TypeVar("AnyOptimizer", bound=torch.optim.Optimizer)
@@ -110,7 +110,7 @@ def make_private(
     run: Run,
     loss_reduction: Reduction = "mean",
     loss_fn: Loss | None = None,
-    physical_batch_size: int | None = None,
+    physical_batch_size: PhysicalSize = None,
     steps_per_epoch: int | None = None,
     collate_fn: Collate | None = None,
     clipping: Clipping | None = None,
@@ -149,7 +149,8 @@ def make_private(
             targets in a mean do, and so does a target [B] against an output [B, 1].
         loss_fn: the criterion of the loop, which goes on calling it. Here it is tested on synthetic records for what is
             said above; without it, that rests on the declaration alone.
-        physical_batch_size: largest number of examples in one item; None gives every drawn batch whole.
+        physical_batch_size: largest number of records in one item; None gives every drawn batch whole. A
+            :class:`~dptrainer.memory.MemoryBound`, or "auto", is turned into a number at set-up on synthetic records.
         steps_per_epoch: an iteration ends after so many steps; None runs to the end of the plan.
         collate_fn: as for a ``DataLoader``.
         clipping: how gradients are brought below the plan's norm, see :mod:`dptrainer.clipping.policy`; flat if None.
@@ -174,7 +175,7 @@ def make_private(
             code="DP009",
             hint="leave it out to run to the end of the plan",
         )
-    size = checked_size(physical_batch_size)
+    checked_size(physical_batch_size)
     records = Records(dataset, collate_fn, views=views)
     synthetic = records.synthetic()
     loop = PrivateLoop(
@@ -191,7 +192,8 @@ def make_private(
     )
     try:
         tested = loss_fn is None or probe_criterion(model, loss_fn, loss_reduction, synthetic)
-    except PrivacyViolation:
+        size = physical_size(physical_batch_size, model, records, run.plan, replay)
+    except DPBudgetError:
         loop.detach()
         raise
     if not tested and note is not None:

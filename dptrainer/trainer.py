@@ -11,12 +11,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from dpbudget.curve import Bounds
-from dpbudget.errors import InvalidParameter, PrivacyViolation
+from dpbudget.errors import PrivacyViolation
 from dpbudget.ledger.run import Run
 from dptrainer.clipping import BookKeeping, Clipping, add_clipped, make_engine
 from dptrainer.data import Collate, Records, check_rows, split_batch, to_device
 from dptrainer.loop import detach_earlier
 from dptrainer.losses import Loss, PerExampleLoss
+from dptrainer.memory import PhysicalSize, checked_size, physical_size
 from dptrainer.noise.source import NoiseSource, SecureNoise
 from dptrainer.probe import probe, probe_loss
 from dptrainer.sampling import Indices, PoissonSampler, physical_batches
@@ -69,7 +70,8 @@ class PrivateTrainer:
         dataset: map-style; an item is ``(input, ..., target)`` or a mapping with ``labels``. In a
             :class:`~dptrainer.users.UserDataset` one user is one record.
         run: from ``dpbudget.start``; the caller closes it.
-        physical_batch_size: largest number of examples in memory at once; None takes every drawn batch whole.
+        physical_batch_size: largest number of records in memory at once; None takes every drawn batch whole. A
+            :class:`~dptrainer.memory.MemoryBound`, or "auto", is turned into a number at set-up on synthetic records.
         collate_fn: as for a ``DataLoader``. A record's row must not depend on the other records of the list: pad to a
             fixed length, not to the longest, unless the model gives the same output for any padding.
         callbacks: each is called after every step with (steps so far, epsilon); False stops.
@@ -92,7 +94,7 @@ class PrivateTrainer:
         dataset: Dataset[Any],
         run: Run,
         *,
-        physical_batch_size: int | None = None,
+        physical_batch_size: PhysicalSize = None,
         collate_fn: Collate | None = None,
         callbacks: Sequence[Callback] = (),
         clipping: Clipping | None = None,
@@ -102,6 +104,7 @@ class PrivateTrainer:
         noise: NoiseSource | None = None,
         note: Callable[[str], None] | None = None,
     ) -> None:
+        checked_size(physical_batch_size)
         check(model, optimizer)
         check_run(model, run)
         detach_earlier(model, optimizer)
@@ -114,7 +117,8 @@ class PrivateTrainer:
         self._model, self._optimizer, self._run = model, optimizer, run
         self._engine: BookKeeping = make_engine(model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note)
         self._sampler, self._noise = PoissonSampler(), SecureNoise() if noise is None else noise
-        self._physical, self._record_outputs = checked_size(physical_batch_size), record_outputs
+        self._physical = physical_size(physical_batch_size, model, self._records, run.plan, replay)
+        self._record_outputs = record_outputs
         self._callbacks = tuple(callbacks)
         self._stopped = False
 
@@ -191,18 +195,3 @@ class PrivateTrainer:
         return TrainingResult(
             run.run_id, steps, run.charged, run.planned, self._stopped, run.epsilon(), claim.epsilon, claim.delta
         )
-
-
-def checked_size(size: int | None) -> int | None:
-    """``physical_batch_size`` if it is a positive integer or None.
-
-    Raises:
-        InvalidParameter: otherwise (DP009).
-    """
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise InvalidParameter(
-            f"physical_batch_size must be a positive integer, got {size!r}",
-            code="DP009",
-            hint="leave it out to take every drawn batch whole",
-        )
-    return size

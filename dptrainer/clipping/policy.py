@@ -128,18 +128,18 @@ class PerLayerClipping(Clipping):
         """
         layers = sorted({name.rpartition(".")[0] for name in trainable_parameters(model)})
         share = checked_clip_norm(clip_norm) / math.sqrt(max(1, len(layers)))
-        # The root and the quotient round to nearest: four units in the last place down, and the sum of squares fits.
-        return cls(dict.fromkeys(layers, share * (1.0 - 2.0**-50)))
+        return cls(dict.fromkeys(layers, share))
 
     def check(self, names: Iterable[str], clip_norm: float) -> None:
         """Refuse thresholds that exceed C together, and parameters without one.
 
         Raises:
-            InvalidParameter: a threshold is out of range, or sqrt(sum C_l^2) > C, in exact arithmetic (DP007).
+            InvalidParameter: a threshold is out of range, or sqrt(sum C_l^2) exceeds C by more than rounding (DP007).
             PrivacyViolation: a trainable parameter belongs to no group (DP019).
         """
         squares = sum((Fraction(checked_clip_norm(value)) ** 2 for value in self.thresholds.values()), Fraction(0))
-        if squares > Fraction(clip_norm) ** 2:
+        # Rounding of decimal thresholds, 2^-50 or so, is far inside what SHRINK keeps free below each of them.
+        if squares > Fraction(clip_norm) ** 2 * (1 + Fraction(1, 1 << 30)):
             raise InvalidParameter(
                 f"the thresholds are together sqrt(sum C_l^2) = {math.sqrt(squares):.9g}, above the plan's clipping "
                 f"norm {clip_norm!r}",

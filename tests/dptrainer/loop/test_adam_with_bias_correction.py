@@ -48,16 +48,16 @@ def test_the_update_is_the_formula_with_the_noise_of_each_phase_from_the_plan() 
 
 def test_noise_alone_leaves_a_second_moment_near_zero_that_adam_takes_for_signal() -> None:
     torch.manual_seed(0)
-    parameter = nn.Parameter(torch.zeros(20000))
+    parameter = nn.Parameter(torch.zeros(4000))
     optimizer = DPAdamBC([parameter], lr=1.0, betas=(0.0, 0.9), floor=1e-12)
-    for _ in range(200):
-        parameter.grad = 0.5 * torch.randn(20000)
+    for _ in range(100):
+        parameter.grad = 0.5 * torch.randn(4000)
         optimizer.gradient_noise(0.5)
         optimizer.step()
     state = optimizer.state[parameter]
-    assert state["noise_sq"] == pytest.approx(0.25, rel=1e-6)
+    assert state["noise_sq"] == pytest.approx(0.25, rel=1e-4)
     assert float(state["exp_avg_sq"].mean()) == pytest.approx(0.25, rel=0.02)
-    assert abs(float((state["exp_avg_sq"] - state["noise_sq"]).mean())) < 0.005
+    assert abs(float((state["exp_avg_sq"] - state["noise_sq"]).mean())) < 0.01
 
 
 def test_the_trainer_tells_it_too_and_physical_batches_do_no_harm() -> None:
@@ -66,8 +66,7 @@ def test_the_trainer_tells_it_too_and_physical_batches_do_no_harm() -> None:
         model = linear_model()
         optimizer = DPAdamBC(model.parameters(), lr=0.05, weight_decay=0.1)
         told: list[float] = []
-        keep = optimizer.gradient_noise
-        optimizer.gradient_noise = lambda std, keep=keep, told=told: (told.append(std), keep(std))[1]  # type: ignore
+        optimizer.register_step_pre_hook(lambda optimizer, *_, told=told: told.append(optimizer._noise))
         PrivateTrainer(
             model, optimizer, F.cross_entropy, linear_data(), make_run(3, sigma=2.0), physical_batch_size=size
         ).fit()
