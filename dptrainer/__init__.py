@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         rule,
     )
     from dptrainer.ema import WeightAverage
+    from dptrainer.inspection import per_example_gradients, per_example_norms
     from dptrainer.memory import MemoryBound
     from dptrainer.noise.source import SecureNoise
     from dptrainer.optim import DPAdamBC
@@ -50,6 +51,8 @@ _HOMES = {
     "load_checkpoint": "dptrainer.checkpoint",
     "make_engine": "dptrainer.clipping",
     "make_private": "dptrainer.private",
+    "per_example_gradients": "dptrainer.inspection",
+    "per_example_norms": "dptrainer.inspection",
     "rule": "dptrainer.clipping",
     "save_checkpoint": "dptrainer.checkpoint",
     "validate": "dptrainer.validate",
@@ -75,6 +78,8 @@ __all__ = [
     "load_checkpoint",
     "make_engine",
     "make_private",
+    "per_example_gradients",
+    "per_example_norms",
     "rule",
     "save_checkpoint",
     "validate",

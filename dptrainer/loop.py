@@ -164,9 +164,19 @@ class PrivateLoop:
             self._handle = None
         _attached.discard(self)
 
+    @property
+    def model(self) -> nn.Module:
+        """The model that it guards."""
+        return self._model
+
     def holds(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """Whether this loop guards the model or the optimizer."""
         return model is self._model or optimizer is self._optimizer
+
+    @property
+    def batch_is_open(self) -> bool:
+        """Whether a private batch was given out and not taken yet."""
+        return self._step is not None and self._step.open
 
     def guards(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether ``optimizer``, another than this loop's, would step parameters of this loop's model."""
@@ -302,6 +312,20 @@ def detach_earlier(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for loop in list(_attached):
         if loop.holds(model, optimizer):
             loop.detach()
+
+
+def refuse_open_batch(model: nn.Module) -> None:
+    """Refuse while a private batch of this model is open: whatever is computed now is likely computed from it.
+
+    Raises:
+        PrivacyViolation: a batch is open (DP031).
+    """
+    if any(loop.batch_is_open and loop.model is model for loop in _attached):
+        raise PrivacyViolation(
+            "per-example gradients were asked for while a private batch is open; they would be unclipped and unnoised",
+            code="DP031",
+            hint="ask outside the private loop, with public or synthetic data",
+        )
 
 
 def _same(first: object, second: object) -> bool:

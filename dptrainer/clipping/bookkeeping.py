@@ -34,7 +34,7 @@ from dptrainer.clipping.engine import (
 from dptrainer.clipping.grouping import Grouping, grouped
 from dptrainer.clipping.guard import BufferWatch, ParameterGuard
 from dptrainer.clipping.layout import Layer, layout
-from dptrainer.clipping.per_example import summed
+from dptrainer.clipping.per_example import PerExample, summed
 from dptrainer.clipping.policy import Clipping, FlatClipping, total
 from dptrainer.clipping.recording import Hook, Session, in_backward, refuse_batch_norm, tap
 from dptrainer.values import ClippedSum
@@ -177,13 +177,17 @@ class BookKeeping:
             self._session.close()
             self._session = None
 
+    def _units(self, session: Session) -> dict[str, PerExample]:
+        """Parameter name -> the gradients of each unit of privacy, rows that belong together added up."""
+        return {
+            name: summed([grouped(part, self._grouping) for part in parts])
+            for name, parts in contributions(session).items()
+        }
+
     def _sums(self, session: Session, scale: float, nothing: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Norms over all parameters first, then the factors, then the sums; and the squared norms of the units."""
-        grouping = self._grouping
-        scale /= 1 if grouping is None else grouping.divisor
-        units = {
-            name: summed([grouped(part, grouping) for part in parts]) for name, parts in contributions(session).items()
-        }
+        scale /= 1 if self._grouping is None else self._grouping.divisor
+        units = self._units(session)
         if not units:
             return {}, nothing
         squared = {name: gradients.squared_norms() * scale**2 for name, gradients in units.items()}
@@ -224,6 +228,32 @@ class BookKeeping:
             self.abort()
             raise
         return self.finish("none")
+
+    def per_example(self, losses: Tensor) -> dict[str, PerExample]:
+        """Backward from one loss per example, and the gradients themselves, *unclipped*; closes the batch.
+
+        These are private and nothing bounds them: for public data, tests and measurements alone. A parameter that no
+        gradient reached is left out.
+
+        Args:
+            losses: [B].
+
+        Raises:
+            PrivacyViolation: as :meth:`backward`.
+        """
+        session = self._session
+        if session is None:
+            raise PrivacyViolation("per_example() without begin().", hint="use engine.record(B).", code="DP031")
+        try:
+            check_losses(losses, session.batch_size)
+            losses.sum().backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+            session.refuse_bypass(self._model.training)
+            self._busy = True
+            with torch.no_grad(), torch.autocast(losses.device.type, enabled=False), full_precision():
+                return self._units(session)
+        finally:
+            self._busy = False
+            self.abort()
 
     # ------------------------------------------------------------------ hooks
 
