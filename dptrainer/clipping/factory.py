@@ -169,9 +169,10 @@ def _one_at_a_time(twin: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tenso
     parameters = trainable_parameters(twin)
     rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for index in range(inputs[0].shape[0]):
-        losses = _losses(twin(*[t[index : index + 1] for t in inputs]), 1)
-        found = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
-        for (name, parameter), gradient in zip(parameters.items(), found, strict=True):
-            one = torch.zeros_like(parameter) if gradient is None else gradient
+        # backward() and not autograd.grad(), which reentrant checkpointing refuses.
+        _losses(twin(*[t[index : index + 1] for t in inputs]), 1).sum().backward()  # type: ignore[no-untyped-call]
+        for name, parameter in parameters.items():
+            one = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             rows[name].append(one.detach().to(sum_dtype(parameter)))
+            parameter.grad = None
     return {name: torch.stack(gradients) for name, gradients in rows.items()}
