@@ -27,12 +27,12 @@ class UserDataset(Dataset[Any]):
 
     Args:
         dataset: map-style; an item is one example.
-        users: who each example belongs to: any values that compare as equal for the same user, one an example.
+        users: who each example belongs to, one name an example: numbers or strings, equal for the same user.
         max_examples: k, public: chosen without looking at how many examples users have. Of a user with more, k are
             drawn anew each time.
 
     Raises:
-        InvalidParameter: k is out of range, or there is not one user an example (DP009).
+        InvalidParameter: k is out of range, there is not one user an example, or names that cannot be compared (DP009).
         PrivacyViolation: the dataset gives no example by index (DP024).
     """
 
@@ -58,7 +58,7 @@ class UserDataset(Dataset[Any]):
             )
         rows: dict[object, list[int]] = {}
         for row, name in enumerate(names):
-            rows.setdefault(name, []).append(row)
+            rows.setdefault(_comparable(name), []).append(row)
         self._rows = [np.array(found, dtype=np.int64) for found in rows.values()]
 
     def __len__(self) -> int:
@@ -82,3 +82,19 @@ class UserDataset(Dataset[Any]):
         # Any choice is private that looks at this user alone.
         kept: Indices = rows[np.sort(torch.randperm(len(rows))[: self.max_examples].numpy())]
         return kept
+
+
+def _comparable(name: object) -> object:
+    """The name, if equal names mean one user.
+
+    Two objects that only equal themselves, a missing value (NaN) or two tensors with one number, would make two users
+    of one, and the guarantee of each would be for half of a person.
+    """
+    plain = name.item() if isinstance(name, np.generic) or (isinstance(name, Tensor) and name.dim() == 0) else name
+    if isinstance(plain, str | bytes | int) or (isinstance(plain, float) and plain == plain):
+        return plain
+    raise InvalidParameter(
+        f"a user is named by a {type(name).__name__} or a missing value, which cannot be compared",
+        code="DP009",
+        hint="name users by numbers or strings, and leave out or group rows whose user is unknown",
+    )

@@ -152,6 +152,15 @@ def test_names_that_do_not_match_the_examples_are_refused_without_telling_how_ma
         private(data=UserDataset(TensorDataset(torch.zeros(0, 5), torch.zeros(0).long()), [], max_examples=2))
 
 
+@pytest.mark.parametrize("missing", [float("nan"), None, object(), torch.tensor([1, 2]), ("a", 1)])
+def test_a_name_that_only_equals_itself_is_refused_and_does_not_make_two_users_of_one(missing: Any) -> None:
+    with refused("DP009"):
+        UserDataset(linear_data(), ["anna"] * 39 + [missing], max_examples=2)
+    for one in (torch.tensor(7), np.int64(7), np.float32(7), 7.0, True):
+        names = [one] * 20 + [int(one)] * 20
+        assert len(UserDataset(linear_data(), names, max_examples=2)) == 1
+
+
 def test_a_step_with_views_stays_one_receipt() -> None:
     run = make_run(3, rate=0.5)
     model, optimizer, loader = private(run=run, views=4, physical_batch_size=3)
