@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         make_engine,
         rule,
     )
+    from dptrainer.compiling import compiled
     from dptrainer.ema import WeightAverage
     from dptrainer.inspection import per_example_gradients, per_example_norms
     from dptrainer.memory import MemoryBound
@@ -48,6 +49,7 @@ _HOMES = {
     "UserDataset": "dptrainer.users",
     "VmapEngine": "dptrainer.clipping",
     "WeightAverage": "dptrainer.ema",
+    "compiled": "dptrainer.compiling",
     "load_checkpoint": "dptrainer.checkpoint",
     "make_engine": "dptrainer.clipping",
     "make_private": "dptrainer.private",
@@ -75,6 +77,7 @@ __all__ = [
     "UserDataset",
     "VmapEngine",
     "WeightAverage",
+    "compiled",
     "load_checkpoint",
     "make_engine",
     "make_private",
