@@ -55,6 +55,11 @@ class Records:
         return len(self._dataset) if self._users is None else len(self._users)
 
     @property
+    def unit(self) -> str:
+        """What one record is, ``example`` or ``user``."""
+        return "example" if self._users is None else "user"
+
+    @property
     def most_rows(self) -> int:
         """Largest number of rows that one record can have in a batch: public."""
         return self._views * (1 if self._users is None else self._users.max_examples)

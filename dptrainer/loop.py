@@ -82,9 +82,10 @@ class PrivateLoop:
         note: Callable[[str], None] | None,
         synthetic: Any,
         clipping: Clipping | None = None,
+        unit: str = "example",
     ) -> None:
         check(model, optimizer)
-        check_run(model, run)
+        check_run(model, run, unit)
         detach_earlier(model, optimizer)
         probe_batch(model, synthetic, replay, note=note)
         self.run, self.step_complete = run, True

@@ -106,9 +106,9 @@ class PrivateTrainer:
     ) -> None:
         checked_size(physical_batch_size)
         check(model, optimizer)
-        check_run(model, run)
-        detach_earlier(model, optimizer)
         self._records = Records(dataset, collate_fn, views=views)
+        check_run(model, run, self._records.unit)
+        detach_earlier(model, optimizer)
         self._loss = PerExampleLoss(loss_fn)
         inputs, named, target = split_batch(self._records.synthetic())
         tested = probe(model, inputs, replay, named=named) and probe_loss(model, self._loss, inputs, named, target)

@@ -23,7 +23,7 @@ class UserDataset(Dataset[Any]):
     Guarantee: with this dataset in ``make_private`` or ``PrivateTrainer``, the plan's claim holds for *all examples of
     one user together*: a user is drawn with the plan's rate, brings at most ``max_examples`` of its examples, and the
     gradient that is clipped is the sum over these divided by ``max_examples``. It is void if two names in ``users`` are
-    one person. The plan is made for users: its nominal size and batch size count users.
+    one person. The plan says ``unit="user"``: its nominal size and batch size count users.
 
     Args:
         dataset: map-style; an item is one example.

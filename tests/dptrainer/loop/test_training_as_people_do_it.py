@@ -241,7 +241,7 @@ def test_policies_views_users_and_averages_work_together() -> None:
     average, optimizer = WeightAverage(model), DPAdamBC(model.parameters(), lr=0.01)
     data = UserDataset(linear_data(), torch.arange(40) // 4, max_examples=3)
     _, _, loader = private(
-        model, optimizer, data, make_run(phases=(phase(0.5, 1.0, 3), phase(0.3, 2.0, 3)), nominal_size=10),
+        model, optimizer, data, make_run(phases=(phase(0.5, 1.0, 3), phase(0.3, 2.0, 3)), nominal_size=10, unit="user"),
         noise=noise, clipping=QuantileClipping(), views=2, physical_batch_size=MemoryBound(50_000),
     )  # fmt: skip
     for batch in loader:

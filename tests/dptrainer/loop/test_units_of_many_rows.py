@@ -75,7 +75,7 @@ def test_the_summed_gradient_of_a_user_is_clipped_once(loop: bool, size: int | N
     noise, rows = NoNoise(), linear_data()
     owners = ["anna"] * 3 + ["ben"] * 1 + ["carla", "dan"] * 2 + [f"user {n % 8}" for n in range(32)]
     data = UserDataset(rows, owners, max_examples=4)
-    run = make_run(1, rate=1.0, clip_norm=0.2, nominal_size=12)
+    run = make_run(1, rate=1.0, clip_norm=0.2, nominal_size=12, unit="user")
     train(loop, data, noise, run, physical_batch_size=size)
     units = [[rows[i] for i in range(40) if owners[i] == name] for name in dict.fromkeys(owners)]
     expected = clipped_sum(units, 4, 0.2)
@@ -87,7 +87,7 @@ def test_the_summed_gradient_of_a_user_is_clipped_once(loop: bool, size: int | N
 def test_users_are_drawn_whole_and_with_the_rate_of_the_plan() -> None:
     rows = TensorDataset(torch.arange(60.0)[:, None].expand(60, 5).contiguous(), torch.zeros(60).long())
     owners = np.arange(60) // 3
-    _, _, loader = private(data=UserDataset(rows, owners, max_examples=3), run=make_run(300, rate=0.25))
+    _, _, loader = private(data=UserDataset(rows, owners, max_examples=3), run=make_run(300, rate=0.25, unit="user"))
     seen = torch.zeros(20)
     for x, _ in loader:
         if not x.any():
@@ -119,7 +119,7 @@ def test_one_user_moves_the_sum_by_at_most_c_however_much_it_brings() -> None:
         noise = NoNoise()
         owners = [*range(20), *[99] * 20][:count]
         data = UserDataset(TensorDataset(inputs[:count], labels[:count]), owners, max_examples=20)
-        train(True, data, noise, make_run(1, rate=1.0, clip_norm=0.3))
+        train(True, data, noise, make_run(1, rate=1.0, clip_norm=0.3, unit="user"))
         sums.append(noise.sums[0])
     moved = {name: sums[1][name] - sums[0][name] for name in sums[0]}
     assert 0.2 < norm(moved) <= 0.3 * (1 + 1e-4)
@@ -129,8 +129,8 @@ def test_one_user_moves_the_sum_by_at_most_c_however_much_it_brings() -> None:
 def test_views_of_the_examples_of_users_and_empty_draws(loop: bool) -> None:
     noise = CountedNoise()
     data = UserDataset(linear_data(), torch.arange(40) // 7, max_examples=5)
-    train(loop, data, noise, make_run(3, rate=1e-15), views=2)
-    train(loop, data, noise, make_run(3, rate=0.5), views=2)
+    train(loop, data, noise, make_run(3, rate=1e-15, unit="user"), views=2)
+    train(loop, data, noise, make_run(3, rate=0.5, unit="user"), views=2)
     assert noise.releases == 6
 
 
@@ -159,6 +159,16 @@ def test_a_name_that_only_equals_itself_is_refused_and_does_not_make_two_users_o
     for one in (torch.tensor(7), np.int64(7), np.float32(7), 7.0, True):
         names = [one] * 20 + [int(one)] * 20
         assert len(UserDataset(linear_data(), names, max_examples=2)) == 1
+
+
+@pytest.mark.parametrize("loop", [True, False])
+def test_the_plan_and_the_dataset_must_speak_of_the_same_unit(loop: bool) -> None:
+    people = UserDataset(linear_data(), torch.arange(40) // 4, max_examples=4)
+    for data, unit in ((people, "example"), (linear_data(), "user")):
+        run = make_run(2, unit=unit)
+        with refused("DP025"):
+            train(loop, data, NoNoise(), run)
+        assert run.charged == 0
 
 
 def test_a_step_with_views_stays_one_receipt() -> None:
