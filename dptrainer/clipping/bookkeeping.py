@@ -190,11 +190,16 @@ class BookKeeping:
         units = self._units(session)
         if not units:
             return {}, nothing
-        squared = {name: gradients.squared_norms() * scale**2 for name, gradients in units.items()}
+        groups = self._clipping.groups(units)
+        squared = {
+            group: total({name: units[name].squared_norms() for name in names}) * scale**2
+            for group, names in groups.items()
+        }
         factors = self._clipping.factors(squared, self._clip_norm)
         sums = {
-            name: units.pop(name).weighted_sum(factors[name] * scale).to(sum_dtype(session.trainable[name]))
-            for name in list(units)
+            name: units.pop(name).weighted_sum(factors[group] * scale).to(sum_dtype(session.trainable[name]))
+            for group, names in groups.items()
+            for name in names
         }
         return sums, total(squared)
 

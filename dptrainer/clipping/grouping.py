@@ -84,7 +84,7 @@ def grouped(part: PerExample, grouping: Grouping | None) -> PerExample:
     if isinstance(part, Outer):
         return _from_outer(part, grouping)
     if isinstance(part, Dense):
-        return Dense(_added(part.grads, grouping), owned=True)
+        return Dense(_added(part.dense(slice(0, part.batch_size)), grouping), owned=True)
     ranges = grouping.ranges()
 
     def rows(chunk: slice) -> Tensor:

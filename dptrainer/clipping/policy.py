@@ -34,14 +34,18 @@ class Clipping:
     norms alone.
     """
 
+    def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """Name of a group -> the parameters that share a factor; together exactly ``names``. One group, "", for all."""
+        return {"": list(names)}
+
     def check(self, names: Iterable[str], clip_norm: float) -> None:
         """Refuse what cannot hold for these parameters and this C; called whenever either changes."""
 
     def factors(self, squared: Mapping[str, Tensor], clip_norm: float) -> dict[str, Tensor]:
-        """Parameter name -> [B] float64 factors; 0 where an example's norm is not finite.
+        """Group -> [B] float64 factors; 0 in all groups where an example's norm is not finite in one.
 
         Args:
-            squared: parameter name -> [B] float64 squared norms of the per-example gradients.
+            squared: group -> [B] float64 squared norms of the per-example gradients over its parameters.
             clip_norm: the plan's C.
         """
         return dict.fromkeys(squared, clip_factors(total(squared), clip_norm))
@@ -146,20 +150,21 @@ class PerLayerClipping(Clipping):
                 code="DP007",
                 hint="lower them, or take PerLayerClipping.equal(model, run.plan.clip_norm)",
             )
-        self._groups(names)
+        self.groups(names)
 
     def factors(self, squared: Mapping[str, Tensor], clip_norm: float) -> dict[str, Tensor]:
         """See :class:`Clipping`."""
-        everything = total(squared)
-        found: dict[str, Tensor] = {}
-        for group, names in self._groups(squared).items():
-            inside = clip_factors(total({name: squared[name] for name in names}), self.thresholds[group])
-            # An example that is broken in one layer contributes nothing anywhere.
-            whole = torch.where(torch.isfinite(everything), inside, torch.zeros_like(inside))
-            found |= dict.fromkeys(names, whole)
-        return found
+        whole = torch.isfinite(total(squared))
+        found = {group: clip_factors(values, self.thresholds[group]) for group, values in squared.items()}
+        # An example that is broken in one layer contributes nothing anywhere.
+        return {group: torch.where(whole, factor, torch.zeros_like(factor)) for group, factor in found.items()}
 
-    def _groups(self, names: Iterable[str]) -> dict[str, list[str]]:
+    def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """The threshold's name -> the parameters that fall under it.
+
+        Raises:
+            PrivacyViolation: one falls under none (DP019).
+        """
         groups: dict[str, list[str]] = {}
         for name in names:
             place = name
@@ -176,5 +181,5 @@ class PerLayerClipping(Clipping):
 
 
 def total(squared: Mapping[str, Tensor]) -> Tensor:
-    """[B] float64: the squared norms over all of these parameters."""
+    """[B] float64: the squared norms over all of these groups or parameters."""
     return torch.stack(list(squared.values())).sum(0)
