@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dpbudget.errors import InvalidParameter, PrivacyViolation
-from dptrainer.clipping import BookKeeping, NormalisedClipping, PerLayerClipping, QuantileClipping, add_clipped
+from dptrainer.clipping import (
+    BookKeeping,
+    FlatClipping,
+    Grouping,
+    NormalisedClipping,
+    PerLayerClipping,
+    QuantileClipping,
+    add_clipped,
+)
 from dptrainer.clipping.engine import SHRINK
 
 INPUTS = (torch.randn(9, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64),)
@@ -148,6 +156,41 @@ def test_the_bits_of_two_physical_batches_add_up_and_an_empty_one_adds_none():
     assert float(next(iter(whole.statistics.values()))) == pytest.approx((below - 4.5) * 2 * 0.1)
     with pytest.raises(PrivacyViolation, match="DP031"):
         add_clipped(first, run(net, 1.0, QuantileClipping(initial=0.3), (INPUTS[0][4:],)))
+
+
+POLICIES = {
+    "flat": FlatClipping(),
+    "normalised": NormalisedClipping(1e-6),
+    "per layer": PerLayerClipping({"0": 0.3, "2": 0.4}),
+    "quantile below": QuantileClipping(initial=1e-3),
+    "quantile above": QuantileClipping(initial=1e3, share=0.9),
+}
+GROUPINGS = {"rows": Grouping((1,) * 12), "views": Grouping.views(4, 3), "users": Grouping((1, 6, 2, 3), 6)}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("kind", GROUPINGS)
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_leaving_one_unit_out_moves_all_that_is_released_by_at_most_c(name, kind, scale):
+    """In float32, over gradients and statistics together, whatever the size of the gradients."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, target, units = torch.randn(12, 6) * scale, torch.randn(12, 3) * scale, GROUPINGS[kind]
+
+    def released(kept):
+        rows = [row for unit in kept for row in range(12)[units.ranges()[unit]]]
+        engine = BookKeeping(net, clip_norm=0.5, clipping=POLICIES[name])
+        engine.begin(len(rows), grouping=Grouping(tuple(units.counts[unit] for unit in kept), units.divisor))
+        ((net(x[rows]) - target[rows]) ** 2).sum().backward()
+        found = engine.finish("sum")
+        engine.detach()
+        return torch.cat([v.double().flatten() for v in (*found.grads.values(), *found.statistics.values())])
+
+    everyone = list(range(units.units))
+    whole = released(everyone)
+    moves = [float((whole - released([u for u in everyone if u != left])).norm()) for left in everyone]
+    # The difference of two sums has their rounding; what one unit adds has not.
+    assert 0.2 < max(moves) <= 0.5 + 1e-6 * units.units
 
 
 @pytest.mark.parametrize(
