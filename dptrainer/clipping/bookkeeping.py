@@ -25,6 +25,7 @@ from dptrainer.clipping.engine import (
     check_losses,
     checked_batch_size,
     checked_clip_norm,
+    clip_factors,
     full_precision,
     gradient_scale,
     sum_dtype,
@@ -196,6 +197,9 @@ class BookKeeping:
             for group, names in groups.items()
         }
         factors = self._clipping.factors(squared, self._clip_norm)
+        # Whatever a policy answers, no example leaves with more than C; of what keeps the bound nothing is taken.
+        left = clip_factors(total({group: squared[group] * factors[group] ** 2 for group in groups}), self._clip_norm)
+        factors = {group: factor * left for group, factor in factors.items()}
         sums = {
             name: units.pop(name).weighted_sum(factors[group] * scale).to(sum_dtype(session.trainable[name]))
             for group, names in groups.items()

@@ -31,7 +31,7 @@ class Clipping:
 
     A subclass must keep this bound: for every example, the Euclidean norm over all parameters of factor times gradient,
     together with what it adds to :meth:`statistics`, is at most ``clip_norm``. Factors may depend on that example's
-    norms alone.
+    norms alone. The engine holds the gradients to this bound by themselves; statistics it has to trust.
     """
 
     def groups(self, names: Iterable[str]) -> dict[str, list[str]]:

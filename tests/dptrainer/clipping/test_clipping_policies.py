@@ -12,6 +12,7 @@ from torch import nn
 from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dptrainer.clipping import (
     BookKeeping,
+    Clipping,
     FlatClipping,
     Grouping,
     NormalisedClipping,
@@ -156,6 +157,16 @@ def test_the_bits_of_two_physical_batches_add_up_and_an_empty_one_adds_none():
     assert float(next(iter(whole.statistics.values()))) == pytest.approx((below - 4.5) * 2 * 0.1)
     with pytest.raises(PrivacyViolation, match="DP031"):
         add_clipped(first, run(net, 1.0, QuantileClipping(initial=0.3), (INPUTS[0][4:],)))
+
+
+def test_a_policy_that_promises_too_much_is_held_to_the_plan_by_the_engine():
+    class Greedy(Clipping):
+        def factors(self, squared, clip_norm):
+            return {group: 7.0 * factor for group, factor in super().factors(squared, clip_norm).items()}
+
+    net = model()
+    single_example = run(net, 0.01, Greedy(), (INPUTS[0][:1],))
+    assert 0.0099 < norm(single_example.grads) <= 0.01
 
 
 POLICIES = {
