@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torch.utils.data.sampler import BatchSampler, RandomSampler, SequentialSampler
 
 from dpbudget.errors import InvalidParameter, PrivacyViolation
+from dpbudget.ledger.run import Run
 from dptrainer.clipping.grouping import Grouping
 from dptrainer.sampling import Indices
 from dptrainer.users import UserDataset
@@ -55,11 +56,6 @@ class Records:
         return len(self._dataset) if self._users is None else len(self._users)
 
     @property
-    def unit(self) -> str:
-        """What one record is, ``example`` or ``user``."""
-        return "example" if self._users is None else "user"
-
-    @property
     def most_rows(self) -> int:
         """Largest number of rows that one record can have in a batch: public."""
         return self._views * (1 if self._users is None else self._users.max_examples)
@@ -89,6 +85,21 @@ class Records:
 
     def _first(self) -> Any:
         return self._collate([self._dataset[0]])
+
+
+def check_unit(dataset: object, run: Run) -> None:
+    """Refuse a run whose plan protects something else than one record of the dataset.
+
+    Raises:
+        PrivacyViolation: users are protected and records are examples, or the other way round (DP025).
+    """
+    unit = "user" if isinstance(dataset, UserDataset) else "example"
+    if run.plan.unit != unit:
+        raise PrivacyViolation(
+            f"the plan protects one {run.plan.unit}, and one record of the dataset is one {unit}",
+            code="DP025",
+            hint="pass a UserDataset under a plan and ledger with unit='user', and any other dataset under 'example'",
+        )
 
 
 def checked_views(views: int) -> int:

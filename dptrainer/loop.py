@@ -22,7 +22,7 @@ from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dptrainer.clipping import Clipping, Grouping, Reduction, add_clipped, make_engine
 from dptrainer.clipping.engine import trainable_parameters
-from dptrainer.data import check_rows
+from dptrainer.data import check_rows, check_unit
 from dptrainer.noise.source import NoiseSource, SecureNoise
 from dptrainer.outside import OutsideWatch
 from dptrainer.probe import probe_batch
@@ -82,10 +82,11 @@ class PrivateLoop:
         note: Callable[[str], None] | None,
         synthetic: Any,
         clipping: Clipping | None = None,
-        unit: str = "example",
+        dataset: object = None,
     ) -> None:
         check(model, optimizer)
-        check_run(model, run, unit)
+        check_run(model, run)
+        check_unit(dataset, run)
         detach_earlier(model, optimizer)
         probe_batch(model, synthetic, replay, note=note)
         self.run, self.step_complete = run, True

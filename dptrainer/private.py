@@ -189,7 +189,7 @@ def make_private(
         note=note,
         synthetic=synthetic,
         clipping=clipping,
-        unit=records.unit,
+        dataset=dataset,
     )
     try:
         tested = loss_fn is None or probe_criterion(model, loss_fn, loss_reduction, synthetic)

@@ -40,14 +40,14 @@ def probe_batch(
     Raises:
         PrivacyViolation: as :func:`probe`.
     """
-    if any(probe(model, args, replay, named=named) for args, named in ways_to_call(batch)):
+    if any(probe(model, args, replay, named=named) for args, named in _calls(batch)):
         return True
     if note is not None:
         note("the model could not be called with synthetic inputs, so it was not tested for mixing examples.")
     return False
 
 
-def ways_to_call(batch: object) -> Iterator[Call]:
+def _calls(batch: object) -> Iterator[Call]:
     """Ways in which a model may be called with a batch, the usual one first."""
     if isinstance(batch, Tensor):
         yield (batch,), {}
@@ -57,7 +57,7 @@ def ways_to_call(batch: object) -> Iterator[Call]:
         yield from (((value,), {}) for name, value in batch.items() if isinstance(value, Tensor) and name != "labels")
     elif isinstance(batch, tuple | list) and batch:
         if isinstance(batch[0], Mapping):
-            yield from ways_to_call(batch[0])
+            yield from _calls(batch[0])
         yield tuple(batch[:-1]), {}
         yield tuple(batch), {}
         yield (batch[0],), {}

@@ -14,7 +14,7 @@ from dpbudget.curve import Bounds
 from dpbudget.errors import PrivacyViolation
 from dpbudget.ledger.run import Run
 from dptrainer.clipping import BookKeeping, Clipping, add_clipped, make_engine
-from dptrainer.data import Collate, Records, check_rows, split_batch, to_device
+from dptrainer.data import Collate, Records, check_rows, check_unit, split_batch, to_device
 from dptrainer.loop import detach_earlier
 from dptrainer.losses import Loss, PerExampleLoss
 from dptrainer.memory import PhysicalSize, checked_size, physical_size
@@ -106,9 +106,10 @@ class PrivateTrainer:
     ) -> None:
         checked_size(physical_batch_size)
         check(model, optimizer)
-        self._records = Records(dataset, collate_fn, views=views)
-        check_run(model, run, self._records.unit)
+        check_run(model, run)
+        check_unit(dataset, run)
         detach_earlier(model, optimizer)
+        self._records = Records(dataset, collate_fn, views=views)
         self._loss = PerExampleLoss(loss_fn)
         inputs, named, target = split_batch(self._records.synthetic())
         tested = probe(model, inputs, replay, named=named) and probe_loss(model, self._loss, inputs, named, target)

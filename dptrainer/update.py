@@ -16,29 +16,18 @@ from dptrainer.noise.source import NoiseSource, noise_scale
 from dptrainer.values import ClippedSum, NoisySum
 
 
-def check_run(model: nn.Module, run: Run, unit: str = "example") -> None:
-    """Refuse a model or dataset that the run's plan does not cover; nothing is charged or changed.
-
-    Args:
-        model: what will be trained.
-        run: under which plan.
-        unit: what one record of the dataset is, ``example`` or ``user``.
+def check_run(model: nn.Module, run: Run) -> None:
+    """Refuse a model that the run's plan does not cover; nothing is charged or changed.
 
     Raises:
         PrivacyViolation: more trainable parameters than the plan allows, or none (DP018); the model is compiled
-            (DP019); the plan protects another unit (DP025); ``run`` is not a run (DP081).
+            (DP019); ``run`` is not a run (DP081).
     """
     if not isinstance(run, Run):
         raise PrivacyViolation(
             f"run is {type(run).__name__}, not a run of a ledger",
             code="DP081",
             hint="run = dpbudget.start(ledger, run_id)",
-        )
-    if run.plan.unit != unit:
-        raise PrivacyViolation(
-            f"the plan protects one {run.plan.unit}, and one record of the dataset is one {unit}",
-            code="DP025",
-            hint="pass a UserDataset under a plan and ledger with unit='user', and any other dataset under 'example'",
         )
     # The whole model or one of its parts, wrapped by torch.compile or in place by module.compile().
     if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):

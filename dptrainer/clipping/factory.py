@@ -170,7 +170,8 @@ def _one_at_a_time(twin: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tenso
     rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for index in range(inputs[0].shape[0]):
         # backward() and not autograd.grad(), which reentrant checkpointing refuses.
-        _losses(twin(*[t[index : index + 1] for t in inputs]), 1).sum().backward()  # type: ignore[no-untyped-call]
+        losses = _losses(twin(*[t[index : index + 1].clone() for t in inputs]), 1)
+        losses.sum().backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         for name, parameter in parameters.items():
             one = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             rows[name].append(one.detach().to(sum_dtype(parameter)))
