@@ -136,6 +136,7 @@ def _peak_of(model: nn.Module, records: Records, size: int, replay: Sequence[nn.
 
         try:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+                step()  # methods are timed at the first call of a shape, with memory of their own
                 return _peak(step, device)
         except NOT_MY_CALL:
             continue
