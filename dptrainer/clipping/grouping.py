@@ -1,8 +1,8 @@
 """Several rows of a batch that count as one: the views of an example, or the examples of a user.
 
 The gradients of the rows of one unit are added *before* the norm is taken, so that clipping bounds the unit and not the
-row. Norm and sum come from the same added numbers: rows that cancel each other cannot be larger in one than in the
-other.
+row. Norm and sum come from the same added numbers, or the norm is taken so large that rows which cancel each other
+cannot be larger in the sum.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from dpbudget.errors import InvalidParameter
-from dptrainer.clipping.per_example import Dense, Lazy, Outer, PerExample, TableRows, instantiate
+from dptrainer.clipping.per_example import Dense, Lazy, Outer, PerExample, TableRows, finite, instantiate
+
+#: Rows of a unit up to which norms come from Gram matrices, see :class:`SumOfOuters`.
+MOST_TERMS = 32
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,55 @@ def _added(values: Tensor, grouping: Grouping) -> Tensor:
 
 
 def _from_outer(part: Outer, grouping: Grouping) -> PerExample:
-    """sum_k g_k a_k^T for each unit by one batched product; the product of norms holds for one row only."""
+    """sum_k g_k a_k^T for each unit; the product of norms holds for one row only.
+
+    By Gram matrices where these are much smaller than the parameter, else by one batched product.
+    """
     grads, activations = _padded(part.grads, grouping), _padded(part.activations, grouping)
+    terms = grads.shape[1]
+    if terms <= MOST_TERMS and 4 * terms * sum(part.shape) <= part.shape.numel():
+        return SumOfOuters(grads, activations)
 
     def rows(chunk: slice) -> Tensor:
         return torch.bmm(grads[chunk].transpose(1, 2), activations[chunk])
 
     return instantiate(grouping.units, part.shape, rows, grads.numel() + activations.numel())
+
+
+class SumOfOuters(PerExample):
+    """sum_k g_k a_k^T over a few k, never instantiated. Norms by Gram matrices in float64; Bu et al. (2022).
+
+    The sum is one product over all rows, in which K terms of a unit round by at most (K + 2) 2^-24 S, S = sum_k |g_k|
+    |a_k|. Where they cancel to less than S (K + 2) / 256, the norm is taken as that: the unit is clipped further than it
+    need be, and rounding stays within 2^-16 C, which SHRINK leaves free. Rows that are orthogonal cancel to S / sqrt(K)
+    only, which is above that for K <= 32.
+
+    Args:
+        grads: [units, K, out].
+        activations: [units, K, in].
+    """
+
+    def __init__(self, grads: Tensor, activations: Tensor) -> None:
+        self.grads, self.activations = grads, activations
+        self.batch_size, self.shape = len(grads), torch.Size((grads.shape[2], activations.shape[2]))
+
+    def squared_norms(self) -> Tensor:
+        """See :class:`PerExample`; never too small."""
+        grads, activations = self.grads.double(), self.activations.double()
+        outputs, inputs = grads @ grads.transpose(1, 2), activations @ activations.transpose(1, 2)
+        sizes = (outputs.diagonal(dim1=1, dim2=2) * inputs.diagonal(dim1=1, dim2=2)).sqrt().sum(1)
+        # maximum and not clamp: NaN stays NaN, so that a broken unit is seen.
+        least = sizes * ((self.grads.shape[1] + 2) / 256)
+        return torch.maximum((outputs * inputs).sum((1, 2)), least.square())
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """See :class:`PerExample`."""
+        scaled = finite(self.grads) * weights.to(self.grads.dtype).view(-1, 1, 1)
+        return scaled.flatten(0, 1).t() @ finite(self.activations).flatten(0, 1)
+
+    def dense(self, rows: slice) -> Tensor:
+        """See :class:`PerExample`."""
+        return torch.bmm(self.grads[rows].transpose(1, 2), self.activations[rows])
 
 
 def _padded(values: Tensor, grouping: Grouping) -> Tensor:

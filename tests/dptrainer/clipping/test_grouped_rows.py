@@ -36,6 +36,7 @@ def floats(*shape):
 
 
 CASES = {
+    "wide": (lambda: nn.Sequential(nn.Linear(4, 60), nn.Tanh(), nn.Linear(60, 90), nn.Linear(90, 2)), floats(4)),
     "linear": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), floats(4)),
     "sequence": (lambda: nn.Linear(4, 3), floats(7, 4)),
     "conv": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten()), floats(2, 6, 6)),
@@ -111,6 +112,29 @@ def test_rows_that_cancel_do_not_lift_a_unit_above_the_bound():
         (out * torch.randn(out.shape[1]) * signs.unsqueeze(1)).sum().backward()
         assert norm(engine.finish("sum").grads) <= 1e-3
         engine.detach()
+
+
+@pytest.mark.parametrize("cancelling", [1.0, 30.0, 1e3, 1e6, 1e12])
+def test_norms_by_gram_matrices_are_never_too_small_and_exact_without_extreme_cancellation(cancelling):
+    from dptrainer.clipping.grouping import SumOfOuters
+
+    torch.manual_seed(0)
+    grads, activations = torch.randn(5, 3, 40), torch.randn(5, 3, 50)
+    grads[:, 0] *= cancelling
+    grads[:, 1], activations[:, 1] = -grads[:, 0], activations[:, 0]
+    grads[4, 2], activations[3, 0, 0] = float("inf"), float("nan")
+    form = SumOfOuters(grads, activations)
+    exact = torch.bmm(grads.double().transpose(1, 2), activations.double()).flatten(1).square().sum(1)
+    found = form.squared_norms()
+    assert not found[3:].isfinite().any()
+    assert (found[:3] >= exact[:3] * (1 - 1e-9)).all()
+    if cancelling <= 10:
+        torch.testing.assert_close(found[:3], exact[:3])
+    weights = torch.where(found.isfinite(), 1 / found.sqrt(), torch.zeros_like(found))
+    for unit in range(5):
+        alone = torch.zeros_like(weights)
+        alone[unit] = weights[unit] * (1 - 2.0**-16)
+        assert float(form.weighted_sum(alone).double().norm()) <= 1.0
 
 
 def test_one_broken_row_drops_its_whole_unit_and_no_other():
