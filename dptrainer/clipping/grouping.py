@@ -123,10 +123,10 @@ def _from_outer(part: Outer, grouping: Grouping) -> PerExample:
 class SumOfOuters(PerExample):
     """sum_k g_k a_k^T over a few k, never instantiated. Norms by Gram matrices in float64; Bu et al. (2022).
 
-    The sum is one product over all rows, in which K terms of a unit round by at most (K + 2) 2^-24 S, S = sum_k |g_k|
-    |a_k|. Where they cancel to less than S (K + 2) / 256, the norm is taken as that: the unit is clipped further than it
-    need be, and rounding stays within 2^-16 C, which SHRINK leaves free. Rows that are orthogonal cancel to S / sqrt(K)
-    only, which is above that for K <= 32.
+    The sum is one product over all rows, in which the K terms of a unit round by at most (K + 2) 2^-24 S, with S =
+    sum_k |g_k| |a_k|. Where they cancel to less than S (K + 2) / 256, the norm is taken as that: the unit is clipped
+    further than it need be, and rounding stays within 2^-16 C, which SHRINK leaves free. Orthogonal rows cancel to
+    S / sqrt(K) at most, which is above that for K <= 32.
 
     Args:
         grads: [units, K, out].
