@@ -10,11 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dptrainer.checkpoint import load_checkpoint, save_checkpoint
-    from dptrainer.clipping import BookKeeping, VmapEngine, make_engine, rule
+    from dptrainer.clipping import (
+        BookKeeping,
+        NormalisedClipping,
+        PerLayerClipping,
+        QuantileClipping,
+        VmapEngine,
+        make_engine,
+        rule,
+    )
+    from dptrainer.compiling import compiled
+    from dptrainer.ema import WeightAverage
+    from dptrainer.inspection import per_example_gradients, per_example_norms
+    from dptrainer.memory import MemoryBound
     from dptrainer.noise.source import SecureNoise
+    from dptrainer.optim import DPAdamBC
     from dptrainer.private import PrivateLoader, make_private
     from dptrainer.sampling import PoissonSampler
     from dptrainer.trainer import PrivateTrainer, TrainingResult
+    from dptrainer.users import UserDataset
     from dptrainer.validation import Change, Problem, fix, validate
     from dptrainer.values import ClippedSum, NoisySum
 
@@ -22,18 +36,28 @@ _HOMES = {
     "BookKeeping": "dptrainer.clipping",
     "Change": "dptrainer.validation",
     "ClippedSum": "dptrainer.values",
+    "DPAdamBC": "dptrainer.optim",
+    "MemoryBound": "dptrainer.memory",
     "NoisySum": "dptrainer.values",
+    "NormalisedClipping": "dptrainer.clipping",
+    "PerLayerClipping": "dptrainer.clipping",
     "PoissonSampler": "dptrainer.sampling",
     "PrivateLoader": "dptrainer.private",
     "PrivateTrainer": "dptrainer.trainer",
     "Problem": "dptrainer.validation",
+    "QuantileClipping": "dptrainer.clipping",
     "SecureNoise": "dptrainer.noise.source",
     "TrainingResult": "dptrainer.trainer",
+    "UserDataset": "dptrainer.users",
     "VmapEngine": "dptrainer.clipping",
     "fix": "dptrainer.validation",
+    "WeightAverage": "dptrainer.ema",
+    "compiled": "dptrainer.compiling",
     "load_checkpoint": "dptrainer.checkpoint",
     "make_engine": "dptrainer.clipping",
     "make_private": "dptrainer.private",
+    "per_example_gradients": "dptrainer.inspection",
+    "per_example_norms": "dptrainer.inspection",
     "rule": "dptrainer.clipping",
     "save_checkpoint": "dptrainer.checkpoint",
     "validate": "dptrainer.validation",
@@ -43,18 +67,28 @@ __all__ = [
     "BookKeeping",
     "Change",
     "ClippedSum",
+    "DPAdamBC",
+    "MemoryBound",
     "NoisySum",
+    "NormalisedClipping",
+    "PerLayerClipping",
     "PoissonSampler",
     "PrivateLoader",
     "PrivateTrainer",
     "Problem",
+    "QuantileClipping",
     "SecureNoise",
     "TrainingResult",
+    "UserDataset",
     "VmapEngine",
+    "WeightAverage",
+    "compiled",
     "fix",
     "load_checkpoint",
     "make_engine",
     "make_private",
+    "per_example_gradients",
+    "per_example_norms",
     "rule",
     "save_checkpoint",
     "validate",

@@ -1,7 +1,8 @@
 """Checkpoints: weights, optimizer state and where the ledger stood. The ledger decides what was spent, never a file.
 
-A checkpoint is a folder of three files: ``model.safetensors``, ``optimizer.pt`` (read with ``weights_only``) and
-``checkpoint.json``, which names the run, the steps charged when it was written, and the SHA-256 of the other two. It
+A checkpoint is a folder: ``model.safetensors``, ``optimizer.pt`` (read with ``weights_only``) and ``checkpoint.json``,
+which names the run, the steps charged when it was written, and the SHA-256 of the others. What else is asked for (an
+average of the weights, a learning rate schedule, an adaptive clipping threshold) is in ``extras.pt``. The folder
 holds no key, no sampler state and no privacy number: going back to an older checkpoint gives no budget back, and new
 steps draw new batches and new noise.
 """
@@ -11,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field, StringConstraints
@@ -25,8 +27,19 @@ from dpbudget.ledger.run import Run
 from dpbudget.plan import Digest
 
 _WEIGHTS, _OPTIMIZER, _SIDECAR = "model.safetensors", "optimizer.pt", "checkpoint.json"
+_EXTRAS = "extras.pt"
 
 Head = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,16}:[0-9a-f]{64}$")]
+
+
+class Stateful(Protocol):
+    """Whatever has a state of its own: :class:`~dptrainer.ema.WeightAverage`, a schedule, a clipping policy."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Tensors, numbers and strings, in mappings and lists."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> object:
+        """Inverse of :meth:`state_dict`."""
 
 
 class Checkpoint(Record):
@@ -39,6 +52,7 @@ class Checkpoint(Record):
         steps: steps charged to the run when the checkpoint was written; the weights hold at most so many.
         head: size and root of the ledger then, if given: an outside anchor for verification.
         weights, optimizer: SHA-256 of the two files.
+        extras: SHA-256 of the third, if there is one.
     """
 
     format: Literal["dptrainer/checkpoint/1"] = "dptrainer/checkpoint/1"
@@ -48,6 +62,7 @@ class Checkpoint(Record):
     head: Head | None = None
     weights: Digest
     optimizer: Digest
+    extras: Digest | None = None
 
 
 def save_checkpoint(
@@ -57,6 +72,7 @@ def save_checkpoint(
     *,
     run: Run,
     head: str | None = None,
+    extras: Mapping[str, Stateful] | None = None,
 ) -> Checkpoint:
     """Write a checkpoint between two steps. The files appear together or not at all, in a new folder.
 
@@ -66,6 +82,7 @@ def save_checkpoint(
         optimizer: its state dict is saved.
         run: the run that trains them.
         head: ``str(ledger.head)``, kept as an outside anchor.
+        extras: further objects with a ``state_dict``, by name. Their state must be computed from what was released.
 
     Raises:
         InvalidParameter: the folder exists (DP074).
@@ -77,6 +94,8 @@ def save_checkpoint(
     draft.mkdir(mode=0o700)
     save_model(model, str(draft / _WEIGHTS))
     torch.save(optimizer.state_dict(), draft / _OPTIMIZER)
+    if extras:
+        torch.save({name: dict(part.state_dict()) for name, part in extras.items()}, draft / _EXTRAS)
     sidecar = Checkpoint(
         run_id=run.run_id,
         plan_digest=run.plan.digest(),
@@ -84,6 +103,7 @@ def save_checkpoint(
         head=head,
         weights=_sha256(draft / _WEIGHTS),
         optimizer=_sha256(draft / _OPTIMIZER),
+        extras=_sha256(draft / _EXTRAS) if extras else None,
     )
     (draft / _SIDECAR).write_bytes(sidecar.encode())
     draft.rename(target)
@@ -91,9 +111,14 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, run: Run
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    run: Run,
+    extras: Mapping[str, Stateful] | None = None,
 ) -> Checkpoint:
-    """Load a checkpoint of ``run`` into model and optimizer; what was spent stays as the ledger says.
+    """Load a checkpoint of ``run`` into model, optimizer and extras; what was spent stays as the ledger says.
 
     Raises:
         PrivacyViolation: the weights are of another run, or claim more steps than the ledger has charged (DP051).
@@ -114,14 +139,18 @@ def load_checkpoint(
             code="DP051",
             hint="this ledger is an older copy: open the one that was written last",
         )
-    for name, expected in ((_WEIGHTS, sidecar.weights), (_OPTIMIZER, sidecar.optimizer)):
-        if _sha256(place / name) != expected:
+    files = {_WEIGHTS: sidecar.weights, _OPTIMIZER: sidecar.optimizer, _EXTRAS: sidecar.extras}
+    for name, expected in files.items():
+        if expected is not None and _sha256(place / name) != expected:
             raise Tampered(f"{place / name} is not the file that was saved", hint="restore the folder as a whole")
+    saved = _read_extras(place, sidecar, extras or {})
     try:
         load_model(model, str(place / _WEIGHTS))
         if optimizer is not None:
             # weights_only: no code of the file is run.
             optimizer.load_state_dict(torch.load(place / _OPTIMIZER, weights_only=True))
+        for name, part in (extras or {}).items():
+            part.load_state_dict(saved[name])
     except Exception as error:  # noqa: BLE001 - two libraries, with errors of many kinds for files that are none
         raise Unreadable(
             f"{place} cannot be loaded into this model and optimizer: {type(error).__name__}",
@@ -129,6 +158,24 @@ def load_checkpoint(
             hint="pass the model and optimizer that were saved; no code of the files was run",
         ) from None
     return sidecar
+
+
+def _read_extras(place: Path, sidecar: Checkpoint, wanted: Mapping[str, Stateful]) -> dict[str, dict[str, Any]]:
+    """What was saved for each of the wanted extras; every one of them must be there."""
+    if not wanted:
+        return {}
+    try:
+        saved = torch.load(place / _EXTRAS, weights_only=True) if sidecar.extras is not None else {}
+    except Exception as error:  # noqa: BLE001 - errors of many kinds for a file that is none
+        raise Unreadable(f"{place / _EXTRAS} cannot be read: {type(error).__name__}", code="DP091") from None
+    missing = sorted(set(wanted) - set(saved))
+    if missing:
+        raise Unreadable(
+            f"{place} holds no state of {missing[0]!r}",
+            code="DP091",
+            hint="pass the extras that were saved, under the same names",
+        )
+    return dict(saved)
 
 
 def _read_sidecar(place: Path) -> Checkpoint:

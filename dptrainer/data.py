@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -15,7 +16,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torch.utils.data.sampler import BatchSampler, RandomSampler, SequentialSampler
 
 from dpbudget.errors import InvalidParameter, PrivacyViolation
+from dpbudget.ledger.run import Run
+from dptrainer.clipping.grouping import Grouping
 from dptrainer.sampling import Indices
+from dptrainer.users import UserDataset
 
 Collate = Callable[[list[Any]], Any]
 
@@ -27,8 +31,10 @@ class Records:
 
     Args:
         dataset: has ``__len__`` and ``__getitem__``; one item is one record, the unit that privacy protects.
+            A :class:`~dptrainer.users.UserDataset` has users for records.
         collate_fn: makes a batch of a list of items, with the records in dimension 0 of its tensors; default that of
             torch.
+        views: K: how often each drawn record is read, for random augmentations in the dataset.
 
     Raises:
         PrivacyViolation: a loader was given (DP020), one with weights or a sampler of its own (DP022), or something
@@ -36,19 +42,36 @@ class Records:
         InvalidParameter: the dataset is empty (DP009).
     """
 
-    def __init__(self, dataset: Dataset[Any], collate_fn: Collate | None = None) -> None:
-        check_dataset(dataset)
-        self._dataset: Any = dataset
+    def __init__(self, dataset: Dataset[Any], collate_fn: Collate | None = None, *, views: int = 1) -> None:
+        self._users = dataset if isinstance(dataset, UserDataset) else None
+        examples: Any = dataset if self._users is None else self._users.examples
+        check_dataset(examples)
+        self._dataset, self._views = examples, checked_views(views)
         self._collate: Collate = default_collate if collate_fn is None else collate_fn
-        self._whole = dataset.tensors if type(dataset) is TensorDataset and collate_fn is None else None
+        self._whole = examples.tensors if type(examples) is TensorDataset and collate_fn is None else None
 
     @property
     def population(self) -> int:
-        """Number of records. Private: for the sampler alone."""
-        return len(self._dataset)
+        """Number of records, the unit of privacy. Private: for the sampler alone."""
+        return len(self._dataset) if self._users is None else len(self._users)
+
+    @property
+    def most_rows(self) -> int:
+        """Largest number of rows that one record can have in a batch: public."""
+        return self._views * (1 if self._users is None else self._users.max_examples)
+
+    def drawn(self, indices: Indices) -> tuple[Any, Grouping | None]:
+        """The records of ``indices``, at least one, collated; and which rows belong to one record, if not one each."""
+        if self.most_rows == 1 and self._users is None:
+            return self.batch(indices), None
+        counts: tuple[int, ...] = (1,) * len(indices)
+        if self._users is not None:
+            indices, counts = self._users.chosen(indices)
+        grouping = Grouping(tuple(count * self._views for count in counts), self.most_rows)
+        return self.batch(np.repeat(indices, self._views)), grouping
 
     def batch(self, indices: Indices) -> Any:
-        """The records of ``indices``, at least one, collated."""
+        """The examples of ``indices``, at least one, collated."""
         if self._whole is not None:
             chosen = torch.from_numpy(indices)
             return [tensor[chosen.to(tensor.device)] for tensor in self._whole]
@@ -62,6 +85,36 @@ class Records:
 
     def _first(self) -> Any:
         return self._collate([self._dataset[0]])
+
+
+def check_unit(dataset: object, run: Run) -> None:
+    """Refuse a run whose plan protects something else than one record of the dataset.
+
+    Raises:
+        PrivacyViolation: users are protected and records are examples, or the other way round (DP025).
+    """
+    unit = "user" if isinstance(dataset, UserDataset) else "example"
+    if run.plan.unit != unit:
+        raise PrivacyViolation(
+            f"the plan protects one {run.plan.unit}, and one record of the dataset is one {unit}",
+            code="DP025",
+            hint="pass a UserDataset under a plan and ledger with unit='user', and any other dataset under 'example'",
+        )
+
+
+def checked_views(views: int) -> int:
+    """``views`` if it is a positive integer.
+
+    Raises:
+        InvalidParameter: otherwise (DP009).
+    """
+    if type(views) is not int or not 1 <= views <= 1 << 16:
+        raise InvalidParameter(
+            f"views must be an integer in [1, 65536], got {views!r}",
+            code="DP009",
+            hint="leave it out for one row an example",
+        )
+    return views
 
 
 def check_dataset(dataset: object) -> None:

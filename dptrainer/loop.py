@@ -20,9 +20,9 @@ from torch.utils.hooks import RemovableHandle
 from dpbudget.errors import PrivacyViolation
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
-from dptrainer.clipping import Reduction, add_clipped, make_engine
+from dptrainer.clipping import Clipping, Grouping, Reduction, add_clipped, make_engine
 from dptrainer.clipping.engine import trainable_parameters
-from dptrainer.data import check_rows
+from dptrainer.data import check_rows, check_unit
 from dptrainer.noise.source import NoiseSource, SecureNoise
 from dptrainer.outside import OutsideWatch
 from dptrainer.probe import probe_batch
@@ -81,14 +81,17 @@ class PrivateLoop:
         noise: NoiseSource | None,
         note: Callable[[str], None] | None,
         synthetic: Any,
+        clipping: Clipping | None = None,
+        dataset: object = None,
     ) -> None:
         check(model, optimizer)
         check_run(model, run)
+        check_unit(dataset, run)
         detach_earlier(model, optimizer)
         probe_batch(model, synthetic, replay, note=note)
         self.run, self.step_complete = run, True
         self._model, self._optimizer = model, optimizer
-        self._engine = make_engine(model, run.plan.clip_norm, replay=replay, note=note)
+        self._engine = make_engine(model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note)
         self._reduction: Reduction = reduction
         self._record_outputs, self._noise = record_outputs, SecureNoise() if noise is None else noise
         self._step: Step | None = None
@@ -108,8 +111,10 @@ class PrivateLoop:
         self._step = Step(receipt)
         return self._step
 
-    def open(self, step: Step, batch: Any, size: int, *, last: bool) -> None:
+    def open(self, step: Step, batch: Any, size: int, *, last: bool, grouping: Grouping | None = None) -> None:
         """Open the next physical batch of ``step``, of ``size`` records (0: a synthetic example stands in).
+
+        With a grouping, several rows are one record.
 
         Raises:
             PrivacyViolation: another step was begun meanwhile, or the batch has not one row a record (DP023).
@@ -120,12 +125,12 @@ class PrivateLoop:
                 code="DP023",
                 hint="use one iteration of the loader at a time",
             )
-        rows = max(size, 1)
+        rows = max(size, 1) if grouping is None else grouping.rows
         check_rows(batch, rows)
         self._watch_parameters()
         for parameter in self._model.parameters():
             parameter.grad = None
-        self._engine.begin(rows)
+        self._engine.begin(rows, grouping=grouping)
         self._outside.start(self._model)
         step.open, step.empty, step.last = True, size == 0, last
 
@@ -161,9 +166,19 @@ class PrivateLoop:
             self._handle = None
         _attached.discard(self)
 
+    @property
+    def model(self) -> nn.Module:
+        """The model that it guards."""
+        return self._model
+
     def holds(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """Whether this loop guards the model or the optimizer."""
         return model is self._model or optimizer is self._optimizer
+
+    @property
+    def batch_is_open(self) -> bool:
+        """Whether a private batch was given out and not taken yet."""
+        return self._step is not None and self._step.open
 
     def guards(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether ``optimizer``, another than this loop's, would step parameters of this loop's model."""
@@ -225,7 +240,10 @@ class PrivateLoop:
             for parameter in self._model.parameters():
                 parameter.grad = None  # an optimizer passes over parameters without a gradient
             return
-        digest = release(self._model, step.total, step.receipt, self._noise, with_digest=self._record_outputs)
+        digest = release(
+            self._model, step.total, step.receipt, self._noise, with_digest=self._record_outputs,
+            optimizer=self._optimizer, clipping=self._engine.clipping,
+        )  # fmt: skip
         step.total = None
         if digest is not None:
             self.run.settle(step.receipt, digest)
@@ -296,6 +314,20 @@ def detach_earlier(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for loop in list(_attached):
         if loop.holds(model, optimizer):
             loop.detach()
+
+
+def refuse_open_batch(model: nn.Module) -> None:
+    """Refuse while a private batch of this model is open: whatever is computed now is likely computed from it.
+
+    Raises:
+        PrivacyViolation: a batch is open (DP031).
+    """
+    if any(loop.batch_is_open and loop.model is model for loop in _attached):
+        raise PrivacyViolation(
+            "per-example gradients were asked for while a private batch is open; they would be unclipped and unnoised",
+            code="DP031",
+            hint="ask outside the private loop, with public or synthetic data",
+        )
 
 
 def _same(first: object, second: object) -> bool:

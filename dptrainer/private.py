@@ -10,18 +10,18 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from dpbudget.curve import Bounds
-from dpbudget.errors import InvalidParameter, PlanExhausted, PrivacyViolation
+from dpbudget.errors import DPBudgetError, InvalidParameter, PlanExhausted
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
-from dptrainer.clipping import Reduction
+from dptrainer.clipping import Clipping, Reduction
 from dptrainer.data import Collate, Records
 from dptrainer.loop import PrivateLoop
 from dptrainer.loss_probe import probe_criterion
 from dptrainer.losses import Loss
+from dptrainer.memory import PhysicalSize, checked_size, physical_size
 from dptrainer.noise.source import NoiseSource
 from dptrainer.probe import tell_untested
 from dptrainer.sampling import PoissonSampler, physical_batches
-from dptrainer.trainer import checked_size
 
 Model = TypeVar("Model", bound=nn.Module)
 AnyOptimizer = TypeVar("AnyOptimizer", bound=torch.optim.Optimizer)
@@ -94,8 +94,8 @@ class PrivateLoader:
         pieces = list(physical_batches(self._sampler.draw(receipt, self._records.population), self._physical))
         try:
             for number, piece in enumerate(pieces):
-                batch = self._records.batch(piece) if len(piece) else self._records.synthetic()
-                self._loop.open(step, batch, len(piece), last=number + 1 == len(pieces))
+                batch, groups = self._records.drawn(piece) if len(piece) else (self._records.synthetic(), None)
+                self._loop.open(step, batch, len(piece), last=number + 1 == len(pieces), grouping=groups)
                 yield batch
                 if not step.took(number):
                     return
@@ -111,9 +111,11 @@ def make_private(
     run: Run,
     loss_reduction: Reduction = "mean",
     loss_fn: Loss | None = None,
-    physical_batch_size: int | None = None,
+    physical_batch_size: PhysicalSize = None,
     steps_per_epoch: int | None = None,
     collate_fn: Collate | None = None,
+    clipping: Clipping | None = None,
+    views: int = 1,
     replay: Sequence[nn.Module] = (),
     record_outputs: bool = False,
     noise: NoiseSource | None = None,
@@ -141,16 +143,20 @@ def make_private(
     Args:
         model: in train mode, called as ``model(...)`` with the examples in dimension 0.
         optimizer: any ``torch.optim`` optimizer over exactly the trainable parameters.
-        dataset: map-style; one item is one record.
+        dataset: map-style; one item is one record. In a :class:`~dptrainer.users.UserDataset` one user is.
         run: from ``dpbudget.start``; the caller closes it.
         loss_reduction: what the loop's criterion does over the examples of a batch: ``mean``, ``sum`` or ``none`` (then
             the loop sums). Its weights must not depend on other examples of the batch: class weights and ignored
             targets in a mean do, and so does a target [B] against an output [B, 1].
         loss_fn: the criterion of the loop, which goes on calling it. Here it is tested on synthetic records for what is
             said above; without it, that rests on the declaration alone.
-        physical_batch_size: largest number of examples in one item; None gives every drawn batch whole.
+        physical_batch_size: largest number of records in one item; None gives every drawn batch whole. A
+            :class:`~dptrainer.memory.MemoryBound`, or "auto", is turned into a number at set-up on synthetic records.
         steps_per_epoch: an iteration ends after so many steps; None runs to the end of the plan.
         collate_fn: as for a ``DataLoader``.
+        clipping: how gradients are brought below the plan's norm, see :mod:`dptrainer.clipping.policy`; flat if None.
+        views: K: every drawn record is read K times, each time with the dataset's random augmentation. K rows of the
+            batch are then one example, and the mean of their gradients is clipped. De et al. (2022), section 3.2.
         replay: modules to differentiate as a whole, see :class:`~dptrainer.clipping.BookKeeping`.
         record_outputs: settle every step with a hash of its noisy sum.
         noise: adds the noise.
@@ -171,8 +177,8 @@ def make_private(
             code="DP009",
             hint="leave it out to run to the end of the plan",
         )
-    size = checked_size(physical_batch_size)
-    records = Records(dataset, collate_fn)
+    checked_size(physical_batch_size)
+    records = Records(dataset, collate_fn, views=views)
     synthetic = records.synthetic()
     loop = PrivateLoop(
         model,
@@ -184,10 +190,13 @@ def make_private(
         noise=noise,
         note=note,
         synthetic=synthetic,
+        clipping=clipping,
+        dataset=dataset,
     )
     try:
         tested = loss_fn is None or probe_criterion(model, loss_fn, loss_reduction, synthetic)
-    except PrivacyViolation:
+        size = physical_size(physical_batch_size, model, records, run.plan, replay)
+    except DPBudgetError:
         loop.detach()
         raise
     if not tested:

@@ -11,12 +11,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from dpbudget.curve import Bounds
-from dpbudget.errors import InvalidParameter, PrivacyViolation
+from dpbudget.errors import PrivacyViolation
 from dpbudget.ledger.run import Run
-from dptrainer.clipping import BookKeeping, add_clipped, make_engine
-from dptrainer.data import Collate, Records, check_rows, split_batch, to_device
+from dptrainer.clipping import BookKeeping, Clipping, add_clipped, make_engine
+from dptrainer.data import Collate, Records, check_rows, check_unit, split_batch, to_device
 from dptrainer.loop import detach_earlier
 from dptrainer.losses import Loss, PerExampleLoss
+from dptrainer.memory import PhysicalSize, checked_size, physical_size
 from dptrainer.noise.source import NoiseSource, SecureNoise
 from dptrainer.probe import probe, probe_loss, tell_untested
 from dptrainer.sampling import Indices, PoissonSampler, physical_batches
@@ -66,12 +67,16 @@ class PrivateTrainer:
         model: in train mode; changed in place.
         optimizer: any ``torch.optim`` optimizer over the model's trainable parameters, without closure.
         loss_fn: criterion of (outputs, target), see :class:`~dptrainer.losses.PerExampleLoss`.
-        dataset: map-style; an item is ``(input, ..., target)`` or a mapping with ``labels``.
+        dataset: map-style; an item is ``(input, ..., target)`` or a mapping with ``labels``. In a
+            :class:`~dptrainer.users.UserDataset` one user is one record.
         run: from ``dpbudget.start``; the caller closes it.
-        physical_batch_size: largest number of examples in memory at once; None takes every drawn batch whole.
+        physical_batch_size: largest number of records in memory at once; None takes every drawn batch whole. A
+            :class:`~dptrainer.memory.MemoryBound`, or "auto", is turned into a number at set-up on synthetic records.
         collate_fn: as for a ``DataLoader``. A record's row must not depend on the other records of the list: pad to a
             fixed length, not to the longest, unless the model gives the same output for any padding.
         callbacks: each is called after every step with (steps so far, epsilon); False stops.
+        clipping: how gradients are brought below the plan's norm, see :mod:`dptrainer.clipping.policy`; flat if None.
+        views: K: every drawn record is read K times, and the mean of the K gradients is clipped.
         replay: modules to differentiate as a whole, see :class:`~dptrainer.clipping.BookKeeping`.
         record_outputs: settle every step with a hash of its noisy sum (about 2 ns a parameter).
         noise: adds the noise.
@@ -90,18 +95,22 @@ class PrivateTrainer:
         dataset: Dataset[Any],
         run: Run,
         *,
-        physical_batch_size: int | None = None,
+        physical_batch_size: PhysicalSize = None,
         collate_fn: Collate | None = None,
         callbacks: Sequence[Callback] = (),
+        clipping: Clipping | None = None,
+        views: int = 1,
         replay: Sequence[nn.Module] = (),
         record_outputs: bool = False,
         noise: NoiseSource | None = None,
         note: Callable[[str], None] | None = None,
     ) -> None:
+        checked_size(physical_batch_size)
         check(model, optimizer)
         check_run(model, run)
+        check_unit(dataset, run)
         detach_earlier(model, optimizer)
-        self._records = Records(dataset, collate_fn)
+        self._records = Records(dataset, collate_fn, views=views)
         self._loss = PerExampleLoss(loss_fn)
         inputs, named, target = split_batch(self._records.synthetic())
         tested = probe(model, inputs, replay, named=named, note=note)
@@ -109,9 +118,10 @@ class PrivateTrainer:
         if not tested:
             tell_untested("model and loss could not be run on synthetic records, so nobody tested for mixing.", note)
         self._model, self._optimizer, self._run = model, optimizer, run
-        self._engine: BookKeeping = make_engine(model, run.plan.clip_norm, replay=replay, note=note)
+        self._engine: BookKeeping = make_engine(model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note)
         self._sampler, self._noise = PoissonSampler(), SecureNoise() if noise is None else noise
-        self._physical, self._record_outputs = checked_size(physical_batch_size), record_outputs
+        self._physical = physical_size(physical_batch_size, model, self._records, run.plan, replay)
+        self._record_outputs = record_outputs
         self._callbacks = tuple(callbacks)
         self._stopped = False
 
@@ -134,7 +144,10 @@ class PrivateTrainer:
             for receipt in run:
                 check_step(self._model, self._optimizer)  # a callback may have changed it
                 clipped = self._clip(self._sampler.draw(receipt, self._records.population))
-                digest = release(self._model, clipped, receipt, self._noise, with_digest=self._record_outputs)
+                digest = release(
+                    self._model, clipped, receipt, self._noise, with_digest=self._record_outputs,
+                    optimizer=self._optimizer, clipping=self._engine.clipping,
+                )  # fmt: skip
                 self._optimizer.step()
                 if digest is not None:
                     run.settle(receipt, digest)
@@ -165,12 +178,13 @@ class PrivateTrainer:
             raise PrivacyViolation(
                 "the model is in eval mode", code="DP014", hint="call model.train() after evaluating in a callback"
             )
-        batch = self._records.batch(indices)
-        check_rows(batch, size)
+        batch, grouping = self._records.drawn(indices)
+        rows = size if grouping is None else grouping.rows
+        check_rows(batch, rows)
         device = next(self._model.parameters()).device
         inputs, named, target = split_batch(to_device(batch, device))
-        with torch.enable_grad(), self._engine.record(size):
-            losses = self._loss(self._model(*inputs, **named), target, size)
+        with torch.enable_grad(), self._engine.record(rows, grouping=grouping):
+            losses = self._loss(self._model(*inputs, **named), target, rows)
         return self._engine.backward(losses)
 
     def _tell(self, steps: int) -> None:
@@ -184,18 +198,3 @@ class PrivateTrainer:
         return TrainingResult(
             run.run_id, steps, run.charged, run.planned, self._stopped, run.epsilon(), claim.epsilon, claim.delta
         )
-
-
-def checked_size(size: int | None) -> int | None:
-    """``physical_batch_size`` if it is a positive integer or None.
-
-    Raises:
-        InvalidParameter: otherwise (DP009).
-    """
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise InvalidParameter(
-            f"physical_batch_size must be a positive integer, got {size!r}",
-            code="DP009",
-            hint="leave it out to take every drawn batch whole",
-        )
-    return size

@@ -11,7 +11,8 @@ from dpbudget.errors import PrivacyViolation
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dptrainer.clipping.engine import trainable_parameters
-from dptrainer.noise.source import NoiseSource
+from dptrainer.clipping.policy import Clipping
+from dptrainer.noise.source import NoiseSource, noise_scale
 from dptrainer.values import ClippedSum, NoisySum
 
 
@@ -37,12 +38,28 @@ def check_run(model: nn.Module, run: Run) -> None:
 
 
 def release(
-    model: nn.Module, clipped: ClippedSum, receipt: Receipt, noise: NoiseSource, *, with_digest: bool = False
+    model: nn.Module,
+    clipped: ClippedSum,
+    receipt: Receipt,
+    noise: NoiseSource,
+    *,
+    with_digest: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+    clipping: Clipping | None = None,
 ) -> str | None:
     """Add the receipt's noise and write ``sum / expected batch size`` to ``.grad`` of every trainable parameter.
 
     The divisor is the plan's, never the size of the batch that was drawn. What is in ``.grad`` afterwards may be
     published, and everything computed from it. The tensors of ``clipped`` are used up: they become the gradients.
+
+    Args:
+        model: its trainable parameters are those of the sum.
+        clipped: what the engine made of the whole logical batch.
+        receipt: pays for it.
+        noise: adds the noise.
+        with_digest: whether to hash the noisy sum.
+        optimizer: is told the standard deviation of the noise in ``.grad`` if it has a method ``gradient_noise``.
+        clipping: learns from what was released.
 
     Returns:
         :func:`output_digest` of the noisy sum if ``with_digest``, else None.
@@ -62,9 +79,15 @@ def release(
     digest = output_digest(noisy) if with_digest else None
     for parameter in parameters.values():
         parameter.grad = None
+    divisor = receipt.expected_batch_size / clipped.unit
     for name, total in noisy.grads.items():
         parameter = parameters[name]
-        parameter.grad = total.div_(receipt.expected_batch_size).to(parameter.dtype)
+        parameter.grad = total.div_(divisor).to(parameter.dtype)
+    told = getattr(optimizer, "gradient_noise", None)
+    if told is not None:
+        told(noise_scale(receipt.noise_multiplier, receipt.clip_norm) / divisor)
+    if clipping is not None:
+        clipping.released(noisy, receipt)
     return digest
 
 
@@ -74,7 +97,7 @@ def output_digest(noisy: NoisySum) -> str:
     It commits to what was released, so that a replay with other data and the same noise shows.
     """
     digest = hashlib.sha256()
-    for name, total in noisy.grads.items():
+    for name, total in (*noisy.grads.items(), *noisy.statistics.items()):
         digest.update(f"{name}\0{total.dtype}\0{list(total.shape)}\0".encode())
         digest.update(total.detach().contiguous().cpu().view(torch.uint8).reshape(-1).numpy().data)
     return digest.hexdigest()

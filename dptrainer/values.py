@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -12,18 +12,22 @@ from torch import Tensor
 class ClippedSum:
     """The sum over a batch of per-example gradients, each of norm at most ``sensitivity``. Private: never log it.
 
-    Guarantee: adding or removing one example changes the concatenation of all ``grads`` by at most ``sensitivity`` in
-    the Euclidean norm (up to the rounding of the sum itself). It is a sum, never a mean: the divisor is the plan's
-    declared expected batch size and is applied after the noise.
+    Guarantee: adding or removing one example changes the concatenation of all ``grads`` and ``statistics`` by at most
+    ``sensitivity`` in the Euclidean norm (up to the rounding of the sum itself). It is a sum, never a mean: the divisor
+    is the plan's declared expected batch size and is applied after the noise.
 
     Attributes:
         grads: parameter name -> sum, in the order of ``model.named_parameters()``, tied parameters once under their
             first name. float32, or float64 for a float64 parameter. Every trainable parameter is present.
         sensitivity: the clipping norm C.
+        statistics: further sums over the same examples (quantile bits), which the same noise covers.
+        unit: public factor by which the noisy sum is multiplied after the noise.
     """
 
     grads: Mapping[str, Tensor]
     sensitivity: float
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    unit: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class NoisySum:
 
     Attributes:
         grads: parameter name -> noisy sum, with the names, order, shapes and types of the clipped sum.
+        statistics: the further sums, likewise.
     """
 
     grads: Mapping[str, Tensor]
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)

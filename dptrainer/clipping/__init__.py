@@ -3,16 +3,25 @@
 from dptrainer.clipping.bookkeeping import BookKeeping
 from dptrainer.clipping.engine import ClippingEngine, Reduction, add_clipped, clip_factors
 from dptrainer.clipping.factory import make_engine, self_test
+from dptrainer.clipping.grouping import Grouping
 from dptrainer.clipping.guard import buffer_guard
 from dptrainer.clipping.per_example import PerExample
+from dptrainer.clipping.policy import Clipping, FlatClipping, NormalisedClipping, PerLayerClipping
+from dptrainer.clipping.quantile import QuantileClipping
 from dptrainer.clipping.rules import LayerCall, rule
 from dptrainer.clipping.vmap import VmapEngine
 
 __all__ = [
     "BookKeeping",
+    "Clipping",
     "ClippingEngine",
+    "FlatClipping",
+    "Grouping",
     "LayerCall",
+    "NormalisedClipping",
     "PerExample",
+    "PerLayerClipping",
+    "QuantileClipping",
     "Reduction",
     "VmapEngine",
     "add_clipped",

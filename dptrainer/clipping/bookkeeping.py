@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dpbudget.errors import PrivacyViolation
+from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dptrainer.clipping.collect import contributions
 from dptrainer.clipping.engine import (
     Reduction,
@@ -32,9 +32,11 @@ from dptrainer.clipping.engine import (
     trainable_parameters,
     zero_sums,
 )
+from dptrainer.clipping.grouping import Grouping, grouped
 from dptrainer.clipping.guard import BufferWatch, ParameterGuard
 from dptrainer.clipping.layout import Layer, layout
-from dptrainer.clipping.per_example import summed
+from dptrainer.clipping.per_example import PerExample, summed
+from dptrainer.clipping.policy import Clipping, FlatClipping, total
 from dptrainer.clipping.recording import Hook, Session, in_backward, refuse_batch_norm, tap
 from dptrainer.clipping.trace import Trace
 from dptrainer.values import ClippedSum
@@ -62,15 +64,25 @@ class BookKeeping:
         clip_norm: C in [1e-6, 1e12].
         replay: modules to differentiate as a whole, one example at a time, for example because they use the weight of
             one of their layers directly. Modules with parameters but without a rule are found by themselves.
+        clipping: how gradients are brought below C; flat unless given.
 
     Raises:
         InvalidParameter: (DP007) clip_norm out of range.
         PrivacyViolation: (DP018) nothing is trainable; (DP019) something cannot be trained privately.
     """
 
-    def __init__(self, model: nn.Module, *, clip_norm: float, replay: Sequence[nn.Module] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        clip_norm: float,
+        replay: Sequence[nn.Module] = (),
+        clipping: Clipping | None = None,
+    ) -> None:
         self._model = model
         self._clip_norm = checked_clip_norm(clip_norm)
+        self._clipping = FlatClipping() if clipping is None else clipping
+        self._grouping: Grouping | None = None
         self._replay = tuple(replay)
         self._session: Session | None = None
         self._handles: list[Any] = []
@@ -89,6 +101,11 @@ class BookKeeping:
         return self._clip_norm
 
     @property
+    def clipping(self) -> Clipping:
+        """How gradients are brought below C."""
+        return self._clipping
+
+    @property
     def replayed(self) -> tuple[str, ...]:
         """Names of the modules without a rule, which are replayed one example at a time; "" is the model itself."""
         return tuple(layer.name for layer in self._layers.values() if layer.rule is None)
@@ -100,18 +117,22 @@ class BookKeeping:
 
     # ------------------------------------------------------------------ one physical batch
 
-    def begin(self, batch_size: int) -> None:
+    def begin(self, batch_size: int, *, grouping: Grouping | None = None) -> None:
         """Opens a physical batch; an unfinished one is dropped. ``requires_grad`` is read anew.
 
         Args:
-            batch_size: number of examples that the sampler drew; 0 is legal.
+            batch_size: number of rows that the model will see: the examples that the sampler drew; 0 is legal.
+            grouping: which rows count as one; each row for itself unless given.
 
         Raises:
-            InvalidParameter: (DP009) not an integer >= 0.
+            InvalidParameter: (DP009) not an integer >= 0, or not the number of rows of the grouping.
             PrivacyViolation: (DP018) nothing is trainable.
         """
         checked_batch_size(batch_size)
+        if grouping is not None and grouping.rows != batch_size:
+            raise InvalidParameter("the grouping has another number of rows than the batch.", code="DP009")
         self.abort()
+        self._grouping = grouping
         trainable = trainable_parameters(self._model)
         self._refresh(trainable)
         self._session = Session(batch_size, trainable)
@@ -120,7 +141,7 @@ class BookKeeping:
         """The clipped sum of the batch, after its one backward pass; closes the batch.
 
         Args:
-            loss_reduction: what the backward pass started from: the mean over the B examples of the batch, their sum,
+            loss_reduction: what the backward pass started from: the mean over the B rows of the batch, their sum,
                 or ("none") a vector that was summed.
             loss_scale: factor on the loss (mixed precision); it is divided out before the norm is taken.
 
@@ -139,17 +160,24 @@ class BookKeeping:
         try:
             session.refuse_bypass(self._model.training)
             found: dict[str, Tensor] = {}
+            device = next(iter(session.trainable.values())).device
+            units = session.batch_size if self._grouping is None else self._grouping.units
+            squared = torch.zeros(units, dtype=torch.float64, device=device)
             if session.batch_size > 0:
                 session.require_backward(self._model.training)
                 if loss_reduction == "mean":
                     session.refuse_coarse_mean()
                 self._busy = True
-                device = next(iter(session.trainable.values())).device
                 with torch.no_grad(), torch.autocast(device.type, enabled=False), full_precision():
-                    found = self._sums(session, scale)
+                    found, squared = self._sums(session, scale, squared)
             zeros = zero_sums({name: p for name, p in session.trainable.items() if name not in found})
             grads = {name: found[name] if name in found else zeros[name] for name in session.trainable}
-            return ClippedSum(grads=grads, sensitivity=self._clip_norm)
+            return ClippedSum(
+                grads=grads,
+                sensitivity=self._clip_norm,
+                statistics=self._clipping.statistics(squared, self._clip_norm),
+                unit=self._clipping.unit(self._clip_norm),
+            )
         finally:
             self._busy = False
             self.abort()
@@ -161,24 +189,41 @@ class BookKeeping:
             self._session.close()
             self._session = None
 
-    def _sums(self, session: Session, scale: float) -> dict[str, Tensor]:
-        """Norms over all parameters first, then the factors, then the sums."""
-        per_example = {name: summed(parts) for name, parts in contributions(session).items()}
-        if not per_example:
-            return {}
-        squared = torch.stack([gradients.squared_norms() for gradients in per_example.values()]).sum(0)
-        weights = clip_factors(squared * scale**2, self._clip_norm) * scale
+    def _units(self, session: Session) -> dict[str, PerExample]:
+        """Parameter name -> the gradients of each unit of privacy, rows that belong together added up."""
         return {
-            name: per_example.pop(name).weighted_sum(weights).to(sum_dtype(session.trainable[name]))
-            for name in list(per_example)
+            name: summed([grouped(part, self._grouping) for part in parts])
+            for name, parts in contributions(session).items()
         }
+
+    def _sums(self, session: Session, scale: float, nothing: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Norms over all parameters first, then the factors, then the sums; and the squared norms of the units."""
+        scale /= 1 if self._grouping is None else self._grouping.divisor
+        units = self._units(session)
+        if not units:
+            return {}, nothing
+        groups = self._clipping.groups(units)
+        squared = {
+            group: total({name: units[name].squared_norms() for name in names}) * scale**2
+            for group, names in groups.items()
+        }
+        factors = self._clipping.factors(squared, self._clip_norm)
+        # Whatever a policy answers, no example leaves with more than C; of what keeps the bound nothing is taken.
+        left = clip_factors(total({group: squared[group] * factors[group] ** 2 for group in groups}), self._clip_norm)
+        factors = {group: factor * left for group, factor in factors.items()}
+        sums = {
+            name: units.pop(name).weighted_sum(factors[group] * scale).to(sum_dtype(session.trainable[name]))
+            for group, names in groups.items()
+            for name in names
+        }
+        return sums, total(squared)
 
     # ------------------------------------------------------------------ with a per-example loss
 
     @contextmanager
-    def record(self, batch_size: int) -> Iterator[BookKeeping]:
+    def record(self, batch_size: int, *, grouping: Grouping | None = None) -> Iterator[BookKeeping]:
         """``with engine.record(B): losses = loss_fn(model(x), y)``, then ``engine.backward(losses)``."""
-        self.begin(batch_size)
+        self.begin(batch_size, grouping=grouping)
         try:
             yield self
         except BaseException:
@@ -204,6 +249,32 @@ class BookKeeping:
             raise
         return self.finish("none")
 
+    def per_example(self, losses: Tensor) -> dict[str, PerExample]:
+        """Backward from one loss per example, and the gradients themselves, *unclipped*; closes the batch.
+
+        These are private and nothing bounds them: for public data, tests and measurements alone. A parameter that no
+        gradient reached is left out.
+
+        Args:
+            losses: [B].
+
+        Raises:
+            PrivacyViolation: as :meth:`backward`.
+        """
+        session = self._session
+        if session is None:
+            raise PrivacyViolation("per_example() without begin().", hint="use engine.record(B).", code="DP031")
+        try:
+            check_losses(losses, session.batch_size)
+            losses.sum().backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+            session.refuse_bypass(self._model.training)
+            self._busy = True
+            with torch.no_grad(), torch.autocast(losses.device.type, enabled=False), full_precision():
+                return self._units(session)
+        finally:
+            self._busy = False
+            self.abort()
+
     # ------------------------------------------------------------------ hooks
 
     def detach(self) -> None:
@@ -222,6 +293,7 @@ class BookKeeping:
         signature = tuple((name, id(parameter)) for name, parameter in trainable.items())
         if signature == self._signature:
             return
+        self._clipping.check(trainable, self._clip_norm)
         self.detach()
         self._layers = layout(self._model, trainable, self._replay)
         root = self._model

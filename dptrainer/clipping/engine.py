@@ -80,8 +80,10 @@ def checked_batch_size(batch_size: int) -> int:
     return batch_size
 
 
-def clip_factors(squared_norms: Tensor, clip_norm: float) -> Tensor:
+def clip_factors(squared_norms: Tensor, clip_norm: float, *, offset: float | None = None) -> Tensor:
     """c_i = min(1, C (1 - 2^-16) / ||g_i||), and exactly 0 where the norm is not finite. Abadi et al. (2016), Alg. 1.
+
+    With an offset gamma, C (1 - 2^-16) / (||g_i|| + gamma) in its place: smaller than C as well. Bu et al. (2023).
 
     It is 0 too where it would be below 2^-100: float32 would round so small a factor too coarsely to keep the bound.
     The sums put zeros in place of what is not finite, since 0 * inf would be NaN. How many such examples there are is
@@ -90,11 +92,19 @@ def clip_factors(squared_norms: Tensor, clip_norm: float) -> Tensor:
     Args:
         squared_norms: [B] float64, squared norms of the per-example gradients over all trainable parameters.
         clip_norm: C > 0.
+        offset: gamma > 0, or None.
 
     Returns:
-        [B] float64 factors in [0, 1].
+        [B] float64 factors in [0, 1], or below C / gamma with an offset.
     """
-    factors = (clip_norm * SHRINK / squared_norms.sqrt()).clamp(max=1.0)
+    norms = squared_norms.sqrt()
+    if offset is None:
+        return usable_factors((clip_norm * SHRINK / norms).clamp(max=1.0))
+    return usable_factors(clip_norm * SHRINK / (norms + offset))
+
+
+def usable_factors(factors: Tensor) -> Tensor:
+    """The factors, with 0 in place of NaN and of what is too small for float32."""
     return torch.where(factors >= SMALLEST_FACTOR, factors, torch.zeros_like(factors))  # false for NaN
 
 
@@ -190,7 +200,8 @@ def add_clipped(first: ClippedSum, second: ClippedSum) -> ClippedSum:
     Raises:
         PrivacyViolation: (DP031) the two disagree on the parameters or on the clipping norm.
     """
-    if first.sensitivity != second.sensitivity or list(first.grads) != list(second.grads):
+    same_form = (first.unit, list(first.statistics)) == (second.unit, list(second.statistics))
+    if first.sensitivity != second.sensitivity or list(first.grads) != list(second.grads) or not same_form:
         raise PrivacyViolation(
             f"physical batches of one step must agree: clipping norms {first.sensitivity!r} and "
             f"{second.sensitivity!r}, {len(first.grads)} and {len(second.grads)} parameters.",
@@ -198,4 +209,5 @@ def add_clipped(first: ClippedSum, second: ClippedSum) -> ClippedSum:
             code="DP031",
         )
     grads = {name: value + second.grads[name] for name, value in first.grads.items()}
-    return ClippedSum(grads=grads, sensitivity=first.sensitivity)
+    statistics = {name: value + second.statistics[name] for name, value in first.statistics.items()}
+    return ClippedSum(grads=grads, sensitivity=first.sensitivity, statistics=statistics, unit=first.unit)

@@ -21,6 +21,7 @@ from dptrainer.clipping.engine import (
     trainable_parameters,
 )
 from dptrainer.clipping.per_example import row_squares
+from dptrainer.clipping.policy import Clipping
 
 #: Largest accepted relative difference between the engine and the reference, by type of the parameters.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
@@ -31,6 +32,7 @@ def make_engine(
     clip_norm: float,
     *,
     replay: Sequence[nn.Module] = (),
+    clipping: Clipping | None = None,
     example: Sequence[Tensor] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> BookKeeping:
@@ -40,6 +42,7 @@ def make_engine(
         model: the model; it must be called as ``model(...)`` with the examples in dimension 0.
         clip_norm: C in [1e-6, 1e12].
         replay: further modules to treat as a whole, see :class:`BookKeeping`.
+        clipping: how gradients are brought below C; flat unless given.
         example: public or synthetic positional inputs [B, ...] of the model; with them :func:`self_test` is run.
         note: is told once which modules are replayed, because that is slower.
 
@@ -47,7 +50,7 @@ def make_engine(
         InvalidParameter: (DP007) clip_norm out of range.
         PrivacyViolation: (DP018, DP019) the model cannot be trained privately; (DP019) the self-test failed.
     """
-    engine = BookKeeping(model, clip_norm=clip_norm, replay=replay)
+    engine = BookKeeping(model, clip_norm=clip_norm, replay=replay, clipping=clipping)
     if note is not None and engine.replayed:
         names = ", ".join(f'"{name}"' if name else "the whole model" for name in engine.replayed)
         note(f"no rule for {names}: replayed one example at a time, which is slower (register one with @rule).")
@@ -169,9 +172,11 @@ def _one_at_a_time(twin: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tenso
     parameters = trainable_parameters(twin)
     rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for index in range(inputs[0].shape[0]):
+        # backward() and not autograd.grad(), which reentrant checkpointing refuses.
         losses = _losses(twin(*[t[index : index + 1].clone() for t in inputs]), 1)
-        found = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
-        for (name, parameter), gradient in zip(parameters.items(), found, strict=True):
-            one = torch.zeros_like(parameter) if gradient is None else gradient
+        losses.sum().backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        for name, parameter in parameters.items():
+            one = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             rows[name].append(one.detach().to(sum_dtype(parameter)))
+            parameter.grad = None
     return {name: torch.stack(gradients) for name, gradients in rows.items()}

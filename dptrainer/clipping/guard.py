@@ -56,6 +56,10 @@ def now_examples(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def compiled_part() -> None:
+    """Names, in refusals, what runs outside the guard."""
+
+
 class ParameterGuard(TorchFunctionMode):
     """Names any use of a trainable parameter outside the forward of a layer that answers for it.
 
@@ -102,6 +106,16 @@ class ParameterGuard(TorchFunctionMode):
                 fixed = False
         self._mark(func, bool(inputs), fixed, inputs, result)
         return result
+
+    def refuse_trainable(self, tensors: Iterable[Tensor]) -> None:
+        """Refuse, for operations that run outside the guard, any of these that trains.
+
+        Raises:
+            PrivacyViolation: (DP019) names the parameter.
+        """
+        for tensor in tensors:
+            if id(tensor) in self._names:
+                raise self._refusal(self._names[id(tensor)], compiled_part)
 
     @staticmethod
     def _carries(func: Callable[..., Any], result: Any) -> bool:

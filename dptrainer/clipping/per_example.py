@@ -163,6 +163,15 @@ class TableRows(PerExample):
         values = grads.new_zeros(unique.shape[0], shape[1]).index_add_(0, inverse, grads)
         return cls(batch_size, shape, (unique // shape[0], unique % shape[0], values))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the entries are."""
+        return self._values.device
+
+    def owned_by(self, owners: Tensor, units: int) -> TableRows:
+        """The same gradients added up over the examples that belong together; ``owners`` [B] gives each one's unit."""
+        return TableRows.accumulate(units, self.shape, (owners[self._example], self._index), self._values)
+
     def squared_norms(self) -> Tensor:
         """See :class:`PerExample`."""
         squares = torch.zeros(self.batch_size, dtype=torch.float64, device=self._values.device)

@@ -27,7 +27,8 @@ class SecureNoise:
 
     Guarantee: the released vector is ``sum + N(0, (noise_multiplier C)^2 I)`` truncated as docs/adr/0002 charges, with
     randomness that no one without the lease key can tell from uniform (ChaCha20 and HKDF as pseudo-random functions),
-    up to floating-point rounding. Parameter i of the sum, in order, takes the noise stream i.
+    up to floating-point rounding. Parameter i of the sum, in order, takes the noise stream i; statistics come after the
+    last parameter.
     """
 
     def privatise(self, clipped: ClippedSum, receipt: Receipt) -> NoisySum:
@@ -41,9 +42,9 @@ class SecureNoise:
         _check(clipped, receipt)
         std = noise_scale(receipt.noise_multiplier, receipt.clip_norm)
         key = step_key(receipt, Purpose.GRAD_NOISE)
-        for param_id, grad in enumerate(clipped.grads.values()):
-            add_gaussian_(grad, key, param_id, std)
-        return NoisySum(clipped.grads)
+        for param_id, values in enumerate((*clipped.grads.values(), *clipped.statistics.values())):
+            add_gaussian_(values, key, param_id, std)
+        return NoisySum(clipped.grads, clipped.statistics)
 
 
 def noise_scale(noise_multiplier: float, clip_norm: float) -> float:
@@ -75,14 +76,17 @@ def _check(clipped: ClippedSum, receipt: Receipt) -> None:
             code="DP031",
             hint="clip to receipt.clip_norm; noise is scaled to the plan",
         )
-    elements = sum(grad.numel() for grad in clipped.grads.values())
+    released = {**clipped.grads, **clipped.statistics}
+    if len(released) != len(clipped.grads) + len(clipped.statistics):
+        raise PrivacyViolation("a statistic has the name of a parameter", code="DP019", hint="rename the parameter")
+    elements = sum(values.numel() for values in released.values())
     if not 0 < elements <= receipt.max_parameters:
         raise PrivacyViolation(
             f"{elements} trainable parameters, but the plan allows 1 to {receipt.max_parameters}",
             code="DP018",
             hint="plan with max_parameters of at least the model's",
         )
-    for name, grad in clipped.grads.items():
+    for name, grad in released.items():
         if grad.dtype not in (torch.float32, torch.float64) or grad.requires_grad:
             raise PrivacyViolation(
                 f"the clipped sum of {name} is {grad.dtype}; sums are detached float32 or float64",

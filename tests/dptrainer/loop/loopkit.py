@@ -18,7 +18,7 @@ from dpbudget.ledger.ledger import Ledger
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dpbudget.ledger.signing import Ed25519Signer
-from dpbudget.plan import Budget, Claim, Phase, Plan, rate_from_float
+from dpbudget.plan import Budget, Claim, Phase, Plan, Unit, rate_from_float
 from dptrainer.noise.source import SecureNoise
 from dptrainer.private import make_private
 from dptrainer.values import ClippedSum, NoisySum
@@ -44,9 +44,9 @@ def make_plan(steps: int = 4, rate: float = 0.5, sigma: float = 1.0, **changes: 
     return Plan(**{**facts, **changes})
 
 
-def make_ledger(path: Path | None = None) -> Ledger:
+def make_ledger(path: Path | None = None, unit: Unit = "example") -> Ledger:
     budget = Budget(epsilon=3.0, delta=1e-6)
-    return Ledger.create(path, budget=budget, owner=OWNER, writer=WRITER, filter=SumFilter())
+    return Ledger.create(path, budget=budget, owner=OWNER, writer=WRITER, unit=unit, filter=SumFilter())
 
 
 def reopen(path: Path, **changes: Any) -> Ledger:
@@ -55,7 +55,7 @@ def reopen(path: Path, **changes: Any) -> Ledger:
 
 
 def make_run(steps: int = 4, rate: float = 0.5, sigma: float = 1.0, **changes: Any) -> Run:
-    ledger = make_ledger()
+    ledger = make_ledger(unit=changes.get("unit", "example"))
     run = ledger.start(ledger.sign_plan(make_plan(steps, rate, sigma, **changes), owner=OWNER), lease_steps=1)
     run.kept_ledger = ledger  # type: ignore[attr-defined]  # the run holds its journal; tests look at the ledger
     return run

@@ -178,7 +178,7 @@ def test_a_checkpoint_holds_no_key_and_no_privacy_number(tmp_path: Path) -> None
     run = make_run()
     model, optimizer = trained(run, 1)
     saved = save_checkpoint(tmp_path / "c", model, optimizer, run=run)
-    fields = {"format", "run_id", "plan_digest", "steps", "head", "weights", "optimizer"}
+    fields = {"format", "run_id", "plan_digest", "steps", "head", "weights", "optimizer", "extras"}
     assert set(type(saved).model_fields) == fields
     assert issubclass(PrivacyViolation, DPBudgetError)
 
