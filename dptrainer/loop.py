@@ -81,6 +81,7 @@ class PrivateLoop:
         noise: NoiseSource | None,
         note: Callable[[str], None] | None,
         synthetic: Any,
+        discard_outside: bool = False,
     ) -> None:
         check(model, optimizer)
         check_run(model, run)
@@ -90,6 +91,7 @@ class PrivateLoop:
         self._model, self._optimizer = model, optimizer
         self._engine = make_engine(model, run.plan.clip_norm, replay=replay, note=note)
         self._reduction: Reduction = reduction
+        self._discard_outside = discard_outside
         self._record_outputs, self._noise = record_outputs, SecureNoise() if noise is None else noise
         self._step: Step | None = None
         self._outside = OutsideWatch()
@@ -101,6 +103,11 @@ class PrivateLoop:
             _global_hook.append(register_optimizer_step_pre_hook(_refuse_other_optimizers))
 
     # ------------------------------------------------------------------ batches
+
+    @property
+    def step_ends(self) -> bool:
+        """Whether the physical batch that was opened last ends its step."""
+        return self._step is not None and self._step.last
 
     def begin(self, receipt: Receipt) -> Step:
         """Begin the step of a receipt; an unfinished one is dropped, its partial sum never released."""
@@ -243,10 +250,13 @@ class PrivateLoop:
         """Throw away a gradient that went past the engine, and say why it did.
 
         Raises:
-            PrivacyViolation: always: DP021 without an open batch, DP014 in eval mode, DP031 otherwise.
+            PrivacyViolation: always: DP021 without an open batch (then not if such gradients are to be discarded),
+                DP014 in eval mode, DP031 otherwise.
         """
         parameter.grad = None
         if self._step is None or not self._step.open:
+            if self._discard_outside:
+                return
             raise PrivacyViolation(
                 f'a gradient reached parameter "{name}" from a batch that is not one of the private loader',
                 code="DP021",

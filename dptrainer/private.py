@@ -75,6 +75,19 @@ class PrivateLoader:
         """
         return self._loop.step_complete
 
+    def in_pieces(self, physical_batch_size: int) -> PrivateLoader:
+        """A loader of the same run that gives every batch in pieces of at most ``physical_batch_size`` examples.
+
+        Raises:
+            InvalidParameter: not a positive integer (DP009).
+        """
+        return PrivateLoader(self._loop, self._records, checked_size(physical_batch_size), self._epoch)
+
+    @property
+    def step_ends(self) -> bool:
+        """Whether the batch that was given out last is the last of its step."""
+        return self._loop.step_ends
+
     def detach(self) -> None:
         """Take every guard off model and optimizer, for example to go on with public data; this loader is then dead."""
         self._loop.detach()
@@ -115,6 +128,7 @@ def make_private(
     collate_fn: Collate | None = None,
     replay: Sequence[nn.Module] = (),
     record_outputs: bool = False,
+    discard_outside: bool = False,
     noise: NoiseSource | None = None,
     note: Callable[[str], None] | None = None,
 ) -> tuple[Model, AnyOptimizer, PrivateLoader]:
@@ -152,6 +166,8 @@ def make_private(
         collate_fn: as for a ``DataLoader``.
         replay: modules to differentiate as a whole, see :class:`~dptrainer.clipping.BookKeeping`.
         record_outputs: settle every step with a hash of its noisy sum.
+        discard_outside: gradients that reach the model between two private batches are thrown away instead of refused,
+            so that another model can be trained through this one (a generator through its discriminator).
         noise: adds the noise.
         note: is told, once, about modules that are slow to clip.
 
@@ -182,6 +198,7 @@ def make_private(
         noise=noise,
         note=note,
         synthetic=synthetic,
+        discard_outside=discard_outside,
     )
     try:
         tested = loss_fn is None or probe_criterion(model, loss_fn, loss_reduction, synthetic)
