@@ -266,7 +266,7 @@ def _first_difference(
     if [name for name, _ in before] != [name for name, _ in after]:
         return "", changed  # which layers run depends on the batch
     for (name, old), (_, new) in zip(before, after, strict=True):
-        moved = (new - old).abs().flatten(1).amax(1) if old[0].numel() else torch.zeros(len(old))
+        moved = (new - old).abs().reshape(len(old), -1).amax(1) if old[0].numel() else torch.zeros(len(old))
         moved[changed] = 0.0
         if not float(moved.max()) <= tolerance * max(1.0, float(old.abs().max())):
             return name, int(moved.argmax())

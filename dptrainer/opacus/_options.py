@@ -78,7 +78,7 @@ def check_options(
             "noise_generator: whoever knows its seed can subtract the noise",
             "leave it out; noise comes from a secret key of the ledger's lease, and every step has its own",
         )
-    if isinstance(max_grad_norm, Sequence):
+    if isinstance(max_grad_norm, list | tuple):
         raise unsupported("max_grad_norm is a list: one norm for each layer", "give one number, the norm over all")
     if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, int | float):
         raise InvalidParameter(

@@ -15,7 +15,7 @@ from dpbudget.ledger.run import Run
 from dptrainer.opacus import _checkpoint
 from dptrainer.opacus._options import check_mode, check_module, check_options, check_reduction, known_options
 from dptrainer.opacus._spending import Draws, Place, Spending, log
-from dptrainer.opacus.accountants import check_accountant
+from dptrainer.opacus.accountants.accountant import check_accountant
 from dptrainer.opacus.data_loader import DPDataLoader, draws_of, private_collate
 from dptrainer.opacus.grad_sample import GradSampleModule
 from dptrainer.opacus.ledger_accountant import LedgerAccountant

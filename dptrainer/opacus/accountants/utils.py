@@ -7,7 +7,7 @@ import math
 from dpbudget import Adjacency, calibrate
 from dpbudget.errors import InvalidParameter
 from dptrainer.opacus._options import known_options
-from dptrainer.opacus.accountants import check_accountant
+from dptrainer.opacus.accountants.accountant import check_accountant
 
 
 @known_options

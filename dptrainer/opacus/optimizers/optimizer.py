@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -128,7 +127,12 @@ class DPOptimizer:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy, or a pickle, is an ordinary optimizer of its own parameters.
-        return copyreg.__newobj__, (self._private.base,), self.__getstate__()  # type: ignore[attr-defined]
+        return _empty, (self._private.base,), self.__getstate__()  # type: ignore[attr-defined]  # torch's
+
+
+def _empty(kind: type[Any]) -> Any:
+    """An optimizer whose state is still to come."""
+    return kind.__new__(kind)
 
 
 def make_dp(optimizer: torch.optim.Optimizer, plan: Plan, loader: DPDataLoader, loss_reduction: str) -> None:
