@@ -120,4 +120,3 @@ def check_accountant(mechanism: object) -> Literal["prv", "rdp"]:
 def create_accountant(mechanism: str) -> IAccountant:
     """The accountant of that name; raises InvalidParameter (DP061) for one that is not offered."""
     return PRVAccountant() if check_accountant(mechanism) == "prv" else RDPAccountant()
-

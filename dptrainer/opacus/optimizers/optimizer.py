@@ -132,7 +132,7 @@ class DPOptimizer:
 
 def _empty(kind: type[Any]) -> Any:
     """An optimizer whose state is still to come."""
-    return kind.__new__(kind)
+    return object.__new__(kind)
 
 
 def make_dp(optimizer: torch.optim.Optimizer, plan: Plan, loader: DPDataLoader, loss_reduction: str) -> None:

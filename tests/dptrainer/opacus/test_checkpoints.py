@@ -97,9 +97,7 @@ def test_no_code_of_a_file_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(Unreadable, match="DP091"):
         engine.load_checkpoint(path=tmp_path / "evil.pt", module=model)
     with refused("DP065"):
-        engine.load_checkpoint(
-            path=tmp_path / "evil.pt", module=model, torch_load_kwargs={"weights_only": False}
-        )
+        engine.load_checkpoint(path=tmp_path / "evil.pt", module=model, torch_load_kwargs={"weights_only": False})
     assert capsys.readouterr().out == ""
     torch.save([1, 2], tmp_path / "other.pt")
     with pytest.raises(Unreadable, match="DP091"):

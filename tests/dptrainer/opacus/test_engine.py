@@ -69,8 +69,11 @@ def test_the_same_objects_come_back_and_train_in_the_usual_loop() -> None:
 
 
 def test_training_learns_within_the_target_and_stops_at_the_plan() -> None:
-    engine = PrivacyEngine()
-    model, optimizer, batches = planned(engine, epochs=4, data_loader=loader(300, 25))
+    engine, records, module = PrivacyEngine(), data(600), net()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    model, optimizer, batches = planned(
+        engine, epochs=4, module=module, optimizer=optimizer, data_loader=DataLoader(records, batch_size=50)
+    )
     assert engine.get_epsilon(1e-5) == 0.0
     seen = []
     for _ in range(4):
@@ -79,6 +82,8 @@ def test_training_learns_within_the_target_and_stops_at_the_plan() -> None:
     assert seen == sorted(seen)
     assert 2.99 < seen[-1] <= 3.0
     assert len(engine.accountant) == 4 * len(batches) == 48
+    inputs, labels = records.tensors
+    assert (model(inputs).argmax(1) == labels).float().mean() > 0.9
     weights = copy.deepcopy(model.state_dict())
     with refused("DP050"):
         train(model, optimizer, batches)
@@ -94,18 +99,14 @@ def test_the_rate_is_batch_over_size_and_not_one_over_the_number_of_batches(rows
     assert optimizer.expected_batch_size == pytest.approx(60, rel=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:Optimal order is the largest alpha")  # said by Opacus
-def test_the_noise_is_that_of_calibrate_to_the_last_digit() -> None:
-    _, optimizer, batches = planned(data_loader=loader(610, 60), epochs=3)
+@pytest.mark.parametrize("rows", [600, 610, 639])
+def test_planner_and_engine_agree_on_the_noise_to_the_last_digit(rows: int) -> None:
+    _, optimizer, batches = planned(data_loader=loader(rows, 60), epochs=3)
+    assert len(batches) * 3 == 3 * math.ceil(rows / 60)
     planner = facade.accountants.utils.get_noise_multiplier(
-        target_epsilon=3.0, target_delta=1e-5, sample_rate=60 / 610, epochs=3
+        target_epsilon=3.0, target_delta=1e-5, sample_rate=60 / rows, epochs=3
     )
     assert optimizer.noise_multiplier == planner
-    theirs = opacus.accountants.utils.get_noise_multiplier(
-        target_epsilon=3.0, target_delta=1e-5, sample_rate=60 / 610, steps=33, accountant="prv", epsilon_tolerance=1e-3
-    )
-    assert planner == pytest.approx(theirs, rel=2e-2)
-    assert len(batches) * 3 == 33
 
 
 @pytest.mark.filterwarnings("ignore:Optimal order is the largest alpha")  # said by Opacus
@@ -164,9 +165,13 @@ def test_the_assumed_budget_is_said_and_another_one_is_taken(caplog: pytest.LogC
 def test_training_without_a_number_of_steps_ends_where_the_budget_does() -> None:
     engine = PrivacyEngine(budget=dpbudget.Budget(epsilon=3.0, delta=1e-3))
     model, optimizer, batches = open_ended(engine, noise_multiplier=1.5)
-    with pytest.raises(dpbudget.DPBudgetError, match="DP050"):
-        for _ in range(100):
+
+    def on_and_on() -> None:
+        while True:
             train(model, optimizer, batches)
+
+    with pytest.raises(dpbudget.DPBudgetError, match="DP050"):
+        on_and_on()
     assert 2.5 < engine.get_epsilon(1e-3) <= 3.0
 
 
@@ -216,7 +221,11 @@ def test_the_noisy_sum_is_divided_for_a_mean_and_left_whole_for_a_sum(monkeypatc
         optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
         # Every record is drawn, so that the batch is known.
         model, optimizer, batches = open_ended(
-            module=module, optimizer=optimizer, loss_reduction=reduction, data_loader=loader(60, 60), criterion=criterion
+            module=module,
+            optimizer=optimizer,
+            loss_reduction=reduction,
+            data_loader=loader(60, 60),
+            criterion=criterion,
         )
         held = iter(batches)  # a batch is dropped with its iteration
         x, y = next(held)

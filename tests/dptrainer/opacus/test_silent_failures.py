@@ -1,4 +1,4 @@
-"""What Opacus 1.6.0 lets pass without a word (docs/migrating-from-opacus.md, "Ten silent failures"): here one by one."""
+"""What Opacus 1.6.0 lets pass without a word (docs/migrating-from-opacus.md, "Ten silent failures"), one by one."""
 
 from __future__ import annotations
 

@@ -50,17 +50,17 @@ class DigitNet(nn.Module):
 
 
 def test_digits_with_a_noise_multiplier_of_ones_own() -> None:
-    train_loader = DataLoader(bars(240, 16), batch_size=24, num_workers=0, pin_memory=False)
+    train_loader = DataLoader(bars(400, 16), batch_size=50, num_workers=0, pin_memory=False)
     test_loader = DataLoader(bars(64, 16), batch_size=64)
     model = DigitNet()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0)
     privacy_engine = PrivacyEngine(secure_mode=False)
     model, optimizer, train_loader = privacy_engine.make_private(
         module=model, optimizer=optimizer, data_loader=train_loader, noise_multiplier=1.0, max_grad_norm=1.0
     )
     criterion = nn.CrossEntropyLoss()
     epsilons = []
-    for _ in range(6):
+    for _ in range(5):
         model.train()
         losses = []
         for inputs, target in train_loader:
@@ -69,11 +69,11 @@ def test_digits_with_a_noise_multiplier_of_ones_own() -> None:
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        epsilons.append(privacy_engine.get_epsilon(delta=1e-5))
+        epsilons.append(privacy_engine.get_epsilon(delta=1e-4))
     model.eval()
     with torch.no_grad():
         right = sum(int((model(x).argmax(1) == y).sum()) for x, y in test_loader)
-    assert right >= 48
+    assert right >= 56
     assert 0.0 < epsilons[0] < epsilons[-1] < 8.0
 
 
