@@ -15,6 +15,7 @@ from dpbudget.ledger.run import Run
 from dptrainer.opacus import _checkpoint
 from dptrainer.opacus._options import check_mode, check_module, check_options, check_reduction, known_options
 from dptrainer.opacus._spending import Draws, Place, Spending, log
+from dptrainer.opacus._validation import check
 from dptrainer.opacus.accountants.accountant import check_accountant
 from dptrainer.opacus.data_loader import DPDataLoader, draws_of, private_collate
 from dptrainer.opacus.grad_sample import GradSampleModule
@@ -23,7 +24,6 @@ from dptrainer.opacus.optimizers.optimizer import make_dp, make_plain
 from dptrainer.opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from dptrainer.opacus.validators import ModuleValidator
 from dptrainer.private import make_private
-from dptrainer.validate import check
 
 _UNTOLD = nn.CrossEntropyLoss()  # Opacus's default; a loop that names no criterion is not tested with this one
 

@@ -127,7 +127,7 @@ class DPOptimizer:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy, or a pickle, is an ordinary optimizer of its own parameters.
-        return _empty, (self._private.base,), self.__getstate__()  # type: ignore[attr-defined]  # torch's
+        return _empty, (self._private.base,), self.__getstate__()
 
 
 def _empty(kind: type[Any]) -> Any:

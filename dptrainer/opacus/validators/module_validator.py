@@ -1,24 +1,20 @@
-"""``ModuleValidator``: the checks of :mod:`dptrainer.validate` with Opacus's methods."""
+"""``ModuleValidator``: the checks of ``dptrainer.validate`` with Opacus's methods."""
 
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any, ClassVar
 
 from torch import nn
 
+from dptrainer.opacus._validation import problems, repaired
 from dptrainer.opacus.validators.errors import (
     IllegalModuleConfigurationError,
     NotYetSupportedModuleError,
     ShouldReplaceModuleError,
     UnsupportedModuleError,
 )
-from dptrainer.validate import validate
-
-log = logging.getLogger("dptrainer.opacus")
 
 _KINDS = {
     "DP010": ShouldReplaceModuleError,
@@ -46,7 +42,7 @@ class ModuleValidator:
         """
         found: list[UnsupportedModuleError] = [
             _KINDS.get(problem.code, NotYetSupportedModuleError)(problem.reason, hint=problem.fix, code=problem.code)
-            for problem in validate(module)
+            for problem in problems(module)
         ]
         for part in module.modules():
             found += cls.VALIDATORS[type(part)](part) if type(part) in cls.VALIDATORS else []
@@ -61,7 +57,7 @@ class ModuleValidator:
 
     @classmethod
     def fix(cls, module: nn.Module, **kwargs: Any) -> nn.Module:
-        """A copy of the module in which layers that mix examples are replaced; see ``dptrainer.validate.fix``.
+        """A copy of the module in which layers that mix examples are replaced; as ``dptrainer.fix`` does in place.
 
         Recurrent layers and attention stay as they are: they train privately unmodified. Build the optimizer from the
         copy.
@@ -77,7 +73,7 @@ class ModuleValidator:
             for name, child in list(parent.named_children()):
                 if type(child) in cls.FIXERS:
                     setattr(parent, name, cls.FIXERS[type(child)](child, **kwargs))
-        return _native_fix(fixed)
+        return repaired(fixed)
 
     @classmethod
     def fix_and_validate(cls, module: nn.Module, **kwargs: Any) -> nn.Module:
@@ -89,14 +85,3 @@ class ModuleValidator:
         fixed = cls.fix(module, **kwargs)
         cls.validate(fixed, strict=True)
         return fixed
-
-
-def _native_fix(module: nn.Module) -> nn.Module:
-    """``dptrainer.validate.fix``."""
-    fix: Callable[[nn.Module], Any] | None = getattr(import_module("dptrainer.validate"), "fix", None)
-    if fix is None:
-        log.info("this version replaces no layer by itself; validate() says what to change.")
-        return module
-    result: Any = fix(module)
-    fixed: nn.Module = result[0] if isinstance(result, tuple) else result
-    return fixed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader
 
 import dpbudget
 from dptrainer.clipping.rules import _RULES
-from dptrainer.opacus import GradSampleModule, PrivacyEngine, accountants, layers
+from dptrainer.opacus import GradSampleModule, PrivacyEngine, _validation, accountants, layers
 from dptrainer.opacus.accountants.utils import get_noise_multiplier
 from dptrainer.opacus.grad_sample import register_grad_sampler, register_norm_sampler
 from dptrainer.opacus.utils.batch_memory_manager import BatchMemoryManager
@@ -229,8 +228,7 @@ def test_fix_leaves_the_original_alone_and_uses_registered_fixers(monkeypatch: p
 
 
 def test_fix_is_that_of_dptrainer(monkeypatch: pytest.MonkeyPatch) -> None:
-    home = importlib.import_module("dptrainer.validate")
-    monkeypatch.setattr(home, "fix", lambda model: nn.Identity(), raising=False)
+    monkeypatch.setattr(_validation._home(), "fix", lambda model: nn.Identity(), raising=False)
     assert type(ModuleValidator.fix(nn.BatchNorm1d(4))) is nn.Identity
 
 
