@@ -188,3 +188,17 @@ def test_a_tuple_that_is_kept_from_before_is_private_too() -> None:
     _, _, batches = engine.make_private(**mine)
     train(mine["module"], mine["optimizer"], batches)
     assert len(engine.accountant) == len(batches)
+
+
+def test_what_is_trained_through_the_model_after_a_step_must_not_see_its_batch() -> None:
+    """A head of one's own on the features of a private batch would learn from it without noise."""
+    model, optimizer, batches = open_ended()
+    head = nn.Linear(2, 1)
+    for x, y in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        head(model(torch.randn(3, 6))).sum().backward()  # nothing of the batch
+        loss = head(model(x[:2])).sum()
+        with refused("DP021"):
+            loss.backward()
