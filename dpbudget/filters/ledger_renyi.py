@@ -87,8 +87,9 @@ def spent_epsilon(spent: Sequence[int | None], terms: RenyiTerms, delta: float) 
 def admitting_epsilon(spent: Sequence[int | None], terms: RenyiTerms, delta: float) -> float:
     """The smallest epsilon whose filter, **had it been fixed in advance** at ``delta``, admits what was spent.
 
-    It presumes that the tails take no more than their hundredth of ``delta``. At other times than this one it says
-    nothing; :func:`spent_epsilon` does.
+    Read at one stopping time it is an ex-post guarantee, whatever outputs decided on the steps and the stop
+    (docs/filters.md, "Odometer"); it presumes that the tails take no more than their hundredth of ``delta``. About two
+    times at once it says nothing; :func:`spent_epsilon` does.
     """
     totals = [None if units is None else Fraction(units, 1 << COST_BITS) for units in spent]
     return admitting_epsilon_of(totals, terms.orders, terms.weights, ideal_delta(delta))

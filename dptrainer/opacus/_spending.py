@@ -51,18 +51,13 @@ class Draws:
 
     Attributes:
         size: number of records.
-        batch: expected batch size; every record is drawn with probability ``batch / size``.
+        rate: inclusion probability of every record: batch size / size, where it comes from a user's loader.
         steps: steps of an epoch, as many as the user's loader had batches.
     """
 
     size: int
-    batch: int
+    rate: float
     steps: int
-
-    @property
-    def rate(self) -> float:
-        """Inclusion probability of every record."""
-        return self.batch / self.size
 
 
 class Spending:
@@ -109,7 +104,7 @@ class Spending:
             epsilon=epsilon,
             delta=delta,
             dataset_size=draws.size,
-            batch_size=draws.batch,
+            sample_rate=draws.rate,
             steps=epochs * draws.steps,
             clip_norm=clip_norm,
             adjacency=Adjacency.ZERO_OUT,
@@ -159,7 +154,7 @@ class Spending:
             noise_multiplier=sigma,
             delta=delta,
             dataset_size=draws.size,
-            batch_size=draws.batch,
+            sample_rate=draws.rate,
             steps=steps,
             clip_norm=clip_norm,
             adjacency=Adjacency.ZERO_OUT,
@@ -267,6 +262,12 @@ class Spending:
         run = start_run(ledger, run_id, lease_steps=lease) if fixed else ledger.start(run_id, lease_steps=lease)
         self._mine.append(run)
         return run
+
+
+def steps_of_epoch(sample_rate: float) -> int:
+    """Batches of an epoch: 1 / rate rounded up, where it is not a whole number up to the rounding of the rate."""
+    inverse = 1.0 / sample_rate
+    return round(inverse) if abs(inverse - round(inverse)) <= 1e-9 * inverse else math.ceil(inverse)
 
 
 def _key_files(place: Path) -> tuple[Path, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -11,15 +12,39 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default
 from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dptrainer.data import Collate, check_dataset, check_sampler
 from dptrainer.opacus._options import known_options, unsupported
-from dptrainer.opacus._spending import Draws
+from dptrainer.opacus._spending import Draws, steps_of_epoch
 from dptrainer.private import PrivateLoader
 
 
 class PoissonBatches(Sampler[list[int]]):
-    """Stands where a ``DataLoader`` has its batch sampler, and gives no index: which records were drawn is private."""
+    """Stands where a ``DataLoader`` has its batch sampler, and gives no index: which records were drawn is private.
 
-    def __init__(self, draws: Draws) -> None:
-        self.num_samples, self.sample_rate, self._steps = draws.size, draws.rate, draws.steps
+    Opacus's ``UniformWithReplacementSampler``, with its arguments: a loader with this batch sampler, given to
+    ``make_private``, says by which rate to draw.
+
+    Args:
+        num_samples: size of the dataset.
+        sample_rate: probability of each record.
+        generator: refused unless None; batches are drawn from the ledger's key.
+        steps: steps of an epoch; 1 / sample_rate, rounded up, if not given.
+    """
+
+    @known_options
+    def __init__(
+        self,
+        *,
+        num_samples: int,
+        sample_rate: float,
+        generator: torch.Generator | None = None,
+        steps: int | None = None,
+    ) -> None:
+        _check(generator, distributed=False, batch_first=True)
+        if not 0.0 < sample_rate <= 1.0:
+            raise InvalidParameter(
+                f"sample_rate is a probability in (0, 1], got {sample_rate!r}", code="DP008", hint="batch size / size"
+            )
+        self.num_samples, self.sample_rate = num_samples, sample_rate
+        self._steps = steps_of_epoch(sample_rate) if steps is None else steps
 
     def __len__(self) -> int:
         """Steps of an epoch."""
@@ -72,12 +97,8 @@ class DPDataLoader(DataLoader[Any]):
         check_dataset(dataset)
         _check(generator, distributed, batch_first)
         size = len(dataset)  # type: ignore[arg-type]  # checked above: map-style, with a length
-        if not 0.0 < sample_rate <= 1.0:
-            raise InvalidParameter(
-                f"sample_rate is a probability in (0, 1], got {sample_rate!r}", code="DP008", hint="batch size / size"
-            )
-        batch = max(1, round(size * sample_rate))
-        self._set_up(dataset, Draws(size, batch, -(-size // batch)), collate_fn)
+        batches = PoissonBatches(num_samples=size, sample_rate=sample_rate)
+        self._set_up(dataset, Draws(size, sample_rate, len(batches)), collate_fn)
 
     def _set_up(self, dataset: Dataset[Any], draws: Draws, collate_fn: Collate | None) -> None:
         self.draws, self.sample_rate, self.distributed = draws, draws.rate, False
@@ -85,7 +106,8 @@ class DPDataLoader(DataLoader[Any]):
         self._keep: object = None
         self._on_detach: Callable[[], None] | None = None
         self._items: int | None = None
-        super().__init__(dataset, batch_sampler=PoissonBatches(draws), collate_fn=collate_fn)
+        batches = PoissonBatches(num_samples=draws.size, sample_rate=draws.rate, steps=draws.steps)
+        super().__init__(dataset, batch_sampler=batches, collate_fn=collate_fn)
 
     @classmethod
     @known_options
@@ -118,7 +140,7 @@ class DPDataLoader(DataLoader[Any]):
         pieces = self._bound().in_pieces(physical_batch_size)
         made = type(self).__new__(type(self))
         made._set_up(self.dataset, self.draws, self.collate_fn)
-        made._items = -(-self.draws.steps * self.draws.batch // physical_batch_size)
+        made._items = math.ceil(self.draws.steps * self.draws.rate * self.draws.size / physical_batch_size)
         made.bind(pieces, keep=self._keep, on_detach=self._on_detach)
         return made
 
@@ -177,10 +199,12 @@ def draws_of(loader: DataLoader[Any]) -> Draws:
             code="DP024",
             hint="pass DataLoader(dataset, batch_size=...); its dataset, batch size and collate_fn are used",
         )
-    check_sampler(loader)
     check_dataset(loader.dataset)
     size = len(loader.dataset)  # type: ignore[arg-type]  # checked above
     inner = loader.batch_sampler
+    if isinstance(inner, PoissonBatches):
+        return Draws(size, inner.sample_rate, len(inner))
+    check_sampler(loader)
     batch = inner.batch_size if isinstance(inner, BatchSampler) else loader.batch_size
     if batch is None:
         raise InvalidParameter(
@@ -195,7 +219,7 @@ def draws_of(loader: DataLoader[Any]) -> Draws:
             code="DP009",
             hint="take a smaller batch size",
         )
-    return Draws(size, min(batch, size), steps)
+    return Draws(size, min(batch, size) / size, steps)
 
 
 def private_collate(loader: DataLoader[Any]) -> Collate | None:

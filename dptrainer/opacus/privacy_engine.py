@@ -203,7 +203,8 @@ class PrivacyEngine:
 
         After ``make_private_with_epsilon`` a certified upper bound, if stopping here had been planned. After
         ``make_private`` the least epsilon of a budget whose filter would have admitted these steps, however their
-        number was chosen: more than Opacus says, which presumes that it was chosen in advance.
+        number was chosen: more than Opacus says, which presumes that it was chosen in advance. It is a guarantee for
+        the moment at which training ends, not for every moment at once.
 
         Args:
             delta: in (0, 1); that of the budget if not given.

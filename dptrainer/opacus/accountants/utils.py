@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from dpbudget import Adjacency, calibrate
 from dpbudget.errors import InvalidParameter
 from dptrainer.opacus._options import known_options
+from dptrainer.opacus._spending import steps_of_epoch
 from dptrainer.opacus.accountants.accountant import check_accountant
 
 
@@ -52,9 +51,3 @@ def get_noise_multiplier(
         accountant=check_accountant(accountant),
     )
     return plan.phases[0].noise_multiplier
-
-
-def steps_of_epoch(sample_rate: float) -> int:
-    """Batches of an epoch: 1 / rate rounded up, where it is not a whole number up to the rounding of the rate."""
-    inverse = 1.0 / sample_rate
-    return round(inverse) if abs(inverse - round(inverse)) <= 1e-9 * inverse else math.ceil(inverse)

@@ -21,6 +21,7 @@ import dpbudget
 from dptrainer import opacus as facade
 from dptrainer.opacus import PrivacyEngine
 from dptrainer.opacus.optimizers import DPOptimizer
+from dptrainer.opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
 
 @pytest.mark.parametrize(
@@ -340,9 +341,13 @@ def test_a_loader_with_a_batch_sampler_or_of_an_earlier_engine_is_taken() -> Non
     assert (batches.sample_rate, len(batches)) == (20 / 60, 3)
     _, _, again = open_ended(data_loader=batches)
     assert (again.sample_rate, len(again)) == (20 / 60, 3)
-    poisson = facade.DPDataLoader(data(), sample_rate=0.25)
-    _, _, drawn = open_ended(data_loader=poisson)
-    assert drawn.sample_rate == 0.25
+    poisson = facade.DPDataLoader(data(), sample_rate=0.0417)
+    _, optimizer, drawn = open_ended(data_loader=poisson)
+    assert (drawn.sample_rate, len(drawn)) == (0.0417, 24)
+    assert optimizer.expected_batch_size == pytest.approx(0.0417 * 60)
+    by_hand = UniformWithReplacementSampler(num_samples=60, sample_rate=0.25)
+    _, _, drawn = open_ended(data_loader=DataLoader(data(), batch_sampler=by_hand))
+    assert (drawn.sample_rate, len(drawn)) == (0.25, 4)
 
 
 def test_an_empty_batch_is_a_step_of_noise_alone(monkeypatch: pytest.MonkeyPatch) -> None:
