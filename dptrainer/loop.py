@@ -268,6 +268,13 @@ class PrivateLoop:
         if self._step is None or not self._step.open:
             if self._discard_outside and not self._reused:
                 return
+            if self._reused:
+                raise PrivacyViolation(
+                    f'a gradient reached parameter "{name}" from the private batch after its step; one batch is one '
+                    "release",
+                    code="DP021",
+                    hint="add the losses of a batch, and call backward() and optimizer.step() once",
+                )
             raise PrivacyViolation(
                 f'a gradient reached parameter "{name}" from a batch that is not one of the private loader',
                 code="DP021",

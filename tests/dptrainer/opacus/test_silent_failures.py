@@ -200,5 +200,20 @@ def test_what_is_trained_through_the_model_after_a_step_must_not_see_its_batch()
         optimizer.step()
         head(model(torch.randn(3, 6))).sum().backward()  # nothing of the batch
         loss = head(model(x[:2])).sum()
-        with refused("DP021"):
+        with refused("after its step"):
             loss.backward()
+
+
+def test_two_steps_on_one_batch_are_refused_and_not_charged_once() -> None:
+    """Older examples of Opacus step a discriminator twice for one batch: the sample would be shared by two releases."""
+    engine = PrivacyEngine()
+    model, optimizer, batches = open_ended(engine)
+    x, y = next(held := iter(batches))
+    F.cross_entropy(model(torch.zeros_like(x)), y).backward()
+    optimizer.step()
+    with refused("add the losses"):
+        F.cross_entropy(model(x), y).backward()
+    with refused("DP021"):
+        optimizer.step()
+    held.close()
+    assert len(engine.accountant) == 1
