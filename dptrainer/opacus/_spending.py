@@ -76,7 +76,7 @@ class Spending:
         self._owner: Ed25519Signer | None = None
         self._ledger: Ledger | None = None
         self._mine: list[Run] = []
-        self._asked: tuple[float, tuple[int, ...]] | None = None
+        self._asked: tuple[float, tuple[tuple[str, int], ...]] | None = None
         self._answer = 0.0
 
     @property
@@ -200,7 +200,7 @@ class Spending:
                 bounds = run.epsilon() if run.run_id == begun[0].run_id else None
                 if bounds is not None:
                     return bounds.upper
-        asked = (delta, tuple(run.charged for run in begun))
+        asked = (delta, tuple((run.run_id, run.charged) for run in begun))
         if asked != self._asked:
             self._asked, self._answer = asked, _certified(begun, delta)
         return self._answer

@@ -13,7 +13,14 @@ from dpbudget import Budget, Ledger
 from dpbudget.errors import DPBudgetError, InvalidParameter
 from dpbudget.ledger.run import Run
 from dptrainer.opacus import _checkpoint
-from dptrainer.opacus._options import check_mode, check_module, check_options, check_reduction, known_options
+from dptrainer.opacus._options import (
+    check_mode,
+    check_module,
+    check_options,
+    check_reduction,
+    known_options,
+    unsupported,
+)
 from dptrainer.opacus._spending import Draws, Place, Spending, log
 from dptrainer.opacus._validation import check
 from dptrainer.opacus.accountants.accountant import check_accountant
@@ -270,6 +277,7 @@ class PrivacyEngine:
         torch_save_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Weights, optimizer state and ``checkpoint_dict`` in one file, with the charged steps that trained them."""
+        _no_schedules(noise_scheduler, grad_clip_scheduler)
         _checkpoint.save(
             path, module, optimizer, self._spending, checkpoint_dict, module_state_dict_kwargs, torch_save_kwargs
         )
@@ -295,6 +303,7 @@ class PrivacyEngine:
             PrivacyViolation: the ledger has not charged the steps that trained the weights (DP051).
             Unreadable: not a checkpoint of an engine (DP091).
         """
+        _no_schedules(noise_scheduler, grad_clip_scheduler)
         return _checkpoint.load(path, module, optimizer, self._spending, module_load_dict_kwargs, torch_load_kwargs)
 
     # ------------------------------------------------------------------ set-up
@@ -326,8 +335,8 @@ class PrivacyEngine:
         plain = _inside(module)
         _released(plain, optimizer)
         ghost = grad_sample_mode == "ghost"
-        private_loss = DPLossFastGradientClipping(plain, optimizer, criterion, reduction) if ghost else criterion
         try:
+            private_loss = DPLossFastGradientClipping(plain, optimizer, criterion, reduction) if ghost else criterion
             _, _, batches = make_private(
                 plain,
                 optimizer,
@@ -355,6 +364,11 @@ class PrivacyEngine:
 def _inside(module: nn.Module) -> nn.Module:
     """The model of a GradSampleModule, which clipping of its own must not watch any more."""
     return module.to_standard_module() if isinstance(module, GradSampleModule) else module
+
+
+def _no_schedules(*schedulers: object) -> None:
+    if any(scheduler is not None for scheduler in schedulers):
+        raise unsupported("a schedule of noise or clipping norm has no state here", "leave it out; the plan is signed")
 
 
 def _released(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:

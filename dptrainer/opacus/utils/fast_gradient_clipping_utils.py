@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dpbudget.errors import InvalidParameter
 from dptrainer.losses import PerExampleLoss
 from dptrainer.opacus._options import check_reduction
 
@@ -21,6 +22,9 @@ class DPLossFastGradientClipping:
         module, optimizer: as Opacus has them; not used.
         criterion: a loss module or function of (outputs, target).
         loss_reduction: ``mean`` or ``sum`` over the examples.
+
+    Raises:
+        InvalidParameter: an unknown reduction, or another than the criterion's (DP030).
     """
 
     def __init__(
@@ -28,6 +32,13 @@ class DPLossFastGradientClipping:
     ) -> None:
         self.module, self.optimizer, self.criterion = module, optimizer, criterion
         self.loss_reduction = check_reduction(loss_reduction)
+        own = getattr(criterion, "reduction", loss_reduction)
+        if own not in (loss_reduction, "none"):
+            raise InvalidParameter(
+                f"the criterion has reduction={own!r}, and loss_reduction is {loss_reduction!r}",
+                code="DP030",
+                hint=f"declare loss_reduction={own!r}, or build the criterion with {loss_reduction!r}",
+            )
         self.reduction = self.loss_reduction
         self._per_example = PerExampleLoss(criterion)
 

@@ -208,6 +208,8 @@ def test_a_failed_set_up_can_be_repeated() -> None:
     engine = PrivacyEngine()
     with refused("DP033"):
         planned(engine, module=Mixes())
+    with refused("DP030"):
+        planned(engine, grad_sample_mode="ghost", criterion=nn.CrossEntropyLoss(reduction="sum"))
     train(*planned(engine))
     assert len(engine.accountant) == 12
 

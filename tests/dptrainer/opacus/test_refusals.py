@@ -176,3 +176,20 @@ def test_a_step_cannot_be_added_to_the_ledger_or_taken_from_it() -> None:
         engine.accountant.step(noise_multiplier=1.0, sample_rate=0.1)
     with pytest.raises(AttributeError):
         engine.accountant.history = []  # type: ignore[misc]
+
+
+def test_a_criterion_that_sums_where_a_mean_was_declared_is_refused() -> None:
+    criterion = nn.CrossEntropyLoss(reduction="sum")
+    for mode in ("hooks", "ghost"):
+        with refused("DP030"):
+            open_ended(criterion=criterion, grad_sample_mode=mode)
+        open_ended(criterion=criterion, grad_sample_mode=mode, loss_reduction="sum")
+
+
+def test_a_checkpoint_has_no_schedule_of_noise() -> None:
+    engine = PrivacyEngine()
+    model, _, _ = open_ended(engine)
+    with refused("DP065"):
+        engine.save_checkpoint(path="unused", module=model, noise_scheduler=object())  # type: ignore[arg-type]
+    with refused("DP065"):
+        engine.load_checkpoint(path="unused", module=model, grad_clip_scheduler=object())  # type: ignore[arg-type]
