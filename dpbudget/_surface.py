@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def create_ledger(
-    path: str | Path,
+    path: str | Path | None,
     *,
     budget: Budget,
     owner: Signer,
@@ -34,7 +34,8 @@ def create_ledger(
     Two ledgers for one dataset cannot be detected by anyone: the owner must issue one ``dataset`` id per dataset.
 
     Args:
-        path: a file that does not exist yet, or ``postgresql://user@host/database#name``.
+        path: a file that does not exist yet, or ``postgresql://user@host/database#name``; None keeps the
+            ledger in memory, where it ends with the process.
         budget: what all runs on this dataset may spend together.
         owner: signs the budget and the plans; may go offline afterwards.
         writer: signs every spend; cannot create budget.
@@ -80,12 +81,13 @@ def open_ledger(path: str | Path, *, writer: Signer | None = None, trust: Public
     return Ledger.open(path, writer=writer, filter=LedgerFilter(), trust=trust)
 
 
-def start(ledger: Ledger, run_id: str | None = None) -> Run:
+def start(ledger: Ledger, run_id: str | None = None, *, lease_steps: int | None = None) -> Run:
     """Start or resume a signed plan, with a meter for live epsilon.
 
     Args:
         ledger: opened with the writer's key.
         run_id: the run that ``sign_plan`` returned; None takes the only one that has steps left.
+        lease_steps: steps charged together; the default follows from the plan alone.
 
     Raises:
         PlanExhausted: every run has used up its plan (DP050).
@@ -110,4 +112,4 @@ def start(ledger: Ledger, run_id: str | None = None) -> Run:
         run_id = unfinished[0]
     if run_id not in state.runs:
         raise InvalidParameter(f"the ledger has no run {run_id!r}", code="DP081", hint="see dpbudget ledger show")
-    return ledger.start(run_id, meter=build_meter(state.runs[run_id].plan))
+    return ledger.start(run_id, meter=build_meter(state.runs[run_id].plan), lease_steps=lease_steps)

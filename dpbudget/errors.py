@@ -68,6 +68,8 @@ CODES: dict[str, str] = {
     "DP062": "The mechanism, sampling or adjacency is not supported by this accountant.",
     "DP063": "No certified answer: the accountant could not bound this question.",
     "DP064": "Too many or too few unknowns: exactly the missing quantity is solved for.",
+    "DP065": "An option of Opacus that would break the guarantee, or that the facade does not have; the message says "
+    "what to use in its place.",
     "DP070": "The file is not a dpbudget ledger or export, or cannot be read.",
     "DP071": "The ledger was changed, cut or damaged: bytes, chain, head, signature or rules do not agree.",
     "DP072": "The ledger is signed by a key that is not the trusted one.",

@@ -23,7 +23,7 @@ from dptrainer.users import UserDataset
 
 Collate = Callable[[list[Any]], Any]
 
-_PLAIN_SAMPLERS = (RandomSampler, SequentialSampler, BatchSampler)
+_PLAIN_SAMPLERS = (RandomSampler, SequentialSampler)
 
 
 class Records:
@@ -125,16 +125,7 @@ def check_dataset(dataset: object) -> None:
         InvalidParameter: the dataset is empty (DP009).
     """
     if isinstance(dataset, DataLoader):
-        sampler = dataset.batch_sampler if dataset.sampler is None else dataset.sampler
-        if isinstance(dataset.dataset, IterableDataset):
-            check_dataset(dataset.dataset)
-        if not isinstance(sampler, _PLAIN_SAMPLERS):
-            raise PrivacyViolation(
-                f"your {type(sampler).__name__} would not be used; weighting or choosing records changes the privacy "
-                "analysis",
-                code="DP022",
-                hint="pass the dataset itself, with the records that each person may contribute",
-            )
+        sampler = check_sampler(dataset)
         order = "shuffled" if isinstance(sampler, RandomSampler) else "sequential"
         raise PrivacyViolation(
             f"a {order} DataLoader is not Poisson sampling, for which the plan was made",
@@ -155,6 +146,28 @@ def check_dataset(dataset: object) -> None:
         )
     if len(dataset) == 0:
         raise InvalidParameter("the dataset has no record", code="DP009", hint="check how it was loaded")
+
+
+def check_sampler(loader: DataLoader[Any]) -> object:
+    """What orders the records of a loader over a map-style dataset, if it has neither weights nor a choice of its own.
+
+    Raises:
+        PrivacyViolation: another sampler (DP022), or a dataset without indices (DP024).
+    """
+    if isinstance(loader.dataset, IterableDataset):
+        check_dataset(loader.dataset)
+    # A loader with a batch sampler of its own has a sequential sampler, too, which it does not use.
+    sampler: object = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if type(sampler) is BatchSampler:
+        sampler = sampler.sampler
+    if type(sampler) not in _PLAIN_SAMPLERS:  # a subclass may do anything
+        raise PrivacyViolation(
+            f"your {type(sampler).__name__} would not be used; weighting or choosing records changes the privacy "
+            "analysis",
+            code="DP022",
+            hint="pass the dataset itself, with the records that each person may contribute",
+        )
+    return sampler
 
 
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

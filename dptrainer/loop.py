@@ -22,7 +22,9 @@ from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dptrainer.clipping import Clipping, Grouping, Reduction, add_clipped, make_engine
 from dptrainer.clipping.engine import trainable_parameters
+from dptrainer.clipping.recording import Hook
 from dptrainer.data import check_rows, check_unit
+from dptrainer.given import GivenBatch
 from dptrainer.noise.source import NoiseSource, SecureNoise
 from dptrainer.outside import OutsideWatch
 from dptrainer.probe import probe_batch
@@ -83,6 +85,7 @@ class PrivateLoop:
         synthetic: Any,
         clipping: Clipping | None = None,
         dataset: object = None,
+        discard_outside: bool = False,
     ) -> None:
         check(model, optimizer)
         check_run(model, run)
@@ -93,17 +96,24 @@ class PrivateLoop:
         self._model, self._optimizer = model, optimizer
         self._engine = make_engine(model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note)
         self._reduction: Reduction = reduction
+        self._discard_outside, self._given, self._reused = discard_outside, GivenBatch(), False
         self._record_outputs, self._noise = record_outputs, SecureNoise() if noise is None else noise
         self._step: Step | None = None
         self._outside = OutsideWatch()
         self._watched: dict[int, RemovableHandle] = {}
         self._handle: RemovableHandle | None = optimizer.register_step_pre_hook(self._before_step)
+        self._inputs = model.register_forward_pre_hook(Hook(self._note_inputs), with_kwargs=True)
         self._watch_parameters()
         _attached.add(self)
         if not _global_hook:
             _global_hook.append(register_optimizer_step_pre_hook(_refuse_other_optimizers))
 
     # ------------------------------------------------------------------ batches
+
+    @property
+    def step_ends(self) -> bool:
+        """Whether the physical batch that was opened last ends its step."""
+        return self._step is not None and self._step.last
 
     def begin(self, receipt: Receipt) -> Step:
         """Begin the step of a receipt; an unfinished one is dropped, its partial sum never released."""
@@ -127,6 +137,8 @@ class PrivateLoop:
             )
         rows = max(size, 1) if grouping is None else grouping.rows
         check_rows(batch, rows)
+        self._given.remember(batch)
+        self._reused = False
         self._watch_parameters()
         for parameter in self._model.parameters():
             parameter.grad = None
@@ -161,6 +173,7 @@ class PrivateLoop:
         for handle in self._watched.values():
             handle.remove()
         self._watched.clear()
+        self._inputs.remove()
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -257,14 +270,29 @@ class PrivateLoop:
                 hook = partial(_refuse_gradient, weakref.ref(self), name)
                 self._watched[id(parameter)] = _watch(parameter, hook)
 
+    def _note_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Notice a forward pass of a private batch after its step: what is trained through it would see no noise."""
+        if (self._step is None or not self._step.open) and torch.is_grad_enabled():
+            self._reused = self._reused or self._given.is_among((args, kwargs))
+
     def refuse_gradient(self, name: str, parameter: Tensor) -> None:
         """Throw away a gradient that went past the engine, and say why it did.
 
         Raises:
-            PrivacyViolation: always: DP021 without an open batch, DP014 in eval mode, DP031 otherwise.
+            PrivacyViolation: always: DP021 without an open batch (unless such gradients are to be
+                discarded and did not come from the batch that was given out last), DP014 in eval mode, DP031 otherwise.
         """
         parameter.grad = None
         if self._step is None or not self._step.open:
+            if self._discard_outside and not self._reused:
+                return
+            if self._reused:
+                raise PrivacyViolation(
+                    f'a gradient reached parameter "{name}" from the private batch after its step; one batch is one '
+                    "release",
+                    code="DP021",
+                    hint="add the losses of a batch, and call backward() and optimizer.step() once",
+                )
             raise PrivacyViolation(
                 f'a gradient reached parameter "{name}" from a batch that is not one of the private loader',
                 code="DP021",

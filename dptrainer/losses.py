@@ -38,6 +38,10 @@ class PerExampleLoss:
             )
         self._within, self._call = _unreduced(loss_fn)
 
+    def unreduced(self, outputs: Any, target: Any) -> Tensor:
+        """What the criterion returns without its own reduction, of whatever shape."""
+        return self._call(outputs, target)
+
     def __call__(self, outputs: Any, target: Any, batch_size: int) -> Tensor:
         """[batch_size] losses.
 

@@ -76,6 +76,20 @@ class PrivateLoader:
         """
         return self._loop.step_complete
 
+    def in_pieces(self, physical_batch_size: int) -> PrivateLoader:
+        """A loader of the same run that gives every batch in pieces of at most ``physical_batch_size`` examples.
+
+        Raises:
+            InvalidParameter: not a positive integer (DP009).
+        """
+        checked_size(physical_batch_size)
+        return PrivateLoader(self._loop, self._records, physical_batch_size, self._epoch)
+
+    @property
+    def step_ends(self) -> bool:
+        """Whether the batch that was given out last is the last of its step."""
+        return self._loop.step_ends
+
     def detach(self) -> None:
         """Take every guard off model and optimizer, for example to go on with public data; this loader is then dead."""
         self._loop.detach()
@@ -118,6 +132,7 @@ def make_private(
     views: int = 1,
     replay: Sequence[nn.Module] = (),
     record_outputs: bool = False,
+    discard_outside: bool = False,
     noise: NoiseSource | None = None,
     note: Callable[[str], None] | None = None,
 ) -> tuple[Model, AnyOptimizer, PrivateLoader]:
@@ -159,6 +174,8 @@ def make_private(
             batch are then one example, and the mean of their gradients is clipped. De et al. (2022), section 3.2.
         replay: modules to differentiate as a whole, see :class:`~dptrainer.clipping.BookKeeping`.
         record_outputs: settle every step with a hash of its noisy sum.
+        discard_outside: gradients that reach the model between two private batches are thrown away instead of refused,
+            so that another model can be trained through this one (a generator through its discriminator).
         noise: adds the noise.
         note: is told, once, about modules that are slow to clip, parameters that get no gradient, and tests that were
             not possible, which without it are a warning.
@@ -192,6 +209,7 @@ def make_private(
         synthetic=synthetic,
         clipping=clipping,
         dataset=dataset,
+        discard_outside=discard_outside,
     )
     try:
         tested = loss_fn is None or probe_criterion(model, loss_fn, loss_reduction, synthetic)

@@ -14,7 +14,7 @@ from fractions import Fraction
 from dpbudget._renyi import COST_BITS, IDEAL_SHARE, MAX_ORDERS, PhaseCost, RenyiTerms
 from dpbudget._truncation import truncation_delta, truncation_factor_log
 from dpbudget.errors import InvalidParameter
-from dpbudget.filters.renyi import allowance, running_epsilon_of, step_costs
+from dpbudget.filters.renyi import admitting_epsilon_of, allowance, running_epsilon_of, step_costs
 from dpbudget.mechanisms import Adjacency, Charge
 from dpbudget.plan import Budget, Plan
 
@@ -82,6 +82,17 @@ def spent_epsilon(spent: Sequence[int | None], terms: RenyiTerms, delta: float) 
     """An epsilon that holds at all times at once for what was spent (an odometer), at ``delta`` fixed in advance."""
     totals = [None if units is None else Fraction(units, 1 << COST_BITS) for units in spent]
     return running_epsilon_of(totals, terms.orders, terms.weights, ideal_delta(delta))
+
+
+def admitting_epsilon(spent: Sequence[int | None], terms: RenyiTerms, delta: float) -> float:
+    """The smallest epsilon whose filter, **had it been fixed in advance** at ``delta``, admits what was spent.
+
+    Read at one stopping time it is an ex-post guarantee, whatever outputs decided on the steps and the stop
+    (docs/filters.md, "Odometer"); it presumes that the tails take no more than their hundredth of ``delta``. About two
+    times at once it says nothing; :func:`spent_epsilon` does.
+    """
+    totals = [None if units is None else Fraction(units, 1 << COST_BITS) for units in spent]
+    return admitting_epsilon_of(totals, terms.orders, terms.weights, ideal_delta(delta))
 
 
 def _pad(cost: PhaseCost) -> PhaseCost:

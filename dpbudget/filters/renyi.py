@@ -178,6 +178,15 @@ def running_epsilon_of(
     return max(_least_epsilon(totals, orders, weights, delta, lambda _: 0.0), 0.0)
 
 
+def admitting_epsilon_of(
+    totals: Sequence[Fraction | None], orders: Sequence[float], weights: Sequence[Fraction], delta: float
+) -> float:
+    """The odometer of :meth:`RDPFilter.epsilon` for given totals at each order; 0 for nothing spent."""
+    if not any(total is None or total for total in totals):
+        return 0.0
+    return max(_least_epsilon(totals, orders, weights, delta, log_kappa), 0.0)
+
+
 def _least_epsilon(
     totals: Sequence[Fraction | None],
     orders: Sequence[float],

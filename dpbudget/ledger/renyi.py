@@ -84,14 +84,15 @@ class RenyiAccount:
     @property
     def fits(self) -> bool:
         """Whether some order is within its allowance and the tails are within theirs."""
-        if self.tail > _floor(Fraction(self.delta) * TAIL_SHARE, TAIL_BITS) or self.factor > _floor(
-            TAIL_SHARE, TAIL_BITS
-        ):
-            return False
-        return any(
+        return self.tails_fit(self.delta) and any(
             spent is not None and spent <= _floor(Fraction(allowance), COST_BITS)
             for spent, allowance in zip(self.spent, self.terms.allowances, strict=True)
         )
+
+    def tails_fit(self, delta: float) -> bool:
+        """Whether the tails are within their hundredth of ``delta``."""
+        most = _floor(Fraction(delta) * TAIL_SHARE, TAIL_BITS)
+        return self.tail <= most and self.factor <= _floor(TAIL_SHARE, TAIL_BITS)
 
     def charge(self, run_id: str, uses: Sequence[tuple[int, int, PhaseCost]]) -> None:
         """Add ``uses``: (phase, further steps, cost of one step) of one run."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import dpbudget
+
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Layer of every module; the longest matching prefix wins. Imports go to the same layer or below.
@@ -47,6 +49,9 @@ LAYERS = {
 #: What dptrainer may know of the core: the run's documents, never an accountant.
 TRAINER_MAY_IMPORT = ("dpbudget.plan", "dpbudget.ledger", "dpbudget.mechanisms", "dpbudget.errors", "dpbudget.curve")
 TRAINER_MAY_IMPORT += ("dpbudget._truncation", "dpbudget.meter", "dpbudget._record")
+#: The Opacus facade writes plans from arguments, so it alone asks the surface: calibrate, ledgers with their filter.
+FACADE = "dptrainer.opacus"
+FACADE_MAY_IMPORT = ("dpbudget.filters", *(f"dpbudget.{name}" for name in sorted(dpbudget.__all__)))
 
 
 def source_files() -> list[tuple[str, Path]]:
@@ -121,7 +126,15 @@ def test_the_trainer_knows_only_the_documents_of_the_core() -> None:
         if module.startswith("dptrainer"):
             for name in imports_of(module, path):
                 if name.startswith("dpbudget"):
-                    assert name.startswith(TRAINER_MAY_IMPORT), f"{module} imports {name}"
+                    facade = f"{module}.".startswith(f"{FACADE}.")
+                    allowed = TRAINER_MAY_IMPORT + (FACADE_MAY_IMPORT if facade else ())
+                    assert name.startswith(allowed), f"{module} imports {name}"
+
+
+def test_the_trainer_does_not_rest_on_its_facade() -> None:
+    for module, path in source_files():
+        if module.startswith("dptrainer") and not f"{module}.".startswith(f"{FACADE}."):
+            assert not [name for name in imports_of(module, path) if name.startswith(FACADE)], module
 
 
 def test_no_module_imports_in_a_cycle() -> None:
