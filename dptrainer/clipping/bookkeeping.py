@@ -11,7 +11,7 @@ behaves as if it had no hooks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dpbudget.errors import InvalidParameter, PrivacyViolation
-from dptrainer.clipping.collect import contributions
+from dptrainer.clipping.collect import parts_of
 from dptrainer.clipping.engine import (
     Reduction,
     check_losses,
@@ -35,9 +35,9 @@ from dptrainer.clipping.engine import (
 from dptrainer.clipping.grouping import Grouping, grouped
 from dptrainer.clipping.guard import BufferWatch, ParameterGuard
 from dptrainer.clipping.layout import Layer, layout
-from dptrainer.clipping.per_example import PerExample, summed
+from dptrainer.clipping.per_example import PerExample, packed, summed, unpacked
 from dptrainer.clipping.policy import Clipping, FlatClipping, total
-from dptrainer.clipping.recording import Hook, Session, in_backward, refuse_batch_norm, tap
+from dptrainer.clipping.recording import Call, Hook, Session, in_backward, refuse_batch_norm, tap
 from dptrainer.clipping.trace import Trace
 from dptrainer.values import ClippedSum
 
@@ -135,7 +135,7 @@ class BookKeeping:
         self._grouping = grouping
         trainable = trainable_parameters(self._model)
         self._refresh(trainable)
-        self._session = Session(batch_size, trainable)
+        self._session = Session(batch_size, trainable, self._parts_of)
 
     def finish(self, loss_reduction: Reduction = "mean", *, loss_scale: float = 1.0) -> ClippedSum:
         """The clipped sum of the batch, after its one backward pass; closes the batch.
@@ -167,8 +167,7 @@ class BookKeeping:
                 session.require_backward(self._model.training)
                 if loss_reduction == "mean":
                     session.refuse_coarse_mean()
-                self._busy = True
-                with torch.no_grad(), torch.autocast(device.type, enabled=False), full_precision():
+                with self._computing(device):
                     found, squared = self._sums(session, scale, squared)
             zeros = zero_sums({name: p for name, p in session.trainable.items() if name not in found})
             grads = {name: found[name] if name in found else zeros[name] for name in session.trainable}
@@ -179,7 +178,6 @@ class BookKeeping:
                 unit=self._clipping.unit(self._clip_norm),
             )
         finally:
-            self._busy = False
             self.abort()
 
     def abort(self) -> None:
@@ -189,11 +187,32 @@ class BookKeeping:
             self._session.close()
             self._session = None
 
+    @contextmanager
+    def _computing(self, device: torch.device) -> Iterator[None]:
+        """Within the block nothing is recorded, and products are what they say: no graph, no autocast, no TF32."""
+        self._busy = True
+        try:
+            with torch.no_grad(), full_precision():
+                if not torch.is_autocast_enabled(device.type):
+                    yield
+                    return
+                with torch.autocast(device.type, enabled=False):
+                    yield
+        finally:
+            self._busy = False
+
+    def _parts_of(self, call: Call, batch_size: int) -> Iterable[tuple[str, PerExample | None]]:
+        """What a call contributes; often asked within the backward pass."""
+        if self._busy:  # at the end of the batch
+            return parts_of(call, batch_size)
+        with self._computing(next(iter(call.layer.parameters.values())).device):
+            return list(parts_of(call, batch_size))
+
     def _units(self, session: Session) -> dict[str, PerExample]:
         """Parameter name -> the gradients of each unit of privacy, rows that belong together added up."""
         return {
             name: summed([grouped(part, self._grouping) for part in parts])
-            for name, parts in contributions(session).items()
+            for name, parts in session.contributions().items()
         }
 
     def _sums(self, session: Session, scale: float, nothing: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -203,19 +222,21 @@ class BookKeeping:
         if not units:
             return {}, nothing
         groups = self._clipping.groups(units)
+        packs = {group: packed({name: units.pop(name) for name in names}) for group, names in groups.items()}
         squared = {
-            group: total({name: units[name].squared_norms() for name in names}) * scale**2
-            for group, names in groups.items()
+            group: total({str(at): form.squared_norms() for at, (form, _) in enumerate(forms)}) * scale**2
+            for group, forms in packs.items()
         }
         factors = self._clipping.factors(squared, self._clip_norm)
         # Whatever a policy answers, no example leaves with more than C; of what keeps the bound nothing is taken.
         left = clip_factors(total({group: squared[group] * factors[group] ** 2 for group in groups}), self._clip_norm)
         factors = {group: factor * left for group, factor in factors.items()}
-        sums = {
-            name: units.pop(name).weighted_sum(factors[group] * scale).to(sum_dtype(session.trainable[name]))
-            for group, names in groups.items()
-            for name in names
-        }
+        sums: dict[str, Tensor] = {}
+        for group, forms in packs.items():
+            while forms:  # the rows of each make room for the next sum
+                form, members = forms.pop()
+                for name, part in unpacked(form.weighted_sum(factors[group] * scale), members):
+                    sums[name] = part.to(sum_dtype(session.trainable[name]))
         return sums, total(squared)
 
     # ------------------------------------------------------------------ with a per-example loss
@@ -272,7 +293,6 @@ class BookKeeping:
             with torch.no_grad(), torch.autocast(losses.device.type, enabled=False), full_precision():
                 return self._units(session)
         finally:
-            self._busy = False
             self.abort()
 
     # ------------------------------------------------------------------ hooks

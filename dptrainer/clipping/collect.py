@@ -9,46 +9,16 @@ from torch import Tensor
 
 from dpbudget.errors import PrivacyViolation
 from dptrainer.clipping.per_example import Dense, PerExample
-from dptrainer.clipping.products import settled
-from dptrainer.clipping.recording import Answer, Call, Session
+from dptrainer.clipping.recording import Answer, Call
 from dptrainer.clipping.replay import UnitCall, replay
 from dptrainer.clipping.rules import LayerCall
 
 
-def contributions(session: Session) -> dict[str, list[PerExample]]:
-    """Parameter name -> its contributions, one for each call of each layer that uses it.
-
-    A call to which no gradient came back (a forward pass without backward, an unused branch) contributes nothing.
-
-    Raises:
-        PrivacyViolation: (DP030) a layer does not have one row per example; (DP019) a rule left a parameter out.
-    """
-    found: dict[str, list[PerExample]] = {}
-    while session.calls:
-        call = session.calls.pop()  # operands are freed as soon as the gradients that replace them exist
-        if all(grad is None for grad in call.grads):
-            continue
-        call.check_inputs_unchanged()
-        for local, part in _parts(call, session.batch_size):
-            shape = call.layer.parameters[local].shape
-            if part is None or part.shape != shape or part.batch_size != session.batch_size:
-                raise PrivacyViolation(
-                    f'the rule of layer "{call.layer.name}" gave no per-example gradient of shape '
-                    f"{['B', *shape]} for its parameter {local!r}.",
-                    hint="return a tensor [B, *parameter.shape] for every name in call.wanted.",
-                    code="DP019",
-                )
-            found.setdefault(call.layer.names[local], []).append(part)
-        if all(other.layer is not call.layer for other in session.calls):
-            found |= {name: settled(found[name]) for name in call.layer.names.values() if name in found}
-    return {name: settled(parts) for name, parts in found.items()}  # tied parameters may have been joined again
-
-
-def _parts(call: Call, batch_size: int) -> Iterable[tuple[str, PerExample | None]]:
+def parts_of(call: Call, batch_size: int) -> Iterable[tuple[str, PerExample | None]]:
     """Contributions by local name; a rule must answer for every parameter, a traced call for those it used."""
     if call.answer is not None:
         return _traced(call, call.answer, batch_size)
-    answered = _ruled(call, batch_size) if call.layer.rule else _replayed(call, batch_size)
+    answered = ruled(call, batch_size) if call.layer.rule else _replayed(call, batch_size)
     return [(local, answered.get(local)) for local in call.layer.names]
 
 
@@ -56,7 +26,7 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _ruled(call: Call, batch_size: int) -> dict[str, PerExample]:
+def ruled(call: Call, batch_size: int) -> dict[str, PerExample]:
     """What the layer's rule answers, with tensors wrapped."""
     function, (grad,) = None if call.layer.rule is None else call.layer.rule.function, call.grads
     activation = next((t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)), None)

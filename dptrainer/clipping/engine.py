@@ -154,12 +154,14 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Within the block, float32 products are float32 products, whatever torch.set_float32_matmul_precision allows.
+    """Within the block, float32 products and convolutions are in float32, whatever the program allows elsewhere.
 
     With TF32 or bfloat16 products a clipped sum could exceed the sum of its clipped terms by up to 2^-8, relatively,
     which is far more than :data:`SHRINK` leaves room for.
     """
-    places: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    cpu, cudnn = torch.backends.mkldnn, torch.backends.cudnn
+    places: list[Any] = [torch.backends.cuda.matmul]
+    places += [getattr(library, kind, None) for library in (cpu, cudnn) for kind in ("matmul", "conv", "rnn")]
     backends = [place for place in places if hasattr(place, "fp32_precision")]
     if not backends:  # before torch 2.9 there is one switch for all
         known = torch.get_float32_matmul_precision()
@@ -195,7 +197,8 @@ def zero_sums(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 def add_clipped(first: ClippedSum, second: ClippedSum) -> ClippedSum:
     """The clipped sum of two physical batches of one logical batch.
 
-    The sensitivity does not grow, because each example lies in exactly one physical batch.
+    The tensors of ``first`` become those of the result. The sensitivity does not grow, because each example lies in
+    exactly one physical batch.
 
     Raises:
         PrivacyViolation: (DP031) the two disagree on the parameters or on the clipping norm.
@@ -208,6 +211,7 @@ def add_clipped(first: ClippedSum, second: ClippedSum) -> ClippedSum:
             hint="freeze parameters and change the clipping norm between steps, not within one.",
             code="DP031",
         )
-    grads = {name: value + second.grads[name] for name, value in first.grads.items()}
+    for name, value in first.grads.items():
+        value += second.grads[name]
     statistics = {name: value + second.statistics[name] for name, value in first.statistics.items()}
-    return ClippedSum(grads=grads, sensitivity=first.sensitivity, statistics=statistics, unit=first.unit)
+    return ClippedSum(grads=first.grads, sensitivity=first.sensitivity, statistics=statistics, unit=first.unit)

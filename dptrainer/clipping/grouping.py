@@ -117,7 +117,7 @@ def _from_outer(part: Outer, grouping: Grouping) -> PerExample:
     def rows(chunk: slice) -> Tensor:
         return torch.bmm(grads[chunk].transpose(1, 2), activations[chunk])
 
-    return instantiate(grouping.units, part.shape, rows, grads.numel() + activations.numel())
+    return instantiate(grouping.units, part.shape, rows, terms * sum(part.shape))
 
 
 class SumOfOuters(PerExample):

@@ -8,15 +8,19 @@ its norm and its sum from the same numbers, so that cancellation in one cannot m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-#: Rows that are instantiated at a time when the whole would be larger than the operands (elements, 16 MiB of float32).
-CHUNK_ELEMENTS = 1 << 22
+#: Rows are instantiated in pieces of at most this many elements (4 MiB of float32): the cache holds them for the norm,
+#: and the allocator recycles them, where each larger piece would be fetched from the system anew at a multiple of the
+#: cost.
+CHUNK_ELEMENTS = 1 << 20
 #: Squares are summed in float32 over blocks of this many elements, and over blocks in float64.
 _BLOCK = 4096
+#: Rows up to this long are joined with those of other parameters, so that one operation serves them all.
+_SHORT = 4096
 
 
 def _norms(values: Tensor, dim: int) -> Tensor:
@@ -55,6 +59,8 @@ class PerExample(ABC):
 
     batch_size: int
     shape: torch.Size
+    #: Whether the layer's input is still read when the sum is taken.
+    holds_operands: bool = True
 
     @abstractmethod
     def squared_norms(self) -> Tensor:
@@ -70,24 +76,67 @@ class PerExample(ABC):
 
 
 class Dense(PerExample):
-    """Instantiated gradients [B, *shape]; ``owned`` if nobody else holds them."""
+    """Instantiated gradients [B, *shape], in one piece or in several of consecutive examples.
 
-    def __init__(self, grads: Tensor, *, owned: bool = False) -> None:
-        self.grads, self._owned = grads, owned
-        self.batch_size, self.shape = grads.shape[0], grads.shape[1:]
+    Args:
+        grads: the rows.
+        owned: whether nobody else holds them.
+        arrange: a view of rows [b, ...] of another layout as [b, *shape].
+    """
+
+    holds_operands = False
+
+    def __init__(
+        self,
+        grads: Tensor | Sequence[Tensor],
+        *,
+        owned: bool = False,
+        arrange: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.pieces = [grads] if isinstance(grads, Tensor) else list(grads)
+        self._owned, self._arrange = owned, arrange
+        self.batch_size, self.shape = sum(len(piece) for piece in self.pieces), self._arranged(self.pieces[0]).shape[1:]
+        self._squares: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one tensor [B, *shape] as it stands."""
+        return len(self.pieces) == 1 and self._arrange is None
 
     def squared_norms(self) -> Tensor:
         """See :class:`PerExample`."""
-        return row_squares(self.grads)
+        if self._squares is None:
+            self._squares = joined([row_squares(piece) for piece in self.pieces])
+        return self._squares
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See :class:`PerExample`."""
-        flat = finite(self.grads, owned=self._owned).reshape(self.batch_size, -1)
-        return (weights.to(flat.dtype) @ flat).view(self.shape)
+        total: Tensor | None = None
+        factors = torch.split(weights.to(self.pieces[0].dtype), [len(piece) for piece in self.pieces])
+        for factor, piece in zip(factors, self.pieces, strict=True):
+            rows = finite(piece, owned=self._owned).reshape(len(piece), -1)
+            total = factor @ rows if total is None else total.addmv_(rows.t(), factor)
+        assert total is not None  # noqa: S101  (there is at least one piece)
+        return self._arranged(total.view(1, *self.pieces[0].shape[1:]))[0].contiguous()
+
+    def _arranged(self, rows: Tensor) -> Tensor:
+        return rows if self._arrange is None else self._arrange(rows)
 
     def dense(self, rows: slice) -> Tensor:
         """See :class:`PerExample`."""
-        return self.grads[rows]
+        start, stop, _ = rows.indices(self.batch_size)
+        found, first = [], 0
+        for piece in self.pieces:
+            inside = piece[max(start - first, 0) : max(stop - first, 0)]
+            if len(inside):
+                found.append(inside)
+            first += len(piece)
+        return self._arranged(joined(found) if found else self.pieces[0][:0])
+
+
+def joined(pieces: Sequence[Tensor]) -> Tensor:
+    """The pieces one after another; no copy of a single one."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
 class Outer(PerExample):
@@ -104,7 +153,7 @@ class Outer(PerExample):
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See :class:`PerExample`."""
-        scaled = finite(self.grads) * weights.to(self.grads.dtype).unsqueeze(1)
+        scaled = finite(self.grads).mul_(weights.to(self.grads.dtype).unsqueeze(1))
         return scaled.t() @ finite(self.activations)
 
     def dense(self, rows: slice) -> Tensor:
@@ -119,18 +168,16 @@ class Lazy(PerExample):
         self.batch_size, self.shape = batch_size, shape
         self._rows = rows
 
-    def _chunks(self) -> Iterator[slice]:
-        step = max(1, CHUNK_ELEMENTS // max(1, self.shape.numel()))
-        for start in range(0, self.batch_size, step):
-            yield slice(start, min(start + step, self.batch_size))
-
     def squared_norms(self) -> Tensor:
         """See :class:`PerExample`."""
-        return torch.cat([row_squares(self._rows(rows)) for rows in self._chunks()])
+        return torch.cat([row_squares(self._rows(rows)) for rows in chunks(self.batch_size, self.shape)])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See :class:`PerExample`."""
-        parts = (Dense(self._rows(rows), owned=True).weighted_sum(weights[rows]) for rows in self._chunks())
+        parts = (
+            Dense(self._rows(rows), owned=True).weighted_sum(weights[rows])
+            for rows in chunks(self.batch_size, self.shape)
+        )
         total = next(parts)
         for part in parts:
             total += part
@@ -142,11 +189,21 @@ class Lazy(PerExample):
 
 
 class TableRows(PerExample):
-    """Gradients of a table [V, d] that touch few rows: one entry per (example, index), repeats already added."""
+    """Gradients of a table [V, d] that touch few rows: one entry per (example, index), repeats already added.
+
+    Args:
+        batch_size: B.
+        shape: (V, d) of the table.
+        entries: ([N] example, [N] index, [N, d] values) without repeats; values are owned. With [N, 1] values the index
+            counts elements of the table instead of rows.
+    """
+
+    holds_operands = False
 
     def __init__(self, batch_size: int, shape: torch.Size, entries: tuple[Tensor, Tensor, Tensor]) -> None:
         self.batch_size, self.shape = batch_size, shape
         self._example, self._index, self._values = entries
+        self._rows = shape.numel() // self._values.shape[1]
 
     @classmethod
     def accumulate(cls, batch_size: int, shape: torch.Size, lookups: tuple[Tensor, Tensor], grads: Tensor) -> TableRows:
@@ -161,7 +218,8 @@ class TableRows(PerExample):
         example, index = lookups
         unique, inverse = torch.unique(example * shape[0] + index, return_inverse=True)
         values = grads.new_zeros(unique.shape[0], shape[1]).index_add_(0, inverse, grads)
-        return cls(batch_size, shape, (unique // shape[0], unique % shape[0], values))
+        example = torch.div(unique, shape[0], rounding_mode="floor")
+        return cls(batch_size, shape, (example, unique - example * shape[0], values))
 
     @property
     def device(self) -> torch.device:
@@ -170,7 +228,9 @@ class TableRows(PerExample):
 
     def owned_by(self, owners: Tensor, units: int) -> TableRows:
         """The same gradients added up over the examples that belong together; ``owners`` [B] gives each one's unit."""
-        return TableRows.accumulate(units, self.shape, (owners[self._example], self._index), self._values)
+        table = torch.Size((self._rows, self._values.shape[1]))  # of rows, or of single elements
+        added = TableRows.accumulate(units, table, (owners[self._example], self._index), self._values)
+        return TableRows(units, self.shape, (added._example, added._index, added._values))
 
     def squared_norms(self) -> Tensor:
         """See :class:`PerExample`."""
@@ -179,17 +239,19 @@ class TableRows(PerExample):
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See :class:`PerExample`."""
-        per_entry = weights.to(self._values.dtype)[self._example]
-        scaled = finite(self._values, owned=True) * per_entry.unsqueeze(1)
-        return scaled.new_zeros(self.shape).index_add_(0, self._index, scaled)
+        per_entry = weights.to(self._values.dtype).index_select(0, self._example)
+        scaled = finite(self._values, owned=True).mul_(per_entry.unsqueeze(1))
+        # What an embedding's own backward calls: threads share the rows of the table among them.
+        table: Tensor = torch.ops.aten.embedding_dense_backward(scaled, self._index, self._rows, -1, False)
+        return table.view(self.shape)
 
     def dense(self, rows: slice) -> Tensor:
         """See :class:`PerExample`."""
         start, stop, _ = rows.indices(self.batch_size)
         inside = (self._example >= start) & (self._example < stop)
-        table = self._values.new_zeros(stop - start, *self.shape)
+        table = self._values.new_zeros(stop - start, self._rows, self._values.shape[1])
         table[self._example[inside] - start, self._index[inside]] = self._values[inside]
-        return table
+        return table.view(-1, *self.shape)
 
 
 def summed(contributions: Sequence[PerExample]) -> PerExample:
@@ -210,10 +272,74 @@ def summed(contributions: Sequence[PerExample]) -> PerExample:
     return Lazy(first.batch_size, first.shape, rows)
 
 
+def chunks(batch_size: int, shape: torch.Size, elements: int | None = None) -> Iterator[slice]:
+    """Consecutive examples with at most ``elements`` (by default :data:`CHUNK_ELEMENTS`) numbers, or single ones."""
+    step = max(1, (elements or CHUNK_ELEMENTS) // max(1, shape.numel()))
+    for start in range(0, batch_size, step):
+        yield slice(start, min(start + step, batch_size))
+
+
+def fits(shape: torch.Size, operand_elements: int) -> bool:
+    """Whether rows may be kept: they are short, or not much larger than the operands that they replace.
+
+    Args:
+        shape: of the parameter.
+        operand_elements: numbers of *one* example that the rows are computed from. The batch size is not asked for: it
+            is private, and what it decided would show in the time that a step takes.
+    """
+    return shape.numel() <= max(4 * operand_elements, 1 << 14)
+
+
 def instantiate(
     batch_size: int, shape: torch.Size, rows: Callable[[slice], Tensor], operand_elements: int
 ) -> PerExample:
-    """Dense gradients where they take little memory or at most twice that of their operands, else a chunk at a time."""
-    if batch_size * shape.numel() <= max(2 * operand_elements, CHUNK_ELEMENTS):
-        return Dense(rows(slice(0, batch_size)), owned=True)
-    return Lazy(batch_size, shape, rows)
+    """Dense gradients where they :func:`fit <fits>`, else a chunk at a time, twice.
+
+    Args:
+        batch_size: B.
+        shape: of the parameter.
+        rows: some examples -> their gradients, freshly computed.
+        operand_elements: numbers of one example that they are computed from.
+    """
+    if not fits(shape, operand_elements):
+        return Lazy(batch_size, shape, rows)
+    return kept([rows(part) for part in chunks(batch_size, shape)])
+
+
+def kept(pieces: Sequence[Tensor], arrange: Callable[[Tensor], Tensor] | None = None) -> Dense:
+    """Rows that were just computed, with their norms taken at once, while they are in the cache."""
+    found = Dense(pieces, owned=True, arrange=arrange)
+    if not found.plain:  # short ones wait for those of other parameters
+        found.squared_norms()
+    return found
+
+
+#: Parameters that share a form, with their shapes, in the order of its elements.
+Members = list[tuple[str, torch.Size]]
+
+
+def packed(per_example: Mapping[str, PerExample]) -> list[tuple[PerExample, Members]]:
+    """The forms, short rows of many parameters joined into one: biases and scales cost one operation, not one each."""
+    forms: list[tuple[PerExample, Members]] = []
+    short: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], Members]] = {}
+    for name, form in per_example.items():
+        if isinstance(form, Dense) and form.plain and form.shape.numel() <= _SHORT:
+            (piece,) = form.pieces
+            rows, members = short.setdefault((piece.dtype, piece.device), ([], []))
+            rows.append(piece.reshape(form.batch_size, -1))
+            members.append((name, form.shape))
+        else:
+            forms.append((form, [(name, form.shape)]))
+    for rows, members in short.values():
+        forms.append((Dense(rows[0] if len(rows) == 1 else torch.cat(rows, 1), owned=len(rows) > 1), members))
+    return forms
+
+
+def unpacked(total: Tensor, members: Members) -> Iterator[tuple[str, Tensor]]:
+    """The sums of the parameters that share a form; each has its own memory."""
+    if len(members) == 1:
+        ((name, shape),) = members
+        yield name, total.view(shape)
+        return
+    for (name, shape), part in zip(members, torch.split(total, [s.numel() for _, s in members]), strict=True):
+        yield name, part.clone().view(shape)

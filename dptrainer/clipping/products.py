@@ -37,7 +37,7 @@ class Products(PerExample):
         """The form in which norms and sums are taken."""
         if self.grads.shape[1] == 1:
             return Outer(self.grads[:, 0], self.activations[:, 0])
-        operands = self.grads.numel() + self.activations.numel()
+        operands = self.grads.shape[1:].numel() + self.activations.shape[1:].numel()
         return instantiate(self.batch_size, self.shape, self.dense, operands)
 
     def squared_norms(self) -> Tensor:

@@ -14,9 +14,12 @@ from dpbudget.errors import PrivacyViolation
 from dptrainer.clipping.guard import depends_on_position_alone, now_examples
 from dptrainer.clipping.layout import Layer
 from dptrainer.clipping.per_example import PerExample
+from dptrainer.clipping.products import settled
 
 #: How a traced call answers: gradients of its tapped values (None where none came) -> contributions by local name.
 Answer = Callable[[Sequence[Tensor | None]], Iterable[tuple[str, PerExample]]]
+#: A call and the number of rows -> what the call contributes, by local name.
+PartsOf = Callable[["Call", int], Iterable[tuple[str, PerExample | None]]]
 
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
@@ -69,15 +72,20 @@ class Session:
     Attributes:
         batch_size: declared number of examples.
         trainable: name -> parameter, as they were at ``begin``.
-        calls: every recorded layer call.
+        calls: the layer calls that still hold tensors: no gradient came yet, or it is answered at the end.
+        coarse: name of a layer whose gradient came in half precision.
         recomputed: layers that ran without a graph and will be recorded in the recomputation (reentrant checkpointing).
     """
 
-    def __init__(self, batch_size: int, trainable: dict[str, nn.Parameter]) -> None:
+    def __init__(self, batch_size: int, trainable: dict[str, nn.Parameter], parts_of: PartsOf) -> None:
         self.batch_size, self.trainable = batch_size, trainable
+        self._parts_of = parts_of
         self.calls: list[Call] = []
         self.recomputed: set[nn.Module] = set()
         self.open = True
+        self.coarse: str | None = None
+        self._found: dict[str, list[PerExample]] = {}
+        self._failure: PrivacyViolation | None = None
         self._task: int | None = None
         self._before = {name: (p.grad, 0 if p.grad is None else p.grad._version) for name, p in trainable.items()}
 
@@ -85,7 +93,67 @@ class Session:
         """Drops everything recorded."""
         self.open = False
         self.calls.clear()
+        self._found.clear()
         self._before.clear()
+
+    def answer(self, call: Call) -> None:
+        """Lets the rule of a call answer as soon as its gradient is there, so that activations are freed meanwhile.
+
+        What it refuses is kept for :meth:`contributions`: an error in the middle of autograd would leave a half-done
+        pass behind.
+        """
+        if self._failure is None and self.batch_size > 0:
+            try:
+                call.check_inputs_unchanged()
+                self._add(call)
+            except PrivacyViolation as failure:
+                self._failure = failure
+
+    def _add(self, call: Call) -> None:
+        """Books what a call contributes, under the model's names.
+
+        Raises:
+            PrivacyViolation: (DP019) a trainable parameter of the layer has no gradient, or one of another shape.
+        """
+        held = False
+        for local, part in self._parts_of(call, self.batch_size):
+            shape = call.layer.parameters[local].shape
+            if part is None or part.shape != shape or part.batch_size != self.batch_size:
+                raise PrivacyViolation(
+                    f'the rule of layer "{call.layer.name}" gave no per-example gradient of shape '
+                    f"{['B', *shape]} for its parameter {local!r}.",
+                    hint="return a tensor [B, *parameter.shape] for every name in call.wanted.",
+                    code="DP019",
+                )
+            self._found.setdefault(call.layer.names[local], []).append(part)
+            held = held or part.holds_operands
+        call.answered(held=held)
+
+    def contributions(self) -> dict[str, list[PerExample]]:
+        """Parameter name -> its contributions, one for each call of each layer that uses it.
+
+        A call to which no gradient came back (a forward pass without backward, an unused branch) contributes nothing.
+
+        Raises:
+            PrivacyViolation: (DP030) a layer does not have one row per example; (DP019) a rule left a parameter out,
+                or an input changed in place after it was used.
+        """
+        if self._failure is not None:
+            raise self._failure
+        found = self._found
+        while self.calls:
+            call = self.calls[-1]
+            if not call.done and all(grad is None for grad in call.grads):
+                self.calls.pop()
+                continue
+            call.check_inputs_unchanged()
+            if not call.done:
+                self._add(call)
+            if self.calls and self.calls[-1] is call:  # it still reads its inputs, which were looked at just now
+                self.calls.pop()
+            if all(other.layer is not call.layer for other in self.calls):
+                found |= {name: settled(found[name]) for name in call.layer.names.values() if name in found}
+        return {name: settled(parts) for name, parts in found.items()}  # tied parameters may have been joined again
 
     def note_backward(self, recomputed: bool) -> None:
         """Called for each gradient that arrives.
@@ -138,14 +206,13 @@ class Session:
         Raises:
             PrivacyViolation: (DP030) names the layer.
         """
-        for call in self.calls:
-            if any(grad is not None and grad.is_floating_point() and grad.element_size() < 4 for grad in call.grads):
-                raise PrivacyViolation(
-                    f'layer "{call.layer.name}" has half-precision gradients of a mean over the batch, whose rounding '
-                    "depends on the batch size; each record would move the gradients of all others.",
-                    hint='sum instead: reduction="sum" in the criterion and loss_reduction="sum".',
-                    code="DP030",
-                )
+        if self.coarse is not None:
+            raise PrivacyViolation(
+                f'layer "{self.coarse}" has half-precision gradients of a mean over the batch, whose rounding '
+                "depends on the batch size; each record would move the gradients of all others.",
+                hint='sum instead: reduction="sum" in the criterion and loss_reduction="sum".',
+                code="DP030",
+            )
 
     def refuse_bypass(self, training: bool) -> None:
         """Discards and refuses gradients that reached ``.grad`` past the engine: they are not clipped.
@@ -185,36 +252,67 @@ class Call:
     """One recorded forward call of a layer or unit."""
 
     def __init__(
-        self, session: Session, module: nn.Module, layer: Layer, inputs: tuple[Any, Mapping[str, Any]]
+        self,
+        session: Session,
+        module: nn.Module,
+        layer: Layer,
+        inputs: tuple[Any, Mapping[str, Any]],
+        *,
+        keep: bool,
+        ruled: bool = False,
     ) -> None:
         self.module, self.layer = module, layer
         self.recomputed = in_backward()
-        self.args, self.kwargs = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, inputs)
         self._session = session
-        self._versions = [(t, t._version) for t in self._input_tensors() if not t.is_inference()]
+        args, kwargs = inputs
+        tensors = args
+        if kwargs or not all(isinstance(arg, Tensor) for arg in args):  # else spare a walk through nested structures
+            tensors = [leaf for leaf in tree_flatten((args, dict(kwargs)))[0] if isinstance(leaf, Tensor)]
+            args, kwargs = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        else:
+            args = tuple(arg.detach() for arg in args)
+        self.args, self.kwargs = args, kwargs
+        # Detached tensors share the counter of those that the program holds.
+        self._versions = [(t.detach(), t._version) for t in tensors if not t.is_inference()]
         self.outputs: list[Tensor] = []
         self.grads: list[Tensor | None] = []
         self.answer: Answer | None = None  # of a traced layer
         self.rows = 0
-
-    def _input_tensors(self) -> list[Tensor]:
-        leaves, _ = tree_flatten((self.args, dict(self.kwargs)))
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.done = False
+        self._ruled = ruled
+        self._kept = keep
+        self._arrived: set[int] = set()
 
     def receiver(self, slot: int) -> Callable[[Tensor], None]:
         """The hook that takes the gradient of output ``slot``."""
 
         def receive(grad: Tensor) -> None:
-            self._session.note_backward(self.recomputed)
-            if self.grads[slot] is not None:
+            session = self._session
+            session.note_backward(self.recomputed)
+            if slot in self._arrived:
                 raise PrivacyViolation(
                     f'backward() reached layer "{self.layer.name}" twice within one private step.',
                     hint="call backward() once per step.",
                     code="DP031",
                 )
+            self._arrived.add(slot)
+            if not self._kept:
+                return
             self.grads[slot] = grad.detach()
+            if grad.is_floating_point() and grad.element_size() < 4:
+                session.coarse = self.layer.name
+            if self._ruled:
+                session.answer(self)
 
         return receive
+
+    def answered(self, *, held: bool) -> None:
+        """Lets go of the tensors; the inputs are watched on if what was answered still reads them."""
+        self.done = True
+        self.args, self.kwargs, self.outputs, self.grads, self.answer = (), {}, [], [], None
+        if not held:
+            self._versions = []
+            self._session.calls.remove(self)
 
     def check_inputs_unchanged(self) -> None:
         """Refuses inputs that were overwritten after the call: the gradient would be computed from other numbers.
@@ -281,7 +379,7 @@ def tap(
     Raises:
         PrivacyViolation: (DP030) the input has positions, not examples, in dimension 0.
     """
-    call = Call(session, module, layer, inputs)
+    call = Call(session, module, layer, inputs, keep=keep, ruled=layer.rule is not None)
     if keep:
         session.calls.append(call)
     if layer.rule is not None:

@@ -87,7 +87,7 @@ class Trace:
                 hint="name the module that does this in replay=[module].",
                 code="DP030",
             )
-        call = Call(self._session, self.module, self._layer, (self.args, self.kwargs))
+        call = Call(self._session, self.module, self._layer, (self.args, self.kwargs), keep=self._keep)
         call.rows = rows
         if self._keep:
             self._session.calls.append(call)

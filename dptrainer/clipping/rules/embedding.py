@@ -51,13 +51,16 @@ def embedding(layer: nn.Embedding, call: LayerCall) -> dict[str, Tensor | PerExa
 
 @rule(nn.EmbeddingBag, parameters=("weight",))
 def embedding_bag(layer: nn.EmbeddingBag, call: LayerCall) -> dict[str, Tensor | PerExample]:
-    """As Embedding, every index of a bag receiving the bag's gradient times its weight. Modes sum and mean."""
+    """As Embedding, every index of a bag receiving the bag's gradient times its weight.
+
+    In mode "max" each column of a bag comes from one index, which alone receives that column of the gradient.
+    """
     _refuse_shared_state(layer, call)
-    if layer.mode == "max":
-        raise call.refuse('mode "max" has no rule.', hint='use mode="mean" or mode="sum".')
     names = ("input", "offsets", "per_sample_weights")
     given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
     offsets, weights = given.get("offsets"), given.get("per_sample_weights")
+    if layer.mode == "max":
+        return {"weight": _largest(layer, call, offsets)}
     index = call.activation.reshape(-1)
     if offsets is None:
         example = _examples(call, index.shape[0] // call.batch_size)
@@ -73,3 +76,23 @@ def embedding_bag(layer: nn.EmbeddingBag, call: LayerCall) -> dict[str, Tensor |
         lengths = torch.zeros(call.batch_size, dtype=torch.long, device=index.device).index_add_(0, example, counted)
         grad = grad / lengths.clamp(min=1)[example].unsqueeze(1)
     return _table(layer, call, (example, index), grad)
+
+
+def _largest(layer: nn.EmbeddingBag, call: LayerCall, offsets: Tensor | None) -> TableRows:
+    """Element (largest_ij, j) of example i gets g_ij; the forward kernel is asked again which row that was."""
+    index = call.activation.reshape(-1)
+    if offsets is None:
+        length = index.shape[0] // call.batch_size
+        offsets = torch.arange(call.batch_size, device=index.device) * length
+        last = False
+    else:
+        last = layer.include_last_offset
+    _, _, sizes, rows = torch.embedding_bag(
+        layer.weight.detach(), index, offsets.to(index.dtype), False, 2, False, None, last, layer.padding_idx
+    )  # fmt: skip  (no padding is None: the kernel takes -1 for the last row)
+    rows, width = rows[: call.batch_size], layer.embedding_dim
+    # An empty bag is a zero that comes from no row.
+    grad = torch.where((sizes[: call.batch_size] > 0).unsqueeze(1), call.grad, torch.zeros_like(call.grad))
+    elements = rows.clamp(min=0) * width + torch.arange(width, device=rows.device)
+    entries = (_examples(call, width), elements.reshape(-1), grad.reshape(-1, 1))
+    return TableRows(call.batch_size, layer.weight.shape, entries)

@@ -147,3 +147,14 @@ def test_batch_norm_is_refused_at_every_forward_in_train_mode_and_allowed_frozen
     engine.begin(3)
     model(torch.randn(3, 4)).sum().backward()
     assert len(engine.finish("sum").grads) == 4
+
+
+def test_single_elements_of_a_table_are_added_up_within_a_unit():
+    """An EmbeddingBag of mode "max" gives elements, not rows; the owner of two examples gets the sum of both."""
+    torch.manual_seed(0)
+    entries = (torch.arange(4).repeat_interleave(3), torch.tensor([0, 7, 14] * 4), torch.randn(12, 1))
+    rows = TableRows(4, torch.Size((5, 3)), entries)
+    expected = rows.dense(slice(0, 4)).reshape(2, 2, 5, 3).sum(1)
+    owned = rows.owned_by(torch.tensor([0, 0, 1, 1]), 2)
+    torch.testing.assert_close(owned.dense(slice(0, 2)), expected)
+    torch.testing.assert_close(owned.squared_norms(), expected.double().square().sum((1, 2)))

@@ -101,7 +101,6 @@ class Residual(nn.Module):
             lambda: torch.randn(5, 4),
         ),
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU()), lambda: torch.randn(5, 4)),
-        (lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 3), nn.Tanh()), lambda: torch.randn(3, 2, 4, 4)),
         (Token, lambda: torch.randn(5, 3, 4)),
         (lambda: Recurrent(nn.LSTM), lambda: torch.randint(0, 7, (3, 4))),
         (lambda: Recurrent(nn.GRU), lambda: torch.randint(0, 7, (3, 4))),
@@ -111,7 +110,7 @@ class Residual(nn.Module):
         (lambda: parametrizations.weight_norm(nn.Linear(4, 3)), lambda: torch.randn(5, 4)),
         (lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 3)), nn.Tanh()), lambda: torch.randn(5, 4)),
     ],
-    ids=str.split("bare prelu transposed token lstm gru attention attention-square encoder weight-norm orthogonal"),
+    ids=str.split("bare prelu token lstm gru attention attention-square encoder weight-norm orthogonal"),
 )
 def test_modules_without_a_rule(model, data):
     assert_equal_to_the_oracle(model(), [data()], single=3e-6)
@@ -123,10 +122,10 @@ def test_modules_without_a_rule(model, data):
         (lambda: nn.Sequential(nn.Linear(4, 4), Scale(4)), lambda: torch.randn(5, 4), True),
         (Token, lambda: torch.randn(5, 3, 4), True),
         (Attention, lambda: torch.randn(3, 5, 6), True),
-        (lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 3), nn.Tanh()), lambda: torch.randn(3, 2, 4, 4), True),
+        (lambda: nn.Sequential(nn.PReLU(2), nn.Tanh()), lambda: torch.randn(3, 2, 4, 4), True),
         (lambda: Recurrent(nn.LSTM), lambda: torch.randint(0, 7, (3, 4)), False),
     ],
-    ids=str.split("bare token attention transposed lstm"),
+    ids=str.split("bare token attention prelu lstm"),
 )
 def test_a_replay_is_vectorised_where_that_is_sure_and_equal_to_the_loop(model, data, vectorised, monkeypatch):
     made, example = model(), data()

@@ -1,0 +1,179 @@
+"""Weight gradients of a convolution, example by example: exact methods that differ only in speed and memory.
+
+Each takes the input [B, C, ...], the output gradient [B, O, ...] and the :class:`Geometry`. Which is fastest differs
+up to 45-fold with the shape; :mod:`dptrainer.clipping.rules.conv_choice` times them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dptrainer.clipping.per_example import chunks, joined
+
+#: Elements of patches that are copied at a time, so that the product finds them in the cache.
+_PATCHES = 1 << 18
+_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a weight gradient depends on beside the two tensors; hashable, so that choices can be cached by it."""
+
+    weight: torch.Size
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def channels_last(self) -> tuple[int, ...]:
+        """The weight's shape with the input channels last, [O, ..., C]."""
+        return (self.weight[0], *self.weight[2:], self.weight[1])
+
+
+Method = Callable[[Geometry, Tensor, Tensor], Tensor]
+
+
+def summed_over_examples(geometry: Geometry, activation: Tensor, grad: Tensor) -> Tensor:
+    """[*weight]: the library's own weight gradient of the whole batch."""
+    zeros = [0] * len(geometry.stride)
+    weight = activation.new_empty(geometry.weight)
+    found: Tensor = torch.ops.aten.convolution_backward(
+        grad, activation, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, zeros,
+        geometry.groups, (False, True, False),
+    )[1]  # fmt: skip
+    return found
+
+
+def by_loop(geometry: Geometry, activation: Tensor, grad: Tensor) -> Tensor:
+    """[B, *weight]: the library's own weight gradient, one example at a time. Best where each example is much work."""
+    return torch.stack(
+        [summed_over_examples(geometry, activation[i : i + 1], grad[i : i + 1]) for i in range(len(grad))]
+    )
+
+
+def by_groups(geometry: Geometry, activation: Tensor, grad: Tensor) -> Tensor:
+    """[B, *weight]: one grouped convolution in which input channels are the batch and examples are the groups.
+
+    Rochette et al. (2019); stride and dilation change places.
+    """
+    batch, groups, (out, inner, *kernel) = grad.shape[0], geometry.groups, geometry.weight
+    stacked = activation.reshape(batch * groups, inner, *activation.shape[2:]).transpose(0, 1)
+    filters = grad.reshape(batch * out, 1, *grad.shape[2:])
+    found: Tensor = _CONVOLUTIONS[grad.dim()](
+        stacked, filters, None, geometry.dilation, geometry.padding, geometry.stride, batch * groups
+    )
+    for dim, size in enumerate(kernel, start=2):  # positions that a stride left over are not part of the kernel
+        found = found.narrow(dim, 0, size)
+    return found.reshape(inner, batch, out, *kernel).movedim(0, 2)
+
+
+def by_unfolding(geometry: Geometry, activation: Tensor, grad: Tensor) -> Tensor:
+    """[B, *weight]: patches [C * kernel, T] by :func:`torch.nn.functional.unfold`, one batched product. 1 and 2 dim."""
+    if grad.dim() == 3:
+        flat = Geometry(
+            torch.Size((*geometry.weight[:2], 1, geometry.weight[2])),
+            (1, *geometry.stride), (0, *geometry.padding), (1, *geometry.dilation), geometry.groups,
+        )  # fmt: skip
+        return by_unfolding(flat, activation.unsqueeze(2), grad.unsqueeze(2)).squeeze(3)
+    patches = F.unfold(activation, tuple(geometry.weight[2:]), geometry.dilation, geometry.padding, geometry.stride)
+    return _product(geometry, patches, grad)
+
+
+def by_windows(geometry: Geometry, activation: Tensor, grad: Tensor) -> Tensor:
+    """[B, *weight]: as by unfolding, the patches copied from a view of overlapping windows; any dimension."""
+    padded = _zero_padded(geometry, activation)
+    (batch, channels), kernel, places = padded.shape[:2], geometry.weight[2:], grad.shape[2:]
+    windows = padded.as_strided(
+        (batch, channels, *kernel, *places),
+        (
+            *padded.stride()[:2],
+            *(step * d for step, d in zip(padded.stride()[2:], geometry.dilation, strict=True)),
+            *(step * s for step, s in zip(padded.stride()[2:], geometry.stride, strict=True)),
+        ),
+    )
+    shape = (channels * kernel.numel(), places.numel())
+    pieces = [
+        _product(geometry, windows[part].reshape(-1, *shape), grad[part])
+        for part in chunks(batch, torch.Size(shape), _PATCHES)
+    ]
+    return joined(pieces)
+
+
+def by_channels_last(geometry: Geometry, activation: Tensor, grad: Tensor) -> Tensor:
+    """[B, O, ..., C]: patches [T, kernel * C], copied in runs of C numbers or more. Without groups, any dimension."""
+    padded = _zero_padded(geometry, activation).movedim(1, -1).contiguous()
+    batch, kernel, places = len(padded), geometry.weight[2:], grad.shape[2:]
+    windows = padded.as_strided(
+        (batch, *places, *kernel, padded.shape[-1]),
+        (
+            padded.stride(0),
+            *(step * s for step, s in zip(padded.stride()[1:-1], geometry.stride, strict=True)),
+            *(step * d for step, d in zip(padded.stride()[1:-1], geometry.dilation, strict=True)),
+            1,
+        ),
+    )
+    flat, shape = grad.flatten(2), (places.numel(), kernel.numel() * padded.shape[-1])
+    found = grad.new_empty(batch, grad.shape[1], shape[1])
+    for part in chunks(batch, torch.Size(shape), _PATCHES):
+        torch.bmm(flat[part], windows[part].reshape(-1, *shape), out=found[part])
+    return found.view(batch, *geometry.channels_last)
+
+
+def _zero_padded(geometry: Geometry, activation: Tensor) -> Tensor:
+    if not any(geometry.padding):
+        return activation.contiguous()
+    return F.pad(activation, [side for size in reversed(geometry.padding) for side in (size, size)])
+
+
+def _product(geometry: Geometry, patches: Tensor, grad: Tensor) -> Tensor:
+    """[B, *weight] from patches [B, C * kernel, T], group by group."""
+    batch, groups, (out, inner, *kernel) = grad.shape[0], geometry.groups, geometry.weight
+    patches = patches.view(batch * groups, -1, patches.shape[2])
+    found = torch.bmm(grad.reshape(batch * groups, out // groups, -1), patches.transpose(1, 2))
+    return found.view(batch, out, inner, *kernel)
+
+
+def positions(geometry: Geometry, activation: Tensor) -> int:
+    """Positions of one example's padded input."""
+    sizes = (size + 2 * padding for size, padding in zip(activation.shape[2:], geometry.padding, strict=True))
+    return torch.Size(sizes).numel()
+
+
+def gram_norms(geometry: Geometry, activation: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """([B] squared norms, [B] sum over places of ||patch|| ||gradient||), both float64. Without groups.
+
+    The squared norm is sum_ts <patch_t, patch_s> <g_t, g_s>. Inner products of patches are sums, over the kernel, of
+    inner products of input positions, so patches are never built. Float64 throughout: the terms may cancel.
+    """
+    padded = _zero_padded(geometry, activation).double().flatten(2)
+    flat = grad.double().flatten(2)
+    places, shape = grad.shape[2:], tuple(
+        size + 2 * padding for size, padding in zip(activation.shape[2:], geometry.padding, strict=True)
+    )  # fmt: skip
+    inputs = torch.bmm(padded.transpose(1, 2), padded).view(-1, *shape, *shape)
+    patches: Tensor | None = None
+    for window in _windows(geometry, places):
+        part = inputs[(slice(None), *window, *window)]
+        patches = part.clone() if patches is None else patches.add_(part)
+    assert patches is not None  # noqa: S101  (a kernel has at least one element)
+    patches = patches.view(len(grad), places.numel(), -1)
+    grads = torch.bmm(flat.transpose(1, 2), flat)
+    sizes = (patches.diagonal(dim1=1, dim2=2) * grads.diagonal(dim1=1, dim2=2)).sqrt()
+    return torch.linalg.vecdot(patches.flatten(1), grads.flatten(1)), sizes.sum(1)
+
+
+def _windows(geometry: Geometry, places: torch.Size) -> Iterator[tuple[slice, ...]]:
+    """For each kernel element, the input positions that it meets."""
+    kernel = geometry.weight[2:]
+    for offset in product(*(range(size) for size in kernel)):
+        yield tuple(
+            slice(at * d, at * d + (count - 1) * s + 1, s)
+            for at, d, s, count in zip(offset, geometry.dilation, geometry.stride, places, strict=True)
+        )
