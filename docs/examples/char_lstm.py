@@ -1,8 +1,8 @@
 """Text: a character LSTM at epsilon = 3, delta = 1e-5, next-character accuracy and perplexity with and without privacy.
 
 What it shows. A language model needs a decision that images do not: what is one record? Here it is **one chunk of 17
-characters**, so the guarantee hides whether a single chunk was in the data, and nothing longer: for what stands in fifty
-chunks epsilon is fifty times as large. If people wrote the texts, make a person the record.
+characters**, so the guarantee hides whether a single chunk was in the data, and nothing longer: for what stands in
+fifty chunks epsilon is fifty times as large. If people wrote the texts, make a person the record.
 
 The text is the help that Python itself ships (``pydoc_data.topics``, about half a million characters). The vocabulary
 is the fixed list of printable ASCII characters, not the characters that occur: which occur would be a release, and
