@@ -5,8 +5,8 @@ useful at a strong guarantee: 569 patients (scikit-learn's bundled Wisconsin dat
 
 Scaling. Subtracting the mean and dividing by the standard deviation *of the records* would release two numbers a
 column that nobody paid for. The bounds below are public instead: round figures that follow from what is measured (a
-nucleus radius in pixels of a fixed microscope, 2 pi r and pi r^2 of it, ratios between 0 and 1), values beyond them are
-cut off, and no record could change them. A square root of the scaled value spreads the many small ones; it is the
+nucleus radius in pixels of a fixed microscope, 2 pi r and pi r^2 of it, ratios between 0 and 1), checked here against
+the published table of ranges, which with private records would need another source. Values beyond them are cut off. A square root of the scaled value spreads the many small ones; it is the
 same for everyone, so it is free.
 
 The guarantee is for one record, here one patient: adding or removing it. The data set and its held-out fifth are
