@@ -4,10 +4,10 @@ What it shows. How to scale columns when the data are private, and that a small 
 useful at a strong guarantee: 569 patients (scikit-learn's bundled Wisconsin data), 455 of them train.
 
 Scaling. Subtracting the mean and dividing by the standard deviation *of the records* would release two numbers a
-column that nobody paid for. The bounds below are public instead: round figures that follow from what is measured (a
-nucleus radius in pixels of a fixed microscope, 2 pi r and pi r^2 of it, ratios between 0 and 1), checked here against
-the published table of ranges, which with private records would need another source. Values beyond them are cut off. A square root of the scaled value spreads the many small ones; it is the
-same for everyone, so it is free.
+column that nobody paid for. The bounds below are round figures that follow from what is measured: a nucleus radius in
+pixels of a fixed microscope, 2 pi r and pi r^2 of it, ratios between 0 and 1. Here they were checked against the
+published table of ranges; with private records such a table would need another source. Values beyond them are cut off.
+A square root of the scaled value spreads the many small ones; it is the same for everyone, so it is free.
 
 The guarantee is for one record, here one patient: adding or removing it. The data set and its held-out fifth are
 declared public, which is why an accuracy may be printed and why settings could be chosen by cross-validation on it; on
