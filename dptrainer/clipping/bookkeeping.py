@@ -289,8 +289,7 @@ class BookKeeping:
             check_losses(losses, session.batch_size)
             losses.sum().backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
             session.refuse_bypass(self._model.training)
-            self._busy = True
-            with torch.no_grad(), torch.autocast(losses.device.type, enabled=False), full_precision():
+            with self._computing(losses.device):
                 return self._units(session)
         finally:
             self.abort()

@@ -10,9 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dptrainer.clipping import BookKeeping
-from dptrainer.clipping.collect import contributions
-from dptrainer.clipping.engine import LARGEST_CLIP_NORM, full_precision, gradient_scale
-from dptrainer.clipping.per_example import summed
+from dptrainer.clipping.engine import LARGEST_CLIP_NORM, gradient_scale
 from dptrainer.opacus._options import check_module, check_reduction, known_options, unsupported
 
 
@@ -31,12 +29,10 @@ class _Recorder(BookKeeping):
         scale = gradient_scale(reduction, session.batch_size, 1.0)
         try:
             session.refuse_bypass(training=True)
-            self._busy = True
-            with torch.no_grad(), full_precision():
+            with self._computing(next(iter(session.trainable.values())).device):
                 whole = slice(0, session.batch_size)
-                return {n: summed(parts).dense(whole) * scale for n, parts in contributions(session).items()}
+                return {name: form.dense(whole) * scale for name, form in self._units(session).items()}
         finally:
-            self._busy = False
             self.abort()
 
 
