@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dpbudget._surface import create_ledger, open_ledger, start
     from dpbudget._verify import Report, verify
     from dpbudget.accountants import get_accountant
-    from dpbudget.curve import Bounds, PrivacyCurve
+    from dpbudget.curve import Bounds, PrivacyCurve, round_down, round_up
     from dpbudget.errors import DPBudgetError
     from dpbudget.filters import PortfolioFilter, RDPFilter
     from dpbudget.ledger.keys import load_key, load_public_key, new_key
@@ -55,6 +55,8 @@ _HOMES = {
     "noise_for": "dpbudget._calibrate",
     "open_ledger": "dpbudget._surface",
     "plan_for": "dpbudget._calibrate",
+    "round_down": "dpbudget.curve",
+    "round_up": "dpbudget.curve",
     "start": "dpbudget._surface",
     "verify": "dpbudget._verify",
 }
@@ -87,6 +89,8 @@ __all__ = [
     "noise_for",
     "open_ledger",
     "plan_for",
+    "round_down",
+    "round_up",
     "start",
     "verify",
 ]

@@ -29,6 +29,10 @@ class Bounds:
         if not (self.lower <= self.upper) or math.isnan(self.lower) or math.isnan(self.upper):
             raise ArithmeticError(f"bounds [{self.lower!r}, {self.upper!r}] are not an interval")
 
+    def __str__(self) -> str:
+        """The guarantee, and below it what is known to be spent; both rounded outward to six digits."""
+        return f"{round_up(self.upper)} (at least {round_down(self.lower)})"
+
     @property
     def width(self) -> float:
         """Upper - lower; infinite when nothing is known above."""

@@ -125,7 +125,8 @@ def main() -> None:
         model, result = with_privacy(train, steps, options.folder or Path(temporary))
     ordinary = without_privacy(train, 3 if options.quick else 2000)
     print(f"steps     {result.steps} of {result.planned}, full batches")
-    print(f"claim     epsilon <= {result.claim} at delta {result.delta:g}, for one patient")
+    bound = dpbudget.round_up(result.claim)
+    print(f"claim     epsilon <= {bound} at delta {result.delta:g}, for one patient")
     print(f"accuracy  {accuracy(model, held_out):.4f} with privacy, {accuracy(ordinary, held_out):.4f} without")
 
 

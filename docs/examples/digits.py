@@ -30,7 +30,6 @@ from torch.utils.data import TensorDataset
 
 import dpbudget
 import dptrainer
-from dpbudget.curve import round_up
 
 EPSILON, DELTA, SEEDS = 3.0, 1e-5, 5
 STEPS, CLIP_NORM, LEARNING_RATE = 30, 0.2, 100.0  # the step length is learning rate x clipping norm = 20
@@ -100,7 +99,7 @@ def plan_and_train(folder: Path, split: Split, console: Console) -> tuple[float,
     phase = plan.phases[0]
     console.print(
         f"[bold]plan[/]     {STEPS} steps at sampling rate {phase.rate:g} need noise multiplier "
-        f"{phase.noise_multiplier:.6f}: epsilon <= {round_up(plan.claim.epsilon, 10)}"
+        f"{phase.noise_multiplier:.6f}: epsilon <= {dpbudget.round_up(plan.claim.epsilon, 10)}"
     )
     run_id = ledger.sign_plan(plan, owner=owner)
     console.print(f"[bold]signed[/]   plan {plan.digest()[:16]}… as run {run_id[:16]}…")
@@ -116,10 +115,10 @@ def plan_and_train(folder: Path, split: Split, console: Console) -> tuple[float,
         console=console,
         disable=console.quiet,
     ) as progress:
-        task = progress.add_task("train", total=STEPS, epsilon="0", target=round_up(plan.claim.epsilon))
+        task = progress.add_task("train", total=STEPS, epsilon="0", target=dpbudget.round_up(plan.claim.epsilon))
 
         def show(steps: int, epsilon: dpbudget.Bounds | None) -> None:
-            shown = round_up(epsilon.upper, 4) if epsilon else "?"
+            shown = dpbudget.round_up(epsilon.upper, 4) if epsilon else "?"
             progress.update(task, completed=steps, epsilon=shown)
 
         dptrainer.PrivateTrainer(model, optimizer, nn.CrossEntropyLoss(), split.train, run, callbacks=[show]).fit()

@@ -113,7 +113,8 @@ def main() -> None:
         model, result = with_privacy(train, 3 if options.quick else STEPS, options.folder or Path(temporary))
     ordinary = without_privacy(train, 3 if options.quick else 60)
     print(f"steps     {result.steps} of {result.planned}, full batches")
-    print(f"claim     epsilon <= {result.claim} at delta {result.delta:g}, for one image")
+    bound = dpbudget.round_up(result.claim)
+    print(f"claim     epsilon <= {bound} at delta {result.delta:g}, for one image")
     print(f"accuracy  {accuracy(model, held_out):.4f} with privacy, {accuracy(ordinary, held_out):.4f} without")
 
 

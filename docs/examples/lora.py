@@ -184,7 +184,9 @@ def main() -> None:
     )
     print(f"trains    {trained} of {everything} parameters")
     print(f"steps     {result.steps} of {result.planned}, full batches")
-    print(f"claim     epsilon <= {result.claim} at delta {result.delta:g}, for one image of the private half")
+    print(
+        f"claim     epsilon <= {dpbudget.round_up(result.claim)} at delta {result.delta:g}, for one image of the private half"
+    )
     print(f"accuracy  {accuracy(private, held_out):.4f} with privacy, {accuracy(ordinary, held_out):.4f} without")
 
 

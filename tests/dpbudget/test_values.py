@@ -20,6 +20,11 @@ def test_crossed_or_unknown_bounds_cannot_be_made(lower, upper):
         Bounds(lower, upper)
 
 
+def test_bounds_print_the_guarantee_first_and_both_ends_outward():
+    assert str(Bounds(2.38159692, 2.38159693)) == "2.3816 (at least 2.38159)"
+    assert f"{Bounds(0.0, math.inf)}" == "inf (at least 0)"
+
+
 def test_bounds_may_be_open_above():
     assert Bounds(0.0, math.inf).width == math.inf
 
