@@ -125,10 +125,9 @@ def main() -> None:
     (accuracy, perplexity), (plain_accuracy, plain_perplexity) = (
         metrics(trained, held_out) for trained in (model, without_privacy(train, steps))
     )
+    bound = dpbudget.round_up(result.claim)
     print(f"steps     {result.steps} of {result.planned}, {batch} chunks each on average")
-    print(
-        f"claim     epsilon <= {dpbudget.round_up(result.claim)} at delta {result.delta:g}, for one chunk of {LENGTH + 1} characters"
-    )
+    print(f"claim     epsilon <= {bound} at delta {result.delta:g}, for one chunk of {LENGTH + 1} characters")
     print(f"accuracy  {accuracy:.4f} with privacy, {plain_accuracy:.4f} without")
     print(f"perplexity {perplexity:.2f} with privacy, {plain_perplexity:.2f} without")
 

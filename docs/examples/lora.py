@@ -183,10 +183,9 @@ def main() -> None:
         for parameters in (trained_parameters(private), private.parameters())
     )
     print(f"trains    {trained} of {everything} parameters")
+    bound = dpbudget.round_up(result.claim)
     print(f"steps     {result.steps} of {result.planned}, full batches")
-    print(
-        f"claim     epsilon <= {dpbudget.round_up(result.claim)} at delta {result.delta:g}, for one image of the private half"
-    )
+    print(f"claim     epsilon <= {bound} at delta {result.delta:g}, for one image of the private half")
     print(f"accuracy  {accuracy(private, held_out):.4f} with privacy, {accuracy(ordinary, held_out):.4f} without")
 
 
