@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.postgres_server import Server, running, why_not
+
+# Before anything loads torch or numpy, and for the processes that tests start: models this small gain nothing from
+# threads, and beside other work they lose a hundredfold by them. A test of threads sets their number itself.
+for _library in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_library, "1")
 
 
 @pytest.fixture(autouse=True)

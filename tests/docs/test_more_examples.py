@@ -42,7 +42,9 @@ def accuracies(output: str) -> tuple[float, float]:
     return float(found[1]), float(found[2])
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", [name if name == "digits_cnn" else pytest.param(name, marks=pytest.mark.slow) for name in EXAMPLES]
+)
 def test_an_example_runs_and_states_its_claim_and_both_accuracies(name: str, tmp_path: Path) -> None:
     output = run(name, tmp_path, "--quick")
     claim = re.search(r"^claim +epsilon <= ([\d.]+) at delta 1e-05, for one \w+", output, re.MULTILINE)

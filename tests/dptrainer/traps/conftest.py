@@ -5,22 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 # The kits of the neighbouring folders.
 for folder in ("loop", "clipping"):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / folder))
 
 from dptrainer import loop as loop_module  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small gain nothing from threads, and beside other work they lose a hundredfold by them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
