@@ -6,6 +6,7 @@ have no gradient before that, so an optimizer or a backward pass that goes aroun
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -239,7 +240,11 @@ class PrivateLoop:
             part = self._engine.finish()
         else:
             part = self._engine.finish(self._reduction)
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        # Copies: a scheduler fills a learning rate that is a tensor in place.
+        settings = [
+            {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
+            for group in self._optimizer.param_groups
+        ]
         if step.total is not None and not _same(settings, step.settings):
             raise PrivacyViolation(
                 "the optimizer's settings changed between two physical batches of one step",

@@ -160,7 +160,9 @@ def check_facts(state: LedgerState, plan: Plan) -> None:
             f"a plan for {plan.adjacency} neighbours of one {plan.unit} in a ledger for {genesis.adjacency} "
             f"neighbours of one {genesis.unit}",
             code="DP062",
-            hint=f"plan with adjacency {genesis.adjacency}",
+            hint=f"plan with adjacency {genesis.adjacency}"
+            if plan.adjacency != genesis.adjacency
+            else f'plan with unit="{genesis.unit}"; sizes and rates then count {genesis.unit}s',
         )
 
 

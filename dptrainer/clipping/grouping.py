@@ -110,9 +110,10 @@ def _from_outer(part: Outer, grouping: Grouping) -> PerExample:
     By Gram matrices where these are much smaller than the parameter, else by one batched product.
     """
     grads, activations = _padded(part.grads, grouping), _padded(part.activations, grouping)
-    terms = grads.shape[1]
+    # The public bound: how many rows the largest unit of this batch has is private, and must choose nothing.
+    terms = grouping.divisor
     if terms <= MOST_TERMS and 4 * terms * sum(part.shape) <= part.shape.numel():
-        return SumOfOuters(grads, activations)
+        return SumOfOuters(grads, activations, torch.tensor(grouping.counts, dtype=torch.float64, device=grads.device))
 
     def rows(chunk: slice) -> Tensor:
         return torch.bmm(grads[chunk].transpose(1, 2), activations[chunk])
@@ -124,17 +125,19 @@ class SumOfOuters(PerExample):
     """sum_k g_k a_k^T over a few k, never instantiated. Norms by Gram matrices in float64; Bu et al. (2022).
 
     The sum is one product over all rows, in which the K terms of a unit round by at most (K + 2) 2^-24 S, with S =
-    sum_k |g_k| |a_k|. Where they cancel to less than S (K + 2) / 256, the norm is taken as that: the unit is clipped
+    sum_k |g_k| |a_k| and K the unit's own number of rows: that of another unit must not move this one's norm. Where
+    they cancel to less than S (K + 2) / 256, the norm is taken as that: the unit is clipped
     further than it need be, and rounding stays within 2^-16 C, which SHRINK leaves free. Orthogonal rows cancel to
     S / sqrt(K) at most, which is above that for K <= 32.
 
     Args:
-        grads: [units, K, out].
-        activations: [units, K, in].
+        grads: [units, most rows, out], zeros behind the rows of smaller units.
+        activations: [units, most rows, in], likewise.
+        counts: [units] float64, K of each unit.
     """
 
-    def __init__(self, grads: Tensor, activations: Tensor) -> None:
-        self.grads, self.activations = grads, activations
+    def __init__(self, grads: Tensor, activations: Tensor, counts: Tensor) -> None:
+        self.grads, self.activations, self.counts = grads, activations, counts
         self.batch_size, self.shape = len(grads), torch.Size((grads.shape[2], activations.shape[2]))
 
     def squared_norms(self) -> Tensor:
@@ -143,7 +146,7 @@ class SumOfOuters(PerExample):
         outputs, inputs = grads @ grads.transpose(1, 2), activations @ activations.transpose(1, 2)
         sizes = (outputs.diagonal(dim1=1, dim2=2) * inputs.diagonal(dim1=1, dim2=2)).sqrt().sum(1)
         # maximum and not clamp: NaN stays NaN, so that a broken unit is seen.
-        least = sizes * ((self.grads.shape[1] + 2) / 256)
+        least = sizes * (self.counts + 2) / 256
         return torch.maximum((outputs * inputs).sum((1, 2)), least.square())
 
     def weighted_sum(self, weights: Tensor) -> Tensor:

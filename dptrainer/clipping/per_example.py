@@ -41,6 +41,12 @@ def row_squares(rows: Tensor) -> Tensor:
     return squares
 
 
+def _double_squares(rows: Tensor) -> Tensor:
+    """[B] float64 squared norms of the rows of [B, d], every square in float64."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms.square()
+
+
 def finite(values: Tensor, *, owned: bool = False) -> Tensor:
     """``values`` with zeros in place of NaN and inf.
 
@@ -149,7 +155,8 @@ class Outer(PerExample):
 
     def squared_norms(self) -> Tensor:
         """See :class:`PerExample`."""
-        return row_squares(self.grads) * row_squares(self.activations)
+        # In float64: a float32 square of the one may underflow where the other is huge, and the product is not small.
+        return _double_squares(self.grads) * _double_squares(self.activations)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See :class:`PerExample`."""

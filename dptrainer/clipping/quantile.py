@@ -1,9 +1,9 @@
 """Adaptive clipping: the threshold follows a quantile of the gradient norms, learned inside the same Gaussian.
 
 Each example contributes one vector: its gradient, clipped to the threshold C_t in use and rescaled, and one bit, namely
-whether its norm was at most C_t, centred to +-1/2 and rescaled. Together the vector has norm at most the plan's C, and
-the noise of the receipt covers all of it: one Gaussian a batch, one charge, nothing to add up. With beta the share of
-the bit,
+whether its norm was at most C_t (a little smoothed), centred to +-1/2 and rescaled. Together the vector has norm at
+most the plan's C, and the noise of the receipt covers all of it: one Gaussian a batch, one charge, nothing to add up.
+With beta the share of the bit,
 
     v_i = C ( sqrt(1 - beta^2) g_i / C_t ,  2 beta (b_i - 1/2) ),     ||v_i|| <= C,
 
@@ -29,6 +29,8 @@ from dptrainer.values import NoisySum
 if TYPE_CHECKING:
     from dpbudget.ledger.receipt import Receipt
 
+#: Half of the relative width over which a bit falls.
+_WIDTH = 2.0**-6
 #: Name of the statistic; no parameter name has a space.
 _BITS = "centred quantile bits"
 
@@ -77,9 +79,15 @@ class QuantileClipping(Clipping):
         return dict.fromkeys(squared, usable_factors(inside))
 
     def statistics(self, squared: Tensor, clip_norm: float) -> dict[str, Tensor]:
-        """The sum of the centred bits, in the unit in which one example contributes beta C."""
-        below = squared <= self._now(clip_norm) ** 2  # false for NaN: a broken example counts as clipped
-        centred = below.to(torch.float64).sub(0.5).sum().reshape(1)
+        """The sum of the centred bits, in the unit in which one example contributes beta C.
+
+        The bit falls from 1/2 to -1/2 over a thirty-second of the threshold and does not jump: rounding that changes
+        with the batch would otherwise flip the bits of all examples whose norms lie at the threshold.
+        """
+        now = self._now(clip_norm)
+        bits = ((now - squared.sqrt()) / (2.0 * _WIDTH * now)).clamp(-0.5, 0.5)
+        # A broken example counts as clipped.
+        centred = torch.where(torch.isnan(bits), torch.full_like(bits, -0.5), bits).sum().reshape(1)
         return {_BITS: centred * self._bit(clip_norm)}
 
     def unit(self, clip_norm: float) -> float:

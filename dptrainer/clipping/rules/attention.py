@@ -92,9 +92,15 @@ def _by_example(trace: Trace, values: Tensor) -> Tensor:
     return values.to(trace.dtype).transpose(0, 1)
 
 
+def _product(given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # Of a transposed view torch takes a path whose rounding depends on the number of examples: for records with huge
+    # values one more record would turn the gradients of all others.
+    return F.linear(given.contiguous(), weight, bias)
+
+
 def _linear(trace: Trace, call: SimpleNamespace, given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` of [L, N, d], tapped."""
-    output = F.linear(given, weight, bias)
+    output = _product(given, weight, bias)
     if not trace.trains(weight, bias):
         return output
     site, seen = _site(trace, call), given.detach()
@@ -128,7 +134,7 @@ def _projected(trace: Trace, call: SimpleNamespace) -> tuple[Tensor, Tensor, Ten
             blocks = [(call.query, 3)] if call.query is call.key else [(call.query, 1), (call.key, 2)]
             weights = list(call.in_proj_weight.split([width * size for _, size in blocks]))
     biases = [None] * len(blocks) if bias is None else bias.split([width * size for _, size in blocks])
-    outputs = [F.linear(given, w, b) for (given, _), w, b in zip(blocks, weights, biases, strict=True)]
+    outputs = [_product(given, w, b) for (given, _), w, b in zip(blocks, weights, biases, strict=True)]
     names = (call.in_proj_weight, call.q_proj_weight, call.k_proj_weight, call.v_proj_weight, bias)
     if trace.trains(*names):
         site = _site(trace, call)

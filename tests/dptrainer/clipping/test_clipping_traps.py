@@ -355,3 +355,35 @@ def test_a_loss_that_is_not_one_value_per_example_is_refused():
     with engine.record(4):
         value = model(torch.randn(4, 6)).mean()
     refused("DP030", lambda: engine.backward(value))
+
+
+@pytest.mark.parametrize(("grad", "activation", "clip_norm"), [(2.6e-23, 1.8e19, 0.01), (1e-30, 1e30, 1e-3)])
+def test_a_norm_is_no_smaller_where_one_factor_underflows_and_the_other_is_huge(grad, activation, clip_norm):
+    """Float32 squares of 2.6e-23 are zero, and 1.8e19 times that is not."""
+    model = nn.Linear(1, 1000, bias=False)
+    engine = BookKeeping(model, clip_norm=clip_norm)
+    engine.begin(2)
+    (model(torch.full((2, 1), activation)) * grad).sum().backward()
+    total = engine.finish("sum").grads["weight"].double()
+    assert float(total.norm()) <= 2 * clip_norm
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e6])
+def test_attention_rounds_no_example_by_the_number_of_others(scale):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(40, 3))
+    for parameter in layer.self_attn.parameters():
+        parameter.requires_grad_(False)
+    x = torch.randn(9, 5, 8)
+    x[:3] *= scale
+
+    def alone(batch):
+        engine = BookKeeping(model, clip_norm=1.0)
+        engine.begin(len(batch))
+        (model(batch)[:1] * torch.tensor([1.0, -2.0, 0.5])).sum().backward()  # the first example's gradient alone
+        return engine.finish("sum").grads
+
+    first, whole = alone(x[:3]), alone(x)
+    for name in first:
+        torch.testing.assert_close(first[name], whole[name], rtol=1e-5, atol=1e-6)

@@ -123,7 +123,7 @@ def test_norms_by_gram_matrices_are_never_too_small_and_exact_without_extreme_ca
     grads[:, 0] *= cancelling
     grads[:, 1], activations[:, 1] = -grads[:, 0], activations[:, 0]
     grads[4, 2], activations[3, 0, 0] = float("inf"), float("nan")
-    form = SumOfOuters(grads, activations)
+    form = SumOfOuters(grads, activations, torch.full((5,), 3.0, dtype=torch.float64))
     exact = torch.bmm(grads.double().transpose(1, 2), activations.double()).flatten(1).square().sum(1)
     found = form.squared_norms()
     assert not found[3:].isfinite().any()
@@ -135,6 +135,25 @@ def test_norms_by_gram_matrices_are_never_too_small_and_exact_without_extreme_ca
         alone = torch.zeros_like(weights)
         alone[unit] = weights[unit] * (1 - 2.0**-16)
         assert float(form.weighted_sum(alone).double().norm()) <= 1.0
+
+
+@pytest.mark.parametrize("more", [2, 5, 30])
+def test_a_user_with_many_rows_does_not_move_the_norms_of_others(more):
+    """Rows of the others nearly cancel, so that their norms are taken as larger, each by its own count."""
+    torch.manual_seed(0)
+    model, public = nn.Linear(256, 256, bias=False), 30
+    base, direction = (v / v.norm() for v in torch.randn(2, 256))
+    x, g = base.repeat(80, 1), torch.stack([65 * direction, -63 * direction] * 40)
+
+    def total(rows, grads, counts):
+        engine = BookKeeping(model, clip_norm=2.0 / public)
+        engine.begin(len(rows), grouping=Grouping(counts, public))
+        (model(rows) * grads).sum().backward()
+        return engine.finish("sum").grads["weight"]
+
+    extra = torch.randn(2, more, 256)
+    with_user = total(torch.cat([x, extra[0]]), torch.cat([g, extra[1]]), (2,) * 40 + (more,))
+    assert float((with_user - total(x, g, (2,) * 40)).norm()) <= 2.0 / public
 
 
 def test_one_broken_row_drops_its_whole_unit_and_no_other():
