@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from dpbudget._truncation import CAP
-from dptrainer.noise import gaussian
+from dptrainer.noise import boxmuller
 from dptrainer.noise.chacha import keystream
 from dptrainer.noise.gaussian import add_gaussian_, standard_gaussian
 
@@ -27,9 +27,9 @@ ALPHA = 1e-4
 
 
 def shipped(words: bytearray) -> Floats:
-    bench = gaussian._Workbench(len(words) // 64)
+    bench = boxmuller.Workbench(len(words) // 64)
     bench.words[:] = words
-    return bench.box_muller().numpy().copy()
+    return bench.box_muller(bench.blocks).copy()
 
 
 def radius_of_24_bits(words: bytearray) -> Floats:
