@@ -30,13 +30,13 @@ from dptrainer.noise import boxmuller, native
 from dptrainer.noise.boxmuller import BLOCK_ELEMENTS
 from dptrainer.noise.chacha import BLOCK_BYTES, fill
 
-# Blocks at a time: 256 KiB of keystream, and where NumPy does the arithmetic 1.5 MiB of work space, for each thread.
-_TILE_BLOCKS = 1 << 12
-_TILE = _TILE_BLOCKS * BLOCK_ELEMENTS
+#: Keystream blocks at a time, compiled and not: half a MiB of words, or a quarter and 1.3 MiB of work space, a thread.
+#: Larger tiles leave the second-level cache, smaller ones spend their time in calls.
+COMPILED_BLOCKS, EAGER_BLOCKS = 1 << 13, 1 << 12
 #: Values of one request from which compiling (a third of a second) pays within a few hundred requests.
 COMPILE_FROM = 1 << 16
 #: Values for each further thread, and the most threads: the keystream, a third of the work, is made by one at a time.
-THREAD_FROM, MOST_THREADS = 1 << 17, 4
+THREAD_FROM, MOST_THREADS = 1 << 19, 4
 
 Bench = boxmuller.Workbench | native.Workbench
 
@@ -106,7 +106,8 @@ def _add(pieces: Sequence[_Piece], key: bytes, std: float) -> None:
     flats = [piece.flat() for piece in pieces]
     count = sum(flat.numel() for flat in flats)
     kernel = native.kernel(compile_now=count >= COMPILE_FROM)
-    tiles = [tile for piece, flat in zip(pieces, flats, strict=True) for tile in _tiles(piece, flat)]
+    blocks = COMPILED_BLOCKS if kernel else EAGER_BLOCKS
+    tiles = [tile for piece, flat in zip(pieces, flats, strict=True) for tile in _tiles(piece, flat, blocks)]
     # NumPy's many short operations would spend their time in handing the interpreter's lock over.
     threads = min(torch.get_num_threads(), MOST_THREADS, count // THREAD_FROM) if kernel and _disjoint(flats) else 1
     _work(tiles, key, std, kernel, max(threads, 1))
@@ -115,13 +116,13 @@ def _add(pieces: Sequence[_Piece], key: bytes, std: float) -> None:
             piece.tensor.detach().copy_(flat.view(piece.tensor.shape))
 
 
-def _tiles(piece: _Piece, flat: torch.Tensor) -> Iterator[Tile]:
+def _tiles(piece: _Piece, flat: torch.Tensor, blocks: int) -> Iterator[Tile]:
     block, skip = divmod(piece.offset, BLOCK_ELEMENTS)
     start = 0
     while start < flat.numel():
-        stop = min(start + _TILE - skip, flat.numel())
+        stop = min(start + blocks * BLOCK_ELEMENTS - skip, flat.numel())
         yield flat[start:stop], piece.param_id, block, skip
-        start, block, skip = stop, block + _TILE_BLOCKS, 0
+        start, block, skip = stop, block + blocks, 0
 
 
 def _disjoint(flats: Sequence[torch.Tensor]) -> bool:
@@ -165,7 +166,7 @@ def _bench(kernel: native.Kernel | None) -> Iterator[Bench]:
     try:
         bench = idle.pop()
     except IndexError:
-        bench = native.Workbench(kernel, _TILE_BLOCKS) if kernel else boxmuller.Workbench(_TILE_BLOCKS)
+        bench = native.Workbench(kernel, COMPILED_BLOCKS) if kernel else boxmuller.Workbench(EAGER_BLOCKS)
     try:
         yield bench
     finally:
