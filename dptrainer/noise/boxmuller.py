@@ -78,6 +78,12 @@ class Workbench:
         self._floats = np.empty((5, BLOCK_PAIRS, blocks))
         self._integers = np.empty((2, BLOCK_PAIRS, blocks), dtype=np.int64)
         self._values = np.empty((blocks, BLOCK_PAIRS, 2))
+        self._used = 0
+
+    def room(self, blocks: int) -> memoryview:
+        """Where the words of the next ``blocks`` blocks go."""
+        self._used = max(self._used, blocks)
+        return memoryview(self.words)[: BLOCK_BYTES * blocks]
 
     def add(self, out: torch.Tensor, skip: int, std: float) -> None:
         """Add ``std`` times the values of the words, the first ``skip`` left out, to a contiguous CPU tensor."""
@@ -122,10 +128,11 @@ class Workbench:
 
     def erase(self) -> None:
         """Overwrite what the noise could be read from (best effort)."""
-        np.frombuffer(self.words, dtype=np.uint8).fill(0)
-        self._floats.fill(0.0)
-        self._integers.fill(0)
-        self._values.fill(0.0)
+        np.frombuffer(self.words, dtype=np.uint8)[: BLOCK_BYTES * self._used].fill(0)
+        self._floats[:, :, : self._used].fill(0.0)
+        self._integers[:, :, : self._used].fill(0)
+        self._values[: self._used].fill(0.0)
+        self._used = 0
 
 
 def _angles(n: Floats, w: Floats, sine: Floats, cosine: Floats, a: NDArray[np.int32]) -> None:

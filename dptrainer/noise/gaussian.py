@@ -28,7 +28,7 @@ import torch
 
 from dptrainer.noise import boxmuller, native
 from dptrainer.noise.boxmuller import BLOCK_ELEMENTS
-from dptrainer.noise.chacha import BLOCK_BYTES, fill
+from dptrainer.noise.chacha import fill
 
 #: Keystream blocks at a time, compiled and not: half a MiB of words, or a quarter and 1.3 MiB of work space, a thread.
 #: Larger tiles leave the second-level cache, smaller ones spend their time in calls.
@@ -146,9 +146,8 @@ def _work(tiles: Sequence[Tile], key: bytes, std: float, kernel: native.Kernel |
 
 def _finish(tiles: Iterable[Tile], key: bytes, std: float, kernel: native.Kernel | None) -> None:
     with _bench(kernel) as bench:
-        words = memoryview(bench.words)
         for out, stream, block, skip in tiles:
-            fill(words[: -(-(skip + out.numel()) // BLOCK_ELEMENTS) * BLOCK_BYTES], key, stream, block)
+            fill(bench.room(-(-(skip + out.numel()) // BLOCK_ELEMENTS)), key, stream, block)
             if out.device.type == "cpu":
                 bench.add(out, skip, std)
             else:

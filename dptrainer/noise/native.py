@@ -56,6 +56,12 @@ class Workbench:
         self._kernel = kernel
         self._bytes = np.frombuffer(self.words, dtype=np.uint8)  # its export also pins the memory
         self._address = int(self._bytes.ctypes.data)
+        self._used = 0
+
+    def room(self, blocks: int) -> memoryview:
+        """Where the words of the next ``blocks`` blocks go."""
+        self._used = max(self._used, blocks)
+        return memoryview(self.words)[: BLOCK_BYTES * blocks]
 
     def add(self, out: torch.Tensor, skip: int, std: float) -> None:
         """Add ``std`` times the values of the words, the first ``skip`` < 10 left out, to a contiguous CPU tensor."""
@@ -65,7 +71,8 @@ class Workbench:
 
     def erase(self) -> None:
         """Overwrite the keystream (best effort); the kernel overwrites its own buffers."""
-        self._bytes.fill(0)
+        self._bytes[: BLOCK_BYTES * self._used].fill(0)
+        self._used = 0
 
 
 class _Once:
@@ -101,7 +108,10 @@ def build() -> tuple[Kernel | None, str]:
     """Compile, load and check; never raises for a compiler that fails."""
     if sys.byteorder != "little":
         return None, "NumPy (the kernel reads little-endian words)"
-    named = shlex.split(os.environ.get("CC", ""))
+    try:
+        named = shlex.split(os.environ.get("CC", ""))
+    except ValueError:
+        return None, "NumPy (CC is not a command)"
     found = next((path for path in map(shutil.which, ("cc", "gcc", "clang")) if path), None)
     compiler = named or ([found] if found else [])
     if not compiler:

@@ -123,14 +123,18 @@ def test_strided_gradients_get_the_noise_of_contiguous_ones(
     assert not base.t()[1::2].any()
 
 
-def test_nothing_of_the_noise_is_left_in_buffers_that_are_kept(kernel: native.Kernel) -> None:
+def test_nothing_of_the_noise_is_left_in_buffers_that_are_kept(
+    kernel: native.Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for chosen in (None, kernel):
-        gaussian._finish([(torch.zeros(50), 0, 0, 0)], KEY, 1.0, chosen)
+        monkeypatch.setattr(gaussian, "_IDLE", {True: [], False: []})
+        gaussian._finish([(torch.zeros(5000), 0, 0, 0), (torch.zeros(50), 0, 0, 0)], KEY, 1.0, chosen)
         bench = gaussian._IDLE[chosen is not None][-1]
         assert not any(bench.words)
         if isinstance(bench, boxmuller.Workbench):
-            assert not bench._floats.any()
-            assert not bench._values.any()
+            assert not bench._floats[:, :, :500].any()  # the rest was never written
+            assert not bench._values[:500].any()
+            assert not bench._integers[:, :, :500].any()
 
 
 def test_small_requests_do_not_compile_and_large_ones_do_once(
@@ -164,6 +168,11 @@ def test_a_compiler_that_fails_is_reported_not_raised(cc: str, monkeypatch: pyte
     made, status = native.build()
     assert made is None
     assert status.startswith(f"NumPy ({cc} did not build the kernel")
+
+
+def test_a_variable_that_names_no_command_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "cc '")
+    assert native.build() == (None, "NumPy (CC is not a command)")
 
 
 @pytest.mark.parametrize("change", ["sqrt(cos2x + 1.0) -> sqrt(cos2x + 1.0000000001)", "+ 962 -> + 963"])
