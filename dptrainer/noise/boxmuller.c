@@ -16,15 +16,28 @@ static int64_t bits_of(double x) { int64_t b; memcpy(&b, &x, 8); return b; }
 
 struct tile { int64_t k[LANES]; int32_t a[LANES]; double z[2 * LANES]; };
 
+/* (double)n: most vector units cannot convert 64-bit integers. Halves as the low bits of 2^84 and 2^52, one rounding. */
+static double real(int64_t n)
+{
+#if defined(__AVX512DQ__) || defined(__aarch64__)
+    return (double)n;
+#else
+    double high = number((int64_t)(((uint64_t)n >> 32) ^ 0x80000000) | 0x4530000000000000);
+    return high - 19342822341709703277445120.0 + number((n & 0xffffffff) | 0x4330000000000000);
+#endif
+}
+
+static double small(int64_t n) { return number(0x4338000000000000 + n) - 6755399441055744.0; } /* |n| < 2^51 */
+
 static double radius(int64_t k)
 {
-    double d = (double)~k;
+    double d = real(~k);
     int64_t bits = bits_of(d), sign = bits >> 63;
     int64_t e = ((bits >> 52) + 962) & sign;
-    double h = d * number((959 - e) << 52) + (double)-(int32_t)sign;
+    double h = d * number((959 - e) << 52) + number(sign & 0x3ff0000000000000);
     double z = h / (2.0 - h), w = z * z;
     double p = (((((((L8 * w + L7) * w + L6) * w + L5) * w + L4) * w + L3) * w + L2) * w + L1) * w + L0;
-    return sqrt(p * z + (double)(int32_t)e * MINUS_2_LN_2);
+    return sqrt(p * z + small(e) * MINUS_2_LN_2);
 }
 
 static void box_muller(struct tile *t)

@@ -194,3 +194,9 @@ def test_a_request_beyond_the_workspace_is_refused(kernel: native.Kernel) -> Non
     for out, skip in ((torch.zeros(21), 0), (torch.zeros(20), 1), (torch.zeros(4, 8)[:, ::2], 0), (torch.zeros(1), -1)):
         with pytest.raises(ValueError, match="blocks"):
             bench.add(out, skip, 1.0)
+
+
+def test_code_for_the_oldest_processors_gives_the_same_bits(kernel: native.Kernel) -> None:
+    # Without wide vectors 64-bit integers are converted in halves.
+    compiler = native.build()[1].removeprefix("code compiled with ").split()[0]
+    assert native._agrees(native._compile([compiler, *native._FLAGS]))
