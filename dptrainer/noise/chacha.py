@@ -41,7 +41,7 @@ def keystream(key: bytes, stream: int, first_block: int, blocks: int) -> bytearr
     return out
 
 
-def fill(out: bytearray, key: bytes, stream: int, first_block: int) -> None:
+def fill(out: bytearray | memoryview, key: bytes, stream: int, first_block: int) -> None:
     """Overwrite ``out``, a whole number of blocks, as :func:`keystream` would return it; nothing is copied."""
     blocks, rest = divmod(len(out), BLOCK_BYTES)
     if rest or not 0 <= stream < 1 << 32 or not 0 <= first_block <= first_block + blocks <= 1 << 64:

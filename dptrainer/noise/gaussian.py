@@ -1,48 +1,52 @@
 """Gaussian noise from the keystream: Box and Muller (1958) with 64 bits of radius and 32 bits of angle.
 
-One 64-byte block gives five pairs: its first ten 32-bit words are five little-endian 64-bit integers k (radii), the
-next five words are the integers a (angles), and the last word is unused. Pair p of a parameter is pair ``p % 5`` of
-block ``p // 5``; element e is the cosine (e even) or sine (e odd) of pair ``e // 2``, with
-
-    radius = sqrt(-2 ln U),  U = (k + 1) / 2^64 in (0, 1],      angle = 2 pi (a + 1/2) / 2^32.
+Pair p of a parameter is pair ``p % 5`` of block ``p // 5``; element e is the cosine (e even) or sine (e odd) of pair
+``e // 2``. :mod:`dptrainer.noise.boxmuller` says what a pair is made of.
 
 **Tail.** The largest radius is sqrt(2 * 64 * ln 2) = 9.42; plans charge what lies beyond it to delta
 (docs/adr/0002). A 24-bit uniform, as in usual float32 generators, would end at 5.77.
 
-**Rounding.** All arithmetic is float64. The rounding of k and k + 1 disturbs ln U by at most 2^-52, which is relatively
-large only where U is near 1, so above 1 - 2^-20 the logarithm is taken of the exact distance to 1. The relative error
-of a radius is then below 2^-32 everywhere and of the order of 2^-52 typically, against 2^-24 for one float32 rounding.
-The angle takes 2^32 equally spaced values, symmetric about both axes: given its radius, a pair lies on a circular grid
-of spacing below 1.5e-9 radii. That grid and the rounding of sums are the floating-point effects that ``secure`` mode
-does not cover.
+**Rounding.** All arithmetic is float64, rounded once to the tensor's type; a value differs from that of the law by less
+than 2^-48 radii, against 2^-24 for one float32 rounding. The angle takes 2^32 equally spaced values, symmetric about
+both axes: given its radius, a pair lies on a circular grid of spacing below 1.5e-9 radii. That grid and the rounding of
+sums are the floating-point effects that ``secure`` mode does not cover.
+
+**Reproducible.** A key gives the same bits on every CPU, compiled or not, with any number of threads, in whole or in
+shards. (On other devices the last sum is rounded as the device does it.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 
-import numpy as np
 import torch
 
-from dptrainer.noise.chacha import BLOCK_BYTES, fill
+from dptrainer.noise import boxmuller, native
+from dptrainer.noise.boxmuller import BLOCK_ELEMENTS
+from dptrainer.noise.chacha import fill
 
-#: Elements of one keystream block.
-BLOCK_ELEMENTS = 10
-# Blocks at a time: 128 KiB of keystream and about half a MiB of float64 work space, however large the tensor.
-_CHUNK_BLOCKS = 1 << 11
-_ANGLE_UNIT = math.pi / 2.0**31
-# Above this U, -ln U is computed from the exact distance to 1.
-_HEAD = 1.0 - 2.0**-20
+#: Keystream blocks at a time, compiled and not: half a MiB of words, or a quarter and 1.3 MiB of work space, a thread.
+#: Larger tiles leave the second-level cache, smaller ones spend their time in calls.
+COMPILED_BLOCKS, EAGER_BLOCKS = 1 << 13, 1 << 12
+#: Values of one request from which compiling (a third of a second) pays within a few hundred requests.
+COMPILE_FROM = 1 << 16
+#: Values for each further thread, and the most threads: the keystream, a third of the work, is made by one at a time.
+THREAD_FROM, MOST_THREADS = 1 << 19, 4
+
+Bench = boxmuller.Workbench | native.Workbench
 
 
 def add_gaussian_(tensor: torch.Tensor, key: bytes, param_id: int, std: float, *, offset: int = 0) -> torch.Tensor:
     """Add ``std`` times standard Gaussian noise to ``tensor`` in place and return it.
 
     Element i of the flattened tensor receives element ``offset + i`` of the parameter's noise, so that a shard gets the
-    same values as the whole. Product and sum are float64, rounded once to the tensor's type. Noise is generated on the
-    CPU and copied for tensors elsewhere.
+    same values as the whole. Product and sum are float64, each rounded once, and then rounded to the tensor's type.
+    Noise is generated on the CPU and copied for tensors elsewhere.
 
     Args:
         tensor: float32 or float64, any shape.
@@ -54,17 +58,17 @@ def add_gaussian_(tensor: torch.Tensor, key: bytes, param_id: int, std: float, *
     Raises:
         ValueError: a type or range is wrong.
     """
-    if tensor.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"noise is added in float32 or float64, not in {tensor.dtype}")
-    if not 0.0 <= std < math.inf or offset < 0:
-        raise ValueError(f"standard deviation {std!r} or offset {offset} is out of range")
-    with torch.no_grad(), _one_thread():
-        flat = tensor.detach().reshape(-1)  # a view where the memory allows, else a copy that is written back
-        for start, noise in _chunks(key, param_id, offset, flat.numel()):
-            flat[start : start + noise.numel()].add_(noise.to(flat.device), alpha=std)
-        if flat.data_ptr() != tensor.data_ptr():
-            tensor.detach().copy_(flat.view(tensor.shape))
+    _add([_Piece(tensor, param_id, offset)], key, std)
     return tensor
+
+
+def add_gaussians_(tensors: Iterable[torch.Tensor], key: bytes, std: float) -> None:
+    """:func:`add_gaussian_` for every tensor, its position being its ``param_id``; the threads share all of them.
+
+    Raises:
+        ValueError: a type or range is wrong; nothing was changed.
+    """
+    _add([_Piece(tensor, position, 0) for position, tensor in enumerate(tensors)], key, std)
 
 
 def standard_gaussian(key: bytes, param_id: int, count: int, *, offset: int = 0) -> torch.Tensor:
@@ -72,71 +76,98 @@ def standard_gaussian(key: bytes, param_id: int, count: int, *, offset: int = 0)
     return add_gaussian_(torch.zeros(count, dtype=torch.float64), key, param_id, 1.0, offset=offset)
 
 
-def _chunks(key: bytes, param_id: int, offset: int, count: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Noise of elements ``offset .. offset + count`` as ``(position, values)``; a piece is valid until the next one."""
-    first, skip = divmod(offset, BLOCK_ELEMENTS)
-    total = -(-(skip + count) // BLOCK_ELEMENTS) if count else 0
-    bench = _Workbench(min(total, _CHUNK_BLOCKS))
-    for done in range(0, total, _CHUNK_BLOCKS):
-        blocks = min(_CHUNK_BLOCKS, total - done)
-        if blocks < bench.blocks:
-            bench = _Workbench(blocks)
-        fill(bench.words, key, param_id, first + done)
-        values = bench.box_muller()
-        start = done * BLOCK_ELEMENTS - skip
-        yield max(start, 0), values[max(-start, 0) : count - start]
-    bench.erase()
+@dataclass(frozen=True)
+class _Piece:
+    """A tensor and the address of its noise."""
+
+    tensor: torch.Tensor
+    param_id: int
+    offset: int
+
+    def check(self) -> None:
+        if self.tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"noise is added in float32 or float64, not in {self.tensor.dtype}")
+        if self.offset < 0 or not 0 <= self.param_id < 1 << 32:
+            raise ValueError(f"parameter {self.param_id} or offset {self.offset} is out of range")
+
+    def flat(self) -> torch.Tensor:
+        """One row: a view where the memory allows, else a copy that must be written back."""
+        return self.tensor.detach().reshape(-1)
 
 
-class _Workbench:
-    """Buffers for ``blocks`` keystream blocks, allocated once: page faults would cost more than the arithmetic."""
+Tile = tuple[torch.Tensor, int, int, int]  # where noise is added, stream, first block, elements to leave out of it
 
-    def __init__(self, blocks: int) -> None:
-        self.blocks = blocks
-        self.words = bytearray(BLOCK_BYTES * blocks)
-        self._k = np.frombuffer(self.words, dtype="<u8").reshape(blocks, 8)[:, :5]
-        # The same bits with a sign: k - 2^64 for k >= 2^63, and an angle of less than a half turn either way.
-        self._signed_k = torch.from_numpy(np.frombuffer(self.words, dtype="<i8").reshape(blocks, 8)[:, :5])
-        self._signed_a = torch.from_numpy(np.frombuffer(self.words, dtype="<i4").reshape(blocks, 16)[:, 10:15])
-        self._radius, self._angle, self._spare = torch.empty((3, blocks, 5), dtype=torch.float64)
-        self._pairs = torch.empty(blocks, 5, 2, dtype=torch.float64)
 
-    def box_muller(self) -> torch.Tensor:
-        """float64 [10 * blocks] from the words."""
-        radius = self._radii()
-        angle = self._angle.copy_(self._signed_a).add_(0.5).mul_(_ANGLE_UNIT)
-        torch.mul(radius, torch.cos(angle, out=self._spare), out=self._pairs[:, :, 0])
-        torch.mul(radius, angle.sin_(), out=self._pairs[:, :, 1])
-        return self._pairs.view(-1)
+def _add(pieces: Sequence[_Piece], key: bytes, std: float) -> None:
+    if not 0.0 <= std < math.inf:
+        raise ValueError(f"standard deviation {std!r} is out of range")
+    for piece in pieces:
+        piece.check()
+    flats = [piece.flat() for piece in pieces]
+    count = sum(flat.numel() for flat in flats)
+    kernel = native.kernel(compile_now=count >= COMPILE_FROM)
+    blocks = COMPILED_BLOCKS if kernel else EAGER_BLOCKS
+    tiles = [tile for piece, flat in zip(pieces, flats, strict=True) for tile in _tiles(piece, flat, blocks)]
+    # NumPy's many short operations would spend their time in handing the interpreter's lock over.
+    threads = min(torch.get_num_threads(), MOST_THREADS, count // THREAD_FROM) if kernel and _disjoint(flats) else 1
+    _work(tiles, key, std, kernel, max(threads, 1))
+    for piece, flat in zip(pieces, flats, strict=True):
+        if flat.data_ptr() != piece.tensor.data_ptr():
+            piece.tensor.detach().copy_(flat.view(piece.tensor.shape))
 
-    def _radii(self) -> torch.Tensor:
-        """sqrt(-2 ln U), U = (k + 1) / 2^64."""
-        uniform = self._radius.copy_(self._signed_k).mul_(2.0**-64)
-        # Subtracting the floor adds 1 to the negative ones. Small k stay exact, so that the tail keeps all its bits.
-        uniform.sub_(torch.floor(uniform, out=self._spare)).add_(2.0**-64)
-        where = np.nonzero(uniform.numpy() > _HEAD) if float(uniform.max()) > _HEAD else None
-        log = uniform.log_()
-        if where is not None:
-            distance = (np.uint64(2**64 - 1) - self._k[where]).astype(np.float64)  # (1 - U) 2^64, exact here
-            log.numpy()[where] = np.log1p(distance * -(2.0**-64))
-        radius: torch.Tensor = log.mul_(-2.0).sqrt_()
-        return radius
 
-    def erase(self) -> None:
-        """Overwrite what the noise could be read from (best effort)."""
-        self.words[:] = bytes(len(self.words))
-        self._pairs.zero_()
+def _tiles(piece: _Piece, flat: torch.Tensor, blocks: int) -> Iterator[Tile]:
+    block, skip = divmod(piece.offset, BLOCK_ELEMENTS)
+    start = 0
+    while start < flat.numel():
+        stop = min(start + blocks * BLOCK_ELEMENTS - skip, flat.numel())
+        yield flat[start:stop], piece.param_id, block, skip
+        start, block, skip = stop, block + blocks, 0
+
+
+def _disjoint(flats: Sequence[torch.Tensor]) -> bool:
+    """Whether no two tensors share memory, so that threads may write to them."""
+    ends = sorted((f.data_ptr(), f.data_ptr() + f.numel() * f.element_size()) for f in flats if f.numel())
+    return all(first[1] <= second[0] for first, second in pairwise(ends))
+
+
+def _work(tiles: Sequence[Tile], key: bytes, std: float, kernel: native.Kernel | None, threads: int) -> None:
+    """Every tile once, by whichever thread comes first: what is added depends on addresses alone."""
+    if threads == 1:
+        _finish(tiles, key, std, kernel)
+        return
+    shared = iter(tiles)  # a list's iterator hands every item to one thread only
+    with ThreadPoolExecutor(threads - 1, thread_name_prefix="dptrainer-noise") as pool:
+        others = [pool.submit(_finish, shared, key, std, kernel) for _ in range(threads - 1)]
+        _finish(shared, key, std, kernel)
+    for other in others:
+        other.result()  # a failure in any thread is a failure
+
+
+def _finish(tiles: Iterable[Tile], key: bytes, std: float, kernel: native.Kernel | None) -> None:
+    with _bench(kernel) as bench:
+        for out, stream, block, skip in tiles:
+            fill(bench.room(-(-(skip + out.numel()) // BLOCK_ELEMENTS)), key, stream, block)
+            if out.device.type == "cpu":
+                bench.add(out, skip, std)
+            else:
+                noise = torch.zeros(out.numel(), dtype=torch.float64)
+                bench.add(noise, skip, 1.0)
+                out.add_(noise.to(out.device), alpha=std)
+
+
+_IDLE: dict[bool, list[Bench]] = {True: [], False: []}  # compiled or not; erased, so that nothing is kept but memory
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for torch: pieces this small gain nothing from more, and on a busy machine lose a hundredfold."""
-    threads = torch.get_num_threads()
-    if threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
+def _bench(kernel: native.Kernel | None) -> Iterator[Bench]:
+    idle = _IDLE[kernel is not None]
     try:
-        yield
+        bench = idle.pop()
+    except IndexError:
+        bench = native.Workbench(kernel, COMPILED_BLOCKS) if kernel else boxmuller.Workbench(EAGER_BLOCKS)
+    try:
+        yield bench
     finally:
-        torch.set_num_threads(threads)
+        bench.erase()
+        idle.append(bench)

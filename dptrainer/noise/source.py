@@ -10,7 +10,7 @@ import torch
 
 from dpbudget.errors import PrivacyViolation
 from dpbudget.ledger.receipt import Receipt
-from dptrainer.noise.gaussian import add_gaussian_
+from dptrainer.noise.gaussian import add_gaussians_
 from dptrainer.noise.keys import Purpose, step_key
 from dptrainer.values import ClippedSum, NoisySum
 
@@ -42,8 +42,7 @@ class SecureNoise:
         _check(clipped, receipt)
         std = noise_scale(receipt.noise_multiplier, receipt.clip_norm)
         key = step_key(receipt, Purpose.GRAD_NOISE)
-        for param_id, values in enumerate((*clipped.grads.values(), *clipped.statistics.values())):
-            add_gaussian_(values, key, param_id, std)
+        add_gaussians_((*clipped.grads.values(), *clipped.statistics.values()), key, std)
         return NoisySum(clipped.grads, clipped.statistics)
 
 

@@ -1,0 +1,84 @@
+/* Noise in place from keystream words: the operations of boxmuller.py, one IEEE 754 binary64 rounding each.
+ *
+ * Compiled by native.py, which puts the constants before this text. Both files state the same sequence of operations;
+ * contraction to fused multiply-add is off, so that their results have the same bits. Loops over LANES pairs have no
+ * branches and no calls: compilers turn them into vector code.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define BLOCKS 32            /* of a tile: 160 pairs, whose buffers stay in the first-level cache */
+#define LANES (5 * BLOCKS)
+
+static double number(int64_t bits) { double x; memcpy(&x, &bits, 8); return x; }
+static int64_t bits_of(double x) { int64_t b; memcpy(&b, &x, 8); return b; }
+
+struct tile { int64_t k[LANES]; int32_t a[LANES]; double z[2 * LANES]; };
+
+/* (double)n: most vector units cannot convert 64-bit integers. Halves as the low bits of 2^84 and 2^52, one rounding. */
+static double real(int64_t n)
+{
+#if defined(__AVX512DQ__) || defined(__aarch64__)
+    return (double)n;
+#else
+    double high = number((int64_t)(((uint64_t)n >> 32) ^ 0x80000000) | 0x4530000000000000);
+    return high - 19342822341709703277445120.0 + number((n & 0xffffffff) | 0x4330000000000000);
+#endif
+}
+
+static double small(int64_t n) { return number(0x4338000000000000 + n) - 6755399441055744.0; } /* |n| < 2^51 */
+
+static double radius(int64_t k)
+{
+    double d = real(~k);
+    int64_t bits = bits_of(d), sign = bits >> 63;
+    int64_t e = ((bits >> 52) + 962) & sign;
+    double h = d * number((959 - e) << 52) + number(sign & 0x3ff0000000000000);
+    double z = h / (2.0 - h), w = z * z;
+    double p = (((((((L8 * w + L7) * w + L6) * w + L5) * w + L4) * w + L3) * w + L2) * w + L1) * w + L0;
+    return sqrt(p * z + small(e) * MINUS_2_LN_2);
+}
+
+static void box_muller(struct tile *t)
+{
+    for (int i = 0; i < LANES; i++) {
+        double r = radius(t->k[i]);
+        double n = ((double)t->a[i] + 0.5) * TURN, w = n * n;
+        double s = ((((((S6 * w + S5) * w + S4) * w + S3) * w + S2) * w + S1) * w + S0) * n;
+        double cos2x = 1.0 - s * s, sin2x = s * sqrt(cos2x + 1.0), twice = sin2x + sin2x;
+        t->z[2 * i] = r * (1.0 - twice * sin2x);
+        t->z[2 * i + 1] = r * (twice * cos2x);
+    }
+}
+
+static void gather(struct tile *t, const char *words, int blocks)
+{
+    for (int b = 0; b < blocks; b++) {
+        memcpy(t->k + 5 * b, words + 64 * b, 40);
+        memcpy(t->a + 5 * b, words + 64 * b + 40, 20);
+    }
+}
+
+#define ADD_NOISE(NAME, REAL)                                                                                     \
+    void NAME(const char *words, int64_t skip, int64_t count, double std, REAL *out)                              \
+    {                                                                                                             \
+        struct tile t;                                                                                            \
+        memset(&t, 0, sizeof t);                                                                                  \
+        for (int64_t done = -skip; done < count; done += 2 * LANES) { /* the tile's place in out */               \
+            int64_t left = (count - done + 9) / 10;                                                               \
+            gather(&t, words, left < BLOCKS ? (int)left : BLOCKS);                                                \
+            words += 64 * BLOCKS;                                                                                 \
+            box_muller(&t);                                                                                       \
+            int from = done < 0 ? (int)-done : 0;                                                                 \
+            int to = count - done < 2 * LANES ? (int)(count - done) : 2 * LANES;                                  \
+            for (int i = from; i < to; i++)                                                                       \
+                out[done + i] = (REAL)((double)out[done + i] + t.z[i] * std);                                                \
+        }                                                                                                         \
+        volatile char *p = (volatile char *)&t;                                                                   \
+        for (size_t i = 0; i < sizeof t; i++)                                                                     \
+            p[i] = 0;                                                                                             \
+    }
+
+ADD_NOISE(add_float, float)
+ADD_NOISE(add_double, double)

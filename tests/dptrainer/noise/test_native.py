@@ -1,0 +1,202 @@
+"""The compiled path against the plain one, bit for bit, with any number of threads and without a compiler."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dptrainer.noise import boxmuller, gaussian, native
+from dptrainer.noise.chacha import keystream
+from dptrainer.noise.gaussian import add_gaussian_, add_gaussians_
+
+KEY = bytes(range(32))
+
+
+@pytest.fixture(scope="session")
+def kernel() -> native.Kernel:
+    made, status = native.build()
+    if made is None:
+        pytest.skip(status)
+    return made
+
+
+@pytest.fixture
+def untried(monkeypatch: pytest.MonkeyPatch) -> native._Once:
+    once = native._Once()
+    monkeypatch.setattr(native, "_ONCE", once)
+    return once
+
+
+def use(monkeypatch: pytest.MonkeyPatch, chosen: native.Kernel | None) -> None:
+    monkeypatch.setattr(native, "kernel", lambda compile_now: chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [0, 1, 9, 319, 320, 321, 40_961, 81_919, 81_920, 81_921, 200_003])
+@pytest.mark.parametrize("offset", [0, 3, 81_927])
+def test_compiled_noise_has_the_bits_of_plain_noise(
+    kernel: native.Kernel, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, count: int, offset: int
+) -> None:
+    start = torch.linspace(-2.0, 2.0, count, dtype=dtype)
+    found = []
+    for chosen in (None, kernel):
+        use(monkeypatch, chosen)
+        found.append(add_gaussian_(start.clone(), KEY, 3, 0.37, offset=offset))
+    assert torch.equal(*found)
+
+
+def test_bits_agree_on_random_and_extreme_words(kernel: native.Kernel) -> None:
+    blocks = 4000
+    words = np.frombuffer(keystream(KEY, 9, 0, blocks), dtype="<u8").reshape(blocks, 8).copy()
+    for row in range(0, blocks, 2):
+        words[row, :5] >>= np.uint64(row // 2 % 64)
+        if row % 4:
+            words[row, :5] ^= np.uint64(2**64 - 1)
+    ours, plain = native.Workbench(kernel, blocks), boxmuller.Workbench(blocks)
+    ours.words[:] = plain.words[:] = words.tobytes()
+    found = torch.zeros(10 * blocks, dtype=torch.float64)
+    ours.add(found, 0, 1.0)
+    assert np.array_equal(found.numpy(), plain.box_muller(blocks))
+
+
+def test_the_number_of_threads_does_not_matter(kernel: native.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, kernel)
+    monkeypatch.setattr(gaussian, "THREAD_FROM", 1000)
+    begun: list[str] = []
+    finish = gaussian._finish
+    monkeypatch.setattr(gaussian, "_finish", lambda *a: (begun.append(threading.current_thread().name), finish(*a)))
+    start = [
+        torch.zeros(n, dtype=d) for n, d in ((500_001, torch.float32), (7, torch.float64), (90_000, torch.float32))
+    ]
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            tensors = [t.clone() for t in start]
+            begun.clear()
+            add_gaussians_(tensors, KEY, 2.0)
+            assert len(begun) == threads
+            found.append(tensors)
+    finally:
+        torch.set_num_threads(before)
+    for tensors in found[1:]:
+        assert all(map(torch.equal, tensors, found[0]))
+    for position, tensor in enumerate(found[0]):
+        assert torch.equal(tensor, add_gaussian_(torch.zeros_like(tensor), KEY, position, 2.0))
+
+
+def test_a_failure_in_another_thread_is_a_failure(kernel: native.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, kernel)
+    finish = gaussian._finish
+
+    def fails_elsewhere(*arguments: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise MemoryError
+        finish(*arguments)
+
+    monkeypatch.setattr(gaussian, "_finish", fails_elsewhere)
+    tiles = list(gaussian._tiles(gaussian._Piece(torch.zeros(9), 0, 0), torch.zeros(9), 8))
+    with pytest.raises(MemoryError):
+        gaussian._work(tiles, KEY, 1.0, kernel, 2)
+
+
+def test_tensors_that_share_memory_are_not_given_to_several_threads() -> None:
+    base = torch.zeros(10)
+    assert gaussian._disjoint([base[:5], base[5:], torch.zeros(0)])
+    assert not gaussian._disjoint([base[:6], base[5:]])
+    assert not gaussian._disjoint([base, base])
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_strided_gradients_get_the_noise_of_contiguous_ones(
+    kernel: native.Kernel, monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    use(monkeypatch, None if plain else kernel)
+    base = torch.zeros(601, 402)
+    add_gaussians_([base.t()[::2]], KEY, 1.0)
+    assert torch.equal(base.t()[::2].reshape(-1), add_gaussian_(torch.zeros(201 * 601), KEY, 0, 1.0))
+    assert not base.t()[1::2].any()
+
+
+def test_nothing_of_the_noise_is_left_in_buffers_that_are_kept(
+    kernel: native.Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for chosen in (None, kernel):
+        monkeypatch.setattr(gaussian, "_IDLE", {True: [], False: []})
+        gaussian._finish([(torch.zeros(5000), 0, 0, 0), (torch.zeros(50), 0, 0, 0)], KEY, 1.0, chosen)
+        bench = gaussian._IDLE[chosen is not None][-1]
+        assert not any(bench.words)
+        if isinstance(bench, boxmuller.Workbench):
+            assert not bench._floats[:, :, :500].any()  # the rest was never written
+            assert not bench._values[:500].any()
+            assert not bench._integers[:, :, :500].any()
+
+
+def test_small_requests_do_not_compile_and_large_ones_do_once(
+    untried: native._Once, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[int] = []
+    monkeypatch.setattr(native, "build", lambda: (built.append(1), (None, "NumPy (a test)"))[1])
+    add_gaussian_(torch.zeros(gaussian.COMPILE_FROM - 1), KEY, 0, 1.0)
+    assert not built
+    assert native.status() == "not compiled yet"
+    for _ in range(2):
+        add_gaussian_(torch.zeros(gaussian.COMPILE_FROM), KEY, 0, 1.0)
+    assert built == [1]
+    assert native.status() == "NumPy (a test)"
+
+
+def test_without_a_compiler_noise_is_the_same_and_says_so(
+    untried: native._Once, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected = add_gaussian_(torch.zeros(gaussian.COMPILE_FROM), KEY, 0, 1.0)
+    monkeypatch.setattr(native, "_ONCE", native._Once())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert torch.equal(add_gaussian_(torch.zeros(gaussian.COMPILE_FROM), KEY, 0, 1.0), expected)
+    assert native.status() == "NumPy (no C compiler found)"
+
+
+@pytest.mark.parametrize("cc", ["false", "no-such-compiler", "true"])
+def test_a_compiler_that_fails_is_reported_not_raised(cc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", cc)
+    made, status = native.build()
+    assert made is None
+    assert status.startswith(f"NumPy ({cc} did not build the kernel")
+
+
+def test_a_variable_that_names_no_command_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "cc '")
+    assert native.build() == (None, "NumPy (CC is not a command)")
+
+
+@pytest.mark.parametrize("change", ["sqrt(cos2x + 1.0) -> sqrt(cos2x + 1.0000000001)", "+ 962 -> + 963"])
+def test_a_library_with_other_bits_is_not_used(
+    kernel: native.Kernel, change: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before, after = change.split(" -> ")
+    text = native._SOURCE.read_text(encoding="utf-8")
+    assert before in text
+    (tmp_path / "wrong.c").write_text(text.replace(before, after), encoding="utf-8")
+    monkeypatch.setattr(native, "_SOURCE", tmp_path / "wrong.c")
+    made, status = native.build()
+    assert made is None
+    assert "other bits" in status
+
+
+def test_a_request_beyond_the_workspace_is_refused(kernel: native.Kernel) -> None:
+    bench = native.Workbench(kernel, 2)
+    for out, skip in ((torch.zeros(21), 0), (torch.zeros(20), 1), (torch.zeros(4, 8)[:, ::2], 0), (torch.zeros(1), -1)):
+        with pytest.raises(ValueError, match="blocks"):
+            bench.add(out, skip, 1.0)
+
+
+def test_code_for_the_oldest_processors_gives_the_same_bits(kernel: native.Kernel) -> None:
+    # Without wide vectors 64-bit integers are converted in halves.
+    compiler = native.build()[1].removeprefix("code compiled with ").split()[0]
+    assert native._agrees(native._compile([compiler, *native._FLAGS]))
