@@ -95,6 +95,12 @@ def start(ledger: Ledger, run_id: str | None = None, *, lease_steps: int | None 
     """
     from dpbudget._live import build_meter
 
+    if not isinstance(ledger, Ledger):
+        raise InvalidParameter(
+            f"ledger is {ledger!r:.60}, not an open ledger",
+            code="DP060",
+            hint='ledger = dpbudget.open_ledger("my.ledger", writer=dpbudget.load_key("writer.key"))',
+        )
     state = ledger.state
     if run_id is None:
         unfinished = [run.run_id for run in state.runs.values() if run.charged < run.plan.steps]

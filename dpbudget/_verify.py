@@ -8,6 +8,7 @@ and by another one.
 from __future__ import annotations
 
 import base64
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,12 @@ def verify(
             f"trust is {trust!r:.80}, not a public key",
             code="DP072",
             hint="pass trust=dpbudget.load_public_key(FILE) with the owner's .pub file",
+        )
+    if not isinstance(location, str | os.PathLike):
+        raise InvalidParameter(
+            f"location is a {type(location).__name__}, not the place of a ledger",
+            code="DP060",
+            hint="verify what everybody sees: pass the path; a ledger in memory is exported first",
         )
     anchors = [*_parse_anchors(expect_head), *map(_anchor_of, checkpoints)]
     if witnesses and not checkpoints:

@@ -63,7 +63,7 @@ CODES: dict[str, str] = {
     "DP051": "The weights and the ledger disagree about the private steps taken; the ledger decides what was spent.",
     "DP052": "The plan does not fit what is left of the owner's budget.",
     "DP053": "The plan's delta is too small for the noise mode: truncation of the noise would not be negligible.",
-    "DP060": "Unknown option.",
+    "DP060": "An unknown option, or a value of another kind than is wanted.",
     "DP061": "Unknown accountant.",
     "DP062": "The mechanism, sampling or adjacency is not supported by this accountant.",
     "DP063": "No certified answer: the accountant could not bound this question.",

@@ -217,6 +217,10 @@ def make_private(
     except DPBudgetError:
         loop.detach()
         raise
+    if note is not None and loss_fn is None:
+        note("loss_fn was not given, so the loss of the loop was not tested for mixing examples; pass loss_fn=...")
+    if note is not None and run.charged:
+        note(f"{run.charged} steps of this run are charged already; load the checkpoint of their weights.")
     if not tested:
         tell_untested("loss_fn could not be called with synthetic outputs and targets, so it was not tested.", note)
     return model, optimizer, PrivateLoader(loop, records, size, steps_per_epoch)

@@ -95,6 +95,12 @@ class Ledger:
             raise InvalidParameter(
                 "owner and writer are one key", code="DP080", hint="make two keys: the writer must not create budget"
             )
+        if not isinstance(budget, Budget):
+            raise InvalidParameter(
+                f"budget is {budget!r:.60}, not a Budget",
+                code="DP060",
+                hint="budget=dpbudget.Budget(epsilon=3.0, delta=1e-5)",
+            )
         dataset = secrets.token_hex(32) if dataset is None else dataset
         if len(dataset) != 64 or set(dataset) - set("0123456789abcdef"):
             raise InvalidParameter(

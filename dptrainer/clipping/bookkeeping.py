@@ -79,6 +79,13 @@ class BookKeeping:
         replay: Sequence[nn.Module] = (),
         clipping: Clipping | None = None,
     ) -> None:
+        if clipping is not None and not isinstance(clipping, Clipping):
+            raise InvalidParameter(
+                f"clipping is {clipping!r:.60}, which is no policy",
+                hint="clipping=dptrainer.PerLayerClipping.equal(model, run.plan.clip_norm), NormalisedClipping() or "
+                "QuantileClipping()",
+                code="DP060",
+            )
         self._model = model
         self._clip_norm = checked_clip_norm(clip_norm)
         self._clipping = FlatClipping() if clipping is None else clipping

@@ -358,3 +358,14 @@ def test_an_unknown_unit_is_refused_with_the_known_ones():
         with pytest.raises(errors.InvalidParameter, match="unknown unit of privacy 'users'") as caught:
             make(**target, **schedule, unit="users")
         assert "user" in caught.value.hint
+
+
+def test_a_thing_of_another_kind_is_refused_with_the_line_to_write(desk, plan):
+    for use, hint in (
+        (lambda: dpbudget.start("a.ledger"), "dpbudget.open_ledger"),
+        (lambda: Desk(desk.path.parent / "other", budget=1.0), "dpbudget.Budget(epsilon="),
+        (lambda: dpbudget.verify(desk.ledger), "pass the path"),
+    ):
+        with pytest.raises(errors.InvalidParameter) as caught:
+            use()
+        assert (caught.value.code, hint in caught.value.hint) == ("DP060", True)

@@ -212,3 +212,9 @@ def test_settings_out_of_range_are_refused(bad):
         QuantileClipping(**bad)
     with pytest.raises(InvalidParameter, match="DP007"):
         NormalisedClipping(0.0)
+
+
+def test_a_name_is_no_policy_and_the_refusal_names_them():
+    with pytest.raises(InvalidParameter, match="'per_layer', which is no policy") as caught:
+        BookKeeping(nn.Linear(2, 2), clip_norm=1.0, clipping="per_layer")
+    assert "PerLayerClipping.equal" in caught.value.hint

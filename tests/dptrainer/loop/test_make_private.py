@@ -355,3 +355,14 @@ def test_a_broken_record_contributes_nothing(bad: float) -> None:
             optimizer.step()
         sums.append(noise.sums[0])
     torch.testing.assert_close(sums[0]["weight"], sums[1]["weight"], rtol=1e-5, atol=1e-6)
+
+
+def test_what_nobody_tested_and_what_is_charged_already_is_noted() -> None:
+    notes: list[str] = []
+    run = make_run(3)
+    private(run=run, note=notes.append)
+    assert [note.split(",")[0] for note in notes] == ["loss_fn was not given"]
+    run.next_receipt()
+    notes.clear()
+    private(run=run, note=notes.append)
+    assert notes[1].startswith("1 steps of this run are charged already")
