@@ -76,6 +76,12 @@ def floor_float(value: Fraction) -> float:
     return nearest if nearest <= value else math.nextafter(nearest, -math.inf)
 
 
+def ceil_float(value: Fraction) -> float:
+    """The smallest float that is not below an exact value."""
+    nearest = float(value)
+    return nearest if nearest >= value else math.nextafter(nearest, math.inf)
+
+
 def clean(value: object) -> str:
     """Text without control characters."""
     return str(value).translate(_UNSAFE)

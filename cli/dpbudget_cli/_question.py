@@ -28,6 +28,12 @@ class Question:
                 self.values[name] = found.value
                 self.assumed.append(found)
 
+    def require(self, name: str, hint: str) -> None:
+        """Take ``name`` from the project file if it was not given; raises InvalidParameter (DP064) without either."""
+        if not self.has(name) and name not in self.settings.values:
+            raise InvalidParameter(f"--{name.replace('_', '-')} is missing", code="DP064", hint=hint)
+        self.need(name)
+
     def note(self, name: str, value: Any, why: str) -> None:
         """Set a value that was derived rather than stated."""
         self.values[name] = value

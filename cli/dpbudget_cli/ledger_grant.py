@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import click
@@ -9,14 +10,16 @@ import click
 from dpbudget.errors import InvalidParameter
 from dpbudget_cli import _output as out
 from dpbudget_cli._files import write_new
+from dpbudget_cli._keys import shown
 from dpbudget_cli._options import DELTA, EPSILON, JSON
 from dpbudget_cli._owner import REQUEST, key_options, open_for_owner
-from dpbudget_cli.ledger_show import left
+from dpbudget_cli.ledger_show import standing_json
 from dpbudget_cli.main import Leaf
 
 if TYPE_CHECKING:
     from dpbudget.ledger.ledger import Ledger
     from dpbudget.ledger.signing import Signer
+    from dpbudget.ledger.state import LedgerState
     from dpbudget.plan import Budget
 
 RAISED = (
@@ -57,8 +60,14 @@ def grant(
                 hint="take a budget back with dpbudget ledger lower",
             )
         charged = any(run.charged for run in ledger.state.runs.values())
+        notes = [RAISED] if charged else []
+        if after.epsilon > before[0] and _lacks_delta(ledger.state, after):
+            notes.append(
+                "warning: no delta is left, so no plan can use the new epsilon; raise it too: "
+                f"dpbudget ledger grant {shown(path)} --delta D"
+            )
         _change(ledger, after, owner, request)
-        _report(ledger, before, [RAISED] if charged else [], request, as_json)
+        _report(ledger, before, notes, request, as_json)
 
 
 @click.command("lower", cls=Leaf)
@@ -108,6 +117,15 @@ def _open(
     return open_ledger(path), None
 
 
+def _lacks_delta(state: LedgerState, after: Budget) -> bool:
+    """Whether the portfolios have all of delta, and none of them can take more epsilon."""
+    if not state.portfolios:
+        return False
+    newest = state.portfolios[-1]
+    taken = sum((Fraction(portfolio.delta) for portfolio in state.portfolios), Fraction(0))
+    return Fraction(after.delta) <= taken and (newest.frozen or newest.epsilon is not None)
+
+
 def _change(ledger: Ledger, after: Budget, owner: Signer | None, request: str | None) -> None:
     if owner is not None:
         ledger.change_budget(after, owner=owner)
@@ -138,14 +156,14 @@ def _report(ledger: Ledger, before: tuple[float, float], notes: list[str], reque
             out.talk(f"Nothing is written yet. The owner signs: dpbudget key sign {request} OUT --owner-key FILE")
         return
     state = ledger.state
-    epsilon_left, delta_left = left(state)
+    left = standing_json(ledger)["left"]
     if as_json:
         out.emit_json(
             {
                 "epsilon": state.epsilon,
                 "delta": state.delta,
                 "before": {"epsilon": before[0], "delta": before[1]},
-                "left": {"epsilon": epsilon_left, "delta": delta_left},
+                "left": left,
                 "head": str(ledger.head),
                 "notes": notes,
             }
@@ -155,7 +173,7 @@ def _report(ledger: Ledger, before: tuple[float, float], notes: list[str], reque
         [
             ("budget", f"epsilon {state.epsilon:g}, delta {state.delta:g}"),
             ("before", f"epsilon {before[0]:g}, delta {before[1]:g}"),
-            ("left", f"epsilon {epsilon_left:.9g}, delta {delta_left:.9g}"),
+            ("plannable", f"epsilon {left['epsilon']:.9g}, delta {left['delta']:.9g}"),
             ("head", ledger.head),
         ]
     )

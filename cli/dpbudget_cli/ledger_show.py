@@ -11,6 +11,7 @@ import click
 from dpbudget.curve import round_up, show_delta
 from dpbudget_cli import _output as out
 from dpbudget_cli._options import JSON
+from dpbudget_cli._standing import standing
 from dpbudget_cli.main import Leaf
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 def command(path: str, as_json: bool) -> None:
     """Show the budget, the portfolios and the runs of the ledger PATH, after checking every record.
 
-    The numbers are those that the ledger states; ledger verify computes them again.
+    Spent is what the portfolios that began take, promised what the signed plans that did not begin claim together,
+    plannable what the next plan may add. The numbers are those that the ledger states; ledger verify computes them
+    again.
 
     Examples:
       dpbudget ledger show budget.ledger
@@ -42,7 +45,7 @@ def command(path: str, as_json: bool) -> None:
                 ("id", ledger.id),
                 ("budget", f"epsilon {state.epsilon:g}, delta {state.delta:g}"),
                 ("filter", genesis.filter),
-                ("left", _left_in_words(state)),
+                *_standing_rows(ledger),
                 ("adjacency", f"{genesis.adjacency} of one {genesis.unit}"),
                 ("data", "declared public" if genesis.public_data else "private"),
                 ("owner", state.owner.hex),
@@ -54,15 +57,22 @@ def command(path: str, as_json: bool) -> None:
         show_runs(state)
 
 
-def left(state: LedgerState) -> tuple[float, float]:
-    """Epsilon and delta that no portfolio takes yet, rounded down."""
-    return out.floor_float(state.remaining_epsilon), out.floor_float(state.remaining_delta)
+def standing_json(ledger: Ledger) -> dict[str, Any]:
+    """``spent``, ``promised`` and ``left`` (what is plannable); of an rdp ledger the total, since its orders decide."""
+    state = ledger.state
+    if state.account is not None:
+        return {"spent": None, "promised": None, "left": {"epsilon": state.epsilon, "delta": state.delta}}
+    return standing(state, ledger.plan_delta).to_json()
 
 
-def _left_in_words(state: LedgerState) -> str:
-    """What no portfolio takes; of an rdp ledger, the order with the most room."""
-    if state.account is None:
-        return f"epsilon {left(state)[0]:.9g}, delta {left(state)[1]:.9g}"
+def _standing_rows(ledger: Ledger) -> list[tuple[str, str]]:
+    if ledger.state.account is not None:
+        return [("left", _left_of_orders(ledger.state))]
+    return standing(ledger.state, ledger.plan_delta).rows()
+
+
+def _left_of_orders(state: LedgerState) -> str:
+    """Of an rdp ledger, the order with the most room."""
     known = [row for row in orders_json(state) if row["spent"] is not None]
     if not known:
         return "nothing: no Renyi order bounds what is spent"
@@ -138,12 +148,11 @@ def runs_json(state: LedgerState) -> list[dict[str, Any]]:
 def describe(ledger: Ledger) -> dict[str, Any]:
     """The JSON form of a whole ledger."""
     state, genesis = ledger.state, ledger.state.genesis
-    epsilon_left, delta_left = left(state)
     return {
         "id": ledger.id,
         "budget": {"epsilon": state.epsilon, "delta": state.delta},
         "filter": genesis.filter,
-        "left": {"epsilon": epsilon_left, "delta": delta_left},
+        **standing_json(ledger),
         "orders": orders_json(state),
         "grants": [
             {"record": grant.seq, "epsilon": grant.epsilon, "delta": grant.delta, "charged_before": grant.charged}

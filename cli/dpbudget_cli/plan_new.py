@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dpbudget.curve import round_up, show_delta
+from dpbudget.curve import round_down, round_up, show_delta
 from dpbudget.errors import BudgetExceeded, InvalidParameter
 from dpbudget_cli import _output as out
 from dpbudget_cli._files import write_new
-from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, read_passphrases
+from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, read_passphrases, shown
 from dpbudget_cli._options import ACCOUNTANT, CLIP, COUNT, EPSILON, JSON, NOISE, schedule_options
 from dpbudget_cli._owner import REQUEST
+from dpbudget_cli._standing import usable
 from dpbudget_cli.main import Leaf
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from dpbudget.plan import Plan
     from dpbudget_cli._question import Question
 
+_SIZE = "pass --dataset-size N, the public nominal size; a signed plan is not taken back"
 #: A portfolio whose plans claim this share of its epsilon is full.
 _FULL = 0.999
 
@@ -50,11 +53,12 @@ def command(
     """Calibrate a plan and sign it into a ledger. It is charged when it begins to run, and then as a whole.
 
     Delta is that of the ledger's open portfolio. Plans signed before any of them runs share a portfolio and are
-    composed jointly. The dataset size is a public, nominal one. --request is for an owner whose key is elsewhere.
+    composed jointly. The dataset size is a public, nominal one, and never assumed here. --request is for an owner
+    whose key is elsewhere.
 
     Examples:
       dpbudget plan new --ledger budget.ledger --epsilon 1 --dataset-size 60000 --batch-size 256 --epochs 10
-      dpbudget plan new --ledger budget.ledger --epochs 5
+      dpbudget plan new --ledger budget.ledger --dataset-size 60000 --epochs 5
     """
     from dpbudget._surface import open_ledger
     from dpbudget_cli._question import Question
@@ -68,7 +72,7 @@ def command(
         if owner is not None:
             _require_owner(ledger, owner)
         question = Question(values)
-        plan = _plan(question, ledger)
+        plan = _plan(question, ledger, shown(path))
         if owner is not None:
             run_id = ledger.sign_plan(plan, owner=owner)
         else:
@@ -90,7 +94,7 @@ def _require_owner(ledger: Ledger, owner: Signer) -> None:
         )
 
 
-def _plan(question: Question, ledger: Ledger) -> Plan:
+def _plan(question: Question, ledger: Ledger, path: str) -> Plan:
     """The plan that was asked for, at the delta and within the epsilon that the ledger has left."""
     from dpbudget._calibrate import calibrate, plan_for
     from dpbudget_cli._question import ask_schedule, refuse_together
@@ -100,14 +104,10 @@ def _plan(question: Question, ledger: Ledger) -> Plan:
     if not state.portfolios:
         return _adaptive_plan(question, ledger)
     newest = state.portfolios[-1]
-    room = out.floor_float(state.remaining_epsilon if newest.frozen else state.room_for(newest))
-    if room <= 0.0 or ledger.plan_delta <= 0.0:
-        raise BudgetExceeded(
-            "nothing is left of the budget", hint="see dpbudget ledger show; a new budget is the owner's to grant"
-        )
+    room = out.floor_float(_room(ledger, path))
     values["adjacency"] = str(state.genesis.adjacency)
     question.note("delta", ledger.plan_delta, "what the ledger's open portfolio has")
-    question.need("dataset_size")
+    question.require("dataset_size", _SIZE)
     ask_schedule(question)
     question.need("clip_norm", "max_parameters")
     facts = question.pick("sample_rate", "batch_size", "steps", "epochs", "dataset_size", "delta")
@@ -123,6 +123,32 @@ def _plan(question: Question, ledger: Ledger) -> Plan:
     return calibrate(epsilon=room, beside=beside, **facts)
 
 
+def _room(ledger: Ledger, path: str) -> Fraction:
+    """The largest claim of the portfolio that the plan will join.
+
+    Raises:
+        BudgetExceeded: no epsilon that a plan could use, or no delta (DP052).
+    """
+    state = ledger.state
+    newest = state.portfolios[-1]
+    room = usable(state, state.remaining_epsilon if newest.frozen else state.room_for(newest))
+    no_delta = ledger.plan_delta <= 0.0
+    if not room:
+        taken = out.ceil_float(Fraction(state.epsilon) - state.remaining_epsilon)
+        raise BudgetExceeded(
+            f"the plans take epsilon {round_up(taken, 10)} of {state.epsilon:g}; nothing usable is left",
+            hint=f"the owner can raise the total: dpbudget ledger grant {path} --epsilon E"
+            f"{' --delta D' if no_delta else ''}",
+        )
+    if no_delta:
+        took = "the first portfolio" if len(state.portfolios) == 1 else "the portfolios"
+        raise BudgetExceeded(
+            f"epsilon {round_down(float(room))} is left, but no delta: {took} took all of it",
+            hint=f"dpbudget ledger grant {path} --delta D",
+        )
+    return room
+
+
 def _adaptive_plan(question: Question, ledger: Ledger) -> Plan:
     """A plan for an rdp ledger: what it claims for itself is asked for, and the ledger has no share to propose."""
     from dpbudget._calibrate import calibrate, plan_for
@@ -131,7 +157,7 @@ def _adaptive_plan(question: Question, ledger: Ledger) -> Plan:
     values = question.values
     values["adjacency"] = str(ledger.state.genesis.adjacency)
     question.note("delta", ledger.plan_delta, "the total of the ledger")
-    question.need("dataset_size")
+    question.require("dataset_size", _SIZE)
     ask_schedule(question)
     question.need("clip_norm", "max_parameters")
     facts = question.pick("sample_rate", "batch_size", "steps", "epochs", "dataset_size", "delta")
