@@ -72,6 +72,14 @@ def shown(ledger: str) -> str:
     return show_location(ledger) if is_database(ledger) else ledger
 
 
+def require_ledger(ledger: str) -> None:
+    """Say that a ledger is missing before its keys are (DP070); a database is asked when it is opened."""
+    from dpbudget.ledger.store.postgres_url import is_database
+
+    if not is_database(ledger) and not os.path.lexists(ledger):
+        raise Unreadable(f"{ledger}: no such ledger", hint="check the path, or make it with dpbudget ledger init")
+
+
 def key_path(given: str | None, ledger: str, role: str) -> str:
     """The key file that was named, else PATH.<role>.key or <role>.key beside the ledger.
 

@@ -125,6 +125,9 @@ def _explain_click(error: click.ClickException) -> tuple[str, str, str, int]:
     if isinstance(error, click.NoSuchOption):
         from dpbudget._checks import did_you_mean
 
+        elsewhere: dict[str, str] = {} if error.ctx is None else getattr(error.ctx.command, "elsewhere", {})
+        if error.option_name in elsewhere:
+            return "DP060", f"unknown option {error.option_name}", elsewhere[error.option_name], 2
         known = [] if error.ctx is None else [name for p in error.ctx.command.get_params(error.ctx) for name in p.opts]
         close = did_you_mean(error.option_name, [name for name in known if name.startswith("--")])
         return "DP060", f"unknown option {error.option_name}", close or hint, 2

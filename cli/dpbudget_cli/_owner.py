@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, read_passphrases
+from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, read_passphrases, require_ledger
 
 if TYPE_CHECKING:
     from dpbudget.ledger.ledger import Ledger
@@ -41,6 +41,7 @@ def open_for_owner(
     """The ledger, opened with its writer's key, and the owner's key."""
     from dpbudget._surface import open_ledger
 
+    require_ledger(path)
     passphrases = read_passphrases(passphrase_fd)
     owner = load_signer(key_path(owner_key, path, "owner"), passphrases)
     writer = load_signer(key_path(writer_key, path, "writer"), passphrases)
@@ -51,5 +52,6 @@ def open_for_writer(path: str, writer_key: str | None, passphrase_fd: int | None
     """The ledger, opened with its writer's key."""
     from dpbudget._surface import open_ledger
 
+    require_ledger(path)
     passphrases = read_passphrases(passphrase_fd)
     return open_ledger(path, writer=load_signer(key_path(writer_key, path, "writer"), passphrases))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dpbudget.plan import Budget
 
 TWO_LEDGERS = "Two ledgers for one dataset cannot be detected: keep one ledger per dataset."
+USERS_TRAIN = "train in Python with dptrainer.UserDataset (docs/training.md); dpbudget train takes no users"
 ONE_PERSON = "Owner and writer keys were made together, so both roles are one person until you hand a key over."
 
 
@@ -119,6 +120,7 @@ def _signer(ledger: str, given: str | None, role: str, passphrases: tuple[bytes,
 def _report(path: str, ledger: Ledger, budget: Budget, made: list[str], as_json: bool) -> None:
     genesis = ledger.state.genesis
     notes = [TWO_LEDGERS, *([ONE_PERSON] if len(made) > 2 else [])]
+    notes += [f"The ledger protects users: {USERS_TRAIN}."] if genesis.unit == "user" else []
     if as_json:
         out.emit_json(
             {

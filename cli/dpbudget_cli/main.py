@@ -22,9 +22,16 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class Leaf(click.Command):
-    """A command whose help keeps the lines of its examples and ends with the exit codes."""
+    """A command whose help keeps the lines of its examples and ends with the exit codes.
 
-    def __init__(self, name: str | None, help: str | None = None, **kwargs: Any) -> None:
+    Attributes:
+        elsewhere: option that the command does not have, but one could look for, to where it is to be found.
+    """
+
+    def __init__(
+        self, name: str | None, help: str | None = None, *, elsewhere: dict[str, str] | None = None, **kwargs: Any
+    ) -> None:
+        self.elsewhere = elsewhere or {}
         # \b is click's mark for a paragraph that must not be wrapped.
         text = inspect.cleandoc(help or "").replace("Examples:\n", "\b\nExamples:\n")
         kwargs.setdefault("epilog", EXIT_CODES)

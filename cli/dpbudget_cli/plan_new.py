@@ -11,10 +11,11 @@ from dpbudget.curve import round_down, round_up, show_delta
 from dpbudget.errors import BudgetExceeded, InvalidParameter
 from dpbudget_cli import _output as out
 from dpbudget_cli._files import write_new
-from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, read_passphrases, shown
+from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, read_passphrases, require_ledger, shown
 from dpbudget_cli._options import ACCOUNTANT, CLIP, COUNT, EPSILON, JSON, NOISE, schedule_options
 from dpbudget_cli._owner import REQUEST
 from dpbudget_cli._standing import usable
+from dpbudget_cli.ledger_init import USERS_TRAIN
 from dpbudget_cli.main import Leaf
 
 if TYPE_CHECKING:
@@ -23,12 +24,17 @@ if TYPE_CHECKING:
     from dpbudget.plan import Plan
     from dpbudget_cli._question import Question
 
+_USERS = "dataset size and batch size of this plan count users, not rows"
 _SIZE = "pass --dataset-size N, the public nominal size; a signed plan is not taken back"
+_DELTA = (
+    "leave it out: delta is the ledger's. The owner sets it with dpbudget ledger init, and raises it with "
+    "dpbudget ledger grant --delta D"
+)
 #: A portfolio whose plans claim this share of its epsilon is full.
 _FULL = 0.999
 
 
-@click.command("new", cls=Leaf)
+@click.command("new", cls=Leaf, elsewhere={"--delta": _DELTA})
 @click.option("--ledger", "path", required=True, metavar="PATH", help="The ledger that pays for the plan.")
 @click.option("--owner-key", metavar="FILE", help="The owner's key; PATH.owner.key, else owner.key beside PATH.")
 @click.option("--writer-key", metavar="FILE", help="The writer's key; PATH.writer.key, else writer.key beside PATH.")
@@ -63,6 +69,7 @@ def command(
     from dpbudget._surface import open_ledger
     from dpbudget_cli._question import Question
 
+    require_ledger(path)
     passphrases = read_passphrases(passphrase_fd)
     owner = writer = None
     if request is None:
@@ -193,12 +200,13 @@ def _report(plan: Plan, question: Question, run_id: str, head: str, as_json: boo
     from dpbudget_cli.calibrate import describe
 
     warning = delta_warning(plan.claim.delta, plan.nominal_size)
+    warnings = [*([warning] if warning else []), *([f"{_USERS}; {USERS_TRAIN}"] if plan.unit == "user" else [])]
     if as_json:
-        answer = describe(plan, question, [warning] if warning else [])
+        answer = describe(plan, question, warnings)
         out.emit_json({"run": run_id, "plan": plan.digest(), "head": head, **answer})
         return
     out.talk_assumed(question.assumed)
-    if warning:
+    for warning in warnings:
         out.talk(f"warning {warning}")
     phase = plan.phases[0]
     out.emit_table(

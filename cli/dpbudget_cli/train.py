@@ -8,7 +8,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -20,8 +20,10 @@ from dpbudget.curve import round_up, show_delta
 from dpbudget.errors import DPBudgetError, InvalidParameter, MissingExtra, Unreadable
 from dpbudget_cli import _output as out
 from dpbudget_cli._checkpoints import Checkpoints
-from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, read_passphrases
+from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, local_name, read_passphrases, require_ledger
+from dpbudget_cli._lock import hold_output
 from dpbudget_cli._options import COUNT, JSON, POSITIVE, SEED, SHARE
+from dpbudget_cli.ledger_init import USERS_TRAIN
 from dpbudget_cli.main import Leaf
 
 if TYPE_CHECKING:
@@ -93,21 +95,26 @@ def command(
         _check_output(job.output)
     from dpbudget._surface import open_ledger, start
 
-    table = _read(job, job.data)
-    held_out = _read(job, job.public_eval) if job.public_eval else None
-    model = _make_model(job, table)
+    require_ledger(path)
     writer = load_signer(key_path(writer_key, path, "writer"), read_passphrases(passphrase_fd))
-    with open_ledger(path, writer=writer) as ledger, _stop_on_interrupt() as interrupt:
-        with start(ledger, _choose_run(ledger.state, run_id)) as run:
-            output = job.output or f"{path}.{run.run_id[:8]}.safetensors"
-            if run.remaining:
-                _check_output(output)
-            _say_before(run, str(ledger.head))
-            checkpoints = Checkpoints(output, run, job.checkpoint_every)
-            result = _fit(model, job, table, run, interrupt, checkpoints)
-        head = str(ledger.head)
-    _save(model, output, result)
-    checkpoints.clear()
+    with ExitStack() as held:
+        with open_ledger(path, writer=writer) as ledger:
+            _refuse_users(ledger.state)
+            chosen = _choose_run(ledger.state, run_id)
+            output = job.output or f"{local_name(path)}.{chosen[:8]}.safetensors"
+            held.enter_context(hold_output(output))  # until the weights are written
+            table = _read(job, job.data)
+            held_out = _read(job, job.public_eval) if job.public_eval else None
+            model = _make_model(job, table)
+            with _stop_on_interrupt() as interrupt, start(ledger, chosen) as run:
+                if run.remaining:
+                    _check_output(output)
+                _say_before(run, str(ledger.head))
+                checkpoints = Checkpoints(output, run, job.checkpoint_every)
+                result = _fit(model, job, table, run, interrupt, checkpoints)
+            head = str(ledger.head)
+        _save(model, output, result)
+        checkpoints.clear()
     job = replace(job, output=output)
     accuracy = None if held_out is None else _accuracy(model, held_out)
     _report(result, job, head, accuracy, as_json)
@@ -116,14 +123,32 @@ def command(
         sys.exit(130)
 
 
-def _choose_run(state: LedgerState, text: str | None) -> str | None:
-    """The named run; without a name the newest where none has steps left, which is then refused as used up (DP050)."""
+def _refuse_users(state: LedgerState) -> None:
+    """Refuse a ledger that protects users: every row of a file would be taken for one of them."""
+    if state.genesis.unit == "user":
+        raise InvalidParameter(
+            "the ledger protects users with all of their rows; dpbudget train reads every row as an example of its own",
+            code="DP025",
+            hint=f"{USERS_TRAIN}; nothing was charged",
+        )
+
+
+def _choose_run(state: LedgerState, text: str | None) -> str:
+    """The named run, else the only one with steps left; the newest where none has, which is refused later (DP050)."""
     from dpbudget_cli.plan_show import find_run
 
     if text is not None:
         return find_run(tuple(state.runs), text)
-    used_up = all(run.charged >= run.plan.steps for run in state.runs.values())
-    return list(state.runs)[-1] if state.runs and used_up else None
+    unfinished = [run.run_id for run in state.runs.values() if run.charged < run.plan.steps]
+    if len(unfinished) == 1:
+        return unfinished[0]
+    if state.runs and not unfinished:
+        return list(state.runs)[-1]
+    raise InvalidParameter(
+        f"{len(unfinished)} runs of this ledger have steps left",
+        code="DP081",
+        hint=f"name one with --plan: {', '.join(unfinished)}" if unfinished else "sign a plan in: dpbudget plan new",
+    )
 
 
 def _require_torch() -> None:

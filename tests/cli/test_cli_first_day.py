@@ -1,0 +1,120 @@
+"""What a new user runs into: a second process, a path that is not there, an option of another command, users, pipes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpbudget._verify import verify
+from dpbudget.errors import InvalidParameter
+from dpbudget_cli._lock import hold_output
+
+Cli = Callable[..., Any]
+Seen = Callable[[Path], dict[str, tuple[int, str]]]
+TRAIN = ("train", "--ledger", "budget.ledger", "--data", "train.npz", "--classes", "2")
+SMALL = ("--dataset-size", "100", "--batch-size", "20", "--steps", "20", "--max-parameters", "5000")
+
+
+@contextmanager
+def held_elsewhere(name: str) -> Iterator[None]:
+    """The lock as another process would hold it: a descriptor of its own."""
+    descriptor = os.open(name, os.O_CREAT | os.O_RDWR, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class TestTwoProcesses:
+    def test_the_second_is_refused_before_anything_is_charged(self, run_cli: Cli, folder: Path, seen: Seen) -> None:
+        with held_elsewhere("w.safetensors.lock"):
+            before = seen(folder)
+            answer = run_cli(*TRAIN, "--output", "w.safetensors")
+            assert answer.code == 2
+            assert "error DP078: another dpbudget train works on this run and output" in answer.err
+            assert "Fix: wait for it, or pass another --output" in answer.err
+            assert seen(folder) == before  # nor is the lock of the first removed
+            assert verify("budget.ledger").steps == 0
+        assert run_cli(*TRAIN, "--output", "w.safetensors").code == 0
+        assert not (folder / "w.safetensors.lock").exists()
+
+    def test_the_output_that_is_not_named_is_locked_too(self, run_cli: Cli, folder: Path) -> None:
+        run = run_cli("ledger", "runs", "budget.ledger", "--json").json["runs"][0]["run"]
+        with held_elsewhere(f"budget.ledger.{run[:8]}.safetensors.lock"):
+            assert "DP078" in run_cli(*TRAIN).err
+            assert run_cli(*TRAIN, "--output", "other.safetensors").code == 0
+
+    def test_the_lock_that_its_holder_removes_is_not_taken_for_a_lock(self, tmp_path: Path) -> None:
+        output = str(tmp_path / "w")
+        with hold_output(output):
+            with pytest.raises(InvalidParameter, match="another dpbudget train"), hold_output(output):
+                pass
+            assert (tmp_path / "w.lock").exists()
+        with hold_output(output):
+            pass
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_file_that_is_locked_after_its_holder_removed_it_is_not_the_lock(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        output, name = str(tmp_path / "w"), tmp_path / "w.lock"
+        flock = fcntl.flock
+
+        def late(descriptor: int, how: int) -> None:
+            monkeypatch.setattr(fcntl, "flock", flock)
+            name.unlink()  # the first holder ends between our open and our lock
+            flock(descriptor, how)
+
+        monkeypatch.setattr(fcntl, "flock", late)
+        with hold_output(output):
+            assert name.exists()
+            with pytest.raises(InvalidParameter), hold_output(output):
+                pass
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        (*TRAIN[:1], "--ledger", "nowhere.ledger", *TRAIN[3:]),
+        ("plan", "new", "--ledger", "nowhere.ledger", *SMALL),
+        ("plan", "new", "--ledger", "nowhere.ledger", *SMALL, "--request", "r"),
+        ("ledger", "grant", "nowhere.ledger", "--epsilon", "5"),
+        ("ledger", "note", "nowhere.ledger", "checked"),
+    ],
+    ids=" ".join,
+)
+def test_a_missing_ledger_is_named_before_its_keys(run_cli: Cli, folder: Path, seen: Seen, line: tuple[str]) -> None:
+    before = seen(folder)
+    answer = run_cli(*line)
+    assert (answer.code, "error DP070: nowhere.ledger: no such ledger" in answer.err) == (4, True), answer.err
+    assert "key" not in answer.err
+    assert seen(folder) == before
+
+
+def test_plan_new_says_where_delta_comes_from(run_cli: Cli, folder: Path) -> None:
+    answer = run_cli("plan", "new", "--ledger", "budget.ledger", *SMALL, "--delta", "1e-5")
+    assert (answer.code, "error DP060: unknown option --delta" in answer.err) == (2, True)
+    assert "Fix: leave it out: delta is the ledger's" in answer.err
+    assert "ledger init" in answer.err
+    assert "ledger grant --delta D" in answer.err
+
+
+def test_a_ledger_for_users_is_not_trained_by_rows(run_cli: Cli, folder: Path, seen: Seen) -> None:
+    total = ("--epsilon", "3", "--delta", "1e-5")
+    made = run_cli("ledger", "init", "u.ledger", *total, "--unit", "user")
+    planned = run_cli("plan", "new", "--ledger", "u.ledger", *SMALL, "--noise-multiplier", "3")
+    assert "count users, not rows" in planned.err
+    before = seen(folder)
+    refused = run_cli("train", "--ledger", "u.ledger", "--data", "train.npz", "--classes", "2")
+    assert (refused.code, "error DP025" in refused.err, seen(folder) == before) == (2, True, True)
+    for answer in (made, planned, refused):
+        assert "dptrainer.UserDataset (docs/training.md)" in answer.err
+    for line in (("init", "e.ledger", *total), ("show", "budget.ledger")):
+        assert "UserDataset" not in run_cli("ledger", *line).err
