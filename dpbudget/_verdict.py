@@ -7,6 +7,9 @@ from typing import Any
 
 from dpbudget.curve import Bounds, round_down, round_up, show_delta
 
+#: Plans that a summary names one by one.
+_MOST_SHOWN = 10
+
 
 @dataclass(frozen=True)
 class RunReport:
@@ -118,7 +121,10 @@ class Report:
     def summary(self) -> str:
         """The verdict in a few lines of plain words."""
         lines = ["VALID" if self.ok else "NOT VALID" if self.exit_code == 1 else "VALID, BUT NOT ANCHORED"]
-        if self.epsilon is not None and self.budget is not None and self.delta is not None:
+        if self.epsilon is not None and self.epsilon.upper == 0.0 and self.steps == 0:
+            lines[0] += ": nothing spent yet"
+            lines += self._claims()
+        elif self.epsilon is not None and self.budget is not None and self.delta is not None:
             lines[0] += f": epsilon <= {round_up(self.epsilon.upper, 10)} at delta {show_delta(self.delta)}"
             checked_by = " and ".join(self.checked_by)
             lines.append(f"  lower bound {round_down(self.epsilon.lower, 10)}; recomputed by {checked_by}")
@@ -135,3 +141,18 @@ class Report:
         lines += [f"  problem: {problem}" for problem in self.problems]
         lines += [f"  note: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+    def _claims(self) -> list[str]:
+        """What the signed plans may claim once they begin, and of which budget."""
+        lines = [
+            f"  run {run.run_id} may claim epsilon {round_up(run.claim[0])} at delta {show_delta(run.claim[1])} "
+            f"by {run.steps} steps"
+            for run in self.runs[:_MOST_SHOWN]
+        ]
+        more = len(self.runs) - len(lines)
+        lines += [f"  and {more} more plans: dpbudget ledger plans"] if more > 0 else []
+        lines += [] if self.runs else ["  no plan is signed in yet"]
+        if self.budget is not None:
+            lines.append(f"  budget epsilon {self.budget[0]:g}, delta {self.budget[1]:g}")
+        lines.append(f"  for one {self.unit} of the dataset, {self.adjacency} neighbours")
+        return lines

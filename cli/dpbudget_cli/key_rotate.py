@@ -8,7 +8,7 @@ import click
 
 from dpbudget.errors import InvalidParameter
 from dpbudget_cli import _output as out
-from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, read_passphrases
+from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, read_passphrases, require_ledger
 from dpbudget_cli._options import JSON
 from dpbudget_cli.main import Leaf
 
@@ -54,6 +54,7 @@ def command(
         )
     passphrases = read_passphrases(passphrase_fd)
     signing = "owner" if lost or role == "owner" else "writer"
+    require_ledger(path)
     by = load_signer(key_path(owner_key if signing == "owner" else writer_key, path, signing), passphrases)
     writer = load_signer(key_path(writer_key, path, "writer"), passphrases) if role == "owner" else by
     made = not os.path.lexists(new_key)

@@ -16,8 +16,10 @@ from dpbudget_cli._output import WANTS_JSON, report_error
 #: Exit codes, as every page of help states them.
 EXIT_CODES = (
     "Exit codes: 0 done, 1 invalid or tampered, 2 wrong usage, 3 budget refused, 4 unreadable input, "
-    "5 valid but unanchored, 6 not computable, 130 interrupted."
+    "5 valid but unanchored, 6 not computable, 130 interrupted, 141 broken pipe."
 )
+#: What a shell reports for a command that SIGPIPE ended.
+_BROKEN_PIPE = 141
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -84,8 +86,26 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
+class _ReaderGone(Exception):
+    """The pipe on standard output or standard error is closed at its other end."""
+
+
 class Root(LazyGroup):
     """The root group, whose :meth:`main` turns every error into one line, a way out and an exit code."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the arguments, and print help where they ask for it."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except BrokenPipeError:
+            raise _ReaderGone from None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise _ReaderGone from None
 
     def main(
         self,
@@ -104,12 +124,37 @@ class Root(LazyGroup):
             extra.setdefault("color", False)
         try:
             code = super().main(words, prog_name or "dpbudget", complete_var, standalone_mode=False, **extra)
+        except _ReaderGone:
+            code = _BROKEN_PIPE
         except (KeyboardInterrupt, click.Abort):
             click.echo("interrupted", err=True)
             code = 130
         except Exception as error:  # noqa: BLE001 - the last line of defence: no traceback for any input
-            code = report_error(error, as_json)
+            code = _report(error, as_json)
+        if code == _BROKEN_PIPE:
+            _drop_output()
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: Exception, as_json: bool) -> int:
+    """Tell the error, if anybody still listens; returns the exit code."""
+    try:
+        return report_error(error, as_json)
+    except BrokenPipeError:
+        return _BROKEN_PIPE
+
+
+def _drop_output() -> None:
+    """Let what is still buffered for the closed pipe go nowhere, or the interpreter complains of it at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+        except ValueError:  # closed
+            pass
 
 
 def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:

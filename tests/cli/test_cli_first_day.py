@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +13,15 @@ from typing import Any
 
 import pytest
 
+import dpbudget
 from dpbudget._verify import verify
+from dpbudget.curve import round_up, show_delta
 from dpbudget.errors import InvalidParameter
 from dpbudget_cli._lock import hold_output
 
 Cli = Callable[..., Any]
 Seen = Callable[[Path], dict[str, tuple[int, str]]]
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ("train", "--ledger", "budget.ledger", "--data", "train.npz", "--classes", "2")
 SMALL = ("--dataset-size", "100", "--batch-size", "20", "--steps", "20", "--max-parameters", "5000")
 
@@ -118,3 +123,49 @@ def test_a_ledger_for_users_is_not_trained_by_rows(run_cli: Cli, folder: Path, s
         assert "dptrainer.UserDataset (docs/training.md)" in answer.err
     for line in (("init", "e.ledger", *total), ("show", "budget.ledger")):
         assert "UserDataset" not in run_cli("ledger", *line).err
+
+
+class TestVerifyBeforeTraining:
+    def test_it_says_that_nothing_is_spent_and_what_may_be(self, run_cli: Cli, folder: Path) -> None:
+        (run,) = run_cli("ledger", "plans", "budget.ledger", "--json").json["plans"]
+        answer = run_cli("verify", "budget.ledger", "--trust", "budget.ledger.owner.key.pub")
+        lines = answer.out.splitlines()
+        assert (answer.code, lines[0]) == (0, "VALID: nothing spent yet")
+        claim = f"epsilon {round_up(run['epsilon'])} at delta {show_delta(run['delta'])} by 20 steps"
+        assert f"  run {run['run']} may claim {claim}" in lines
+        assert "<=" not in answer.out
+        assert "  budget epsilon 3, delta 1e-05" in lines
+
+    def test_after_the_first_charge_it_says_what_is_spent(self, run_cli: Cli, folder: Path) -> None:
+        with (
+            dpbudget.open_ledger("budget.ledger", writer=dpbudget.load_key("budget.ledger.writer.key")) as ledger,
+            dpbudget.start(ledger) as run,
+        ):
+            run.next_receipt()
+        answer = run_cli("verify", "budget.ledger", "--trust", "budget.ledger.owner.key.pub")
+        assert answer.out.startswith("VALID: epsilon <= ")
+        assert "may claim" not in answer.out
+
+    @pytest.mark.parametrize("kind", ["portfolio", "rdp"])
+    def test_a_ledger_without_plans_says_so(self, run_cli: Cli, empty: Path, kind: str) -> None:
+        assert run_cli("ledger", "init", "a.ledger", "--epsilon", "3", "--delta", "1e-5", "--filter", kind).code == 0
+        answer = run_cli("verify", "a.ledger", "--trust", "a.ledger.owner.key.pub")
+        assert answer.out.startswith("VALID: nothing spent yet\n  no plan is signed in yet\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "closed"),
+    [("explain", "stdout"), ("ledger -h", "stdout"), ("explain DP999 --json", "stdout"), ("explain DP999", "stderr")],
+)
+def test_a_broken_pipe_is_no_verdict(line: str, closed: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, closed: writer}
+    code = "from dpbudget_cli.main import main; main()"
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}"}
+    try:
+        done = subprocess.run([sys.executable, "-c", code, *line.split()], env=env, timeout=60, check=False, **streams)
+    finally:
+        os.close(writer)
+    assert done.returncode == 141
+    assert not done.stderr
