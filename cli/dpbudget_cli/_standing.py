@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from dpbudget.curve import round_down, round_up
+from dpbudget.errors import DPBudgetError
 from dpbudget_cli import _output as out
 
 if TYPE_CHECKING:
-    from dpbudget.ledger.state import LedgerState
+    from dpbudget.ledger.state import LedgerState, Portfolio
+    from dpbudget.plan import Plan
 
 #: Less than this share of the total epsilon is what rounding left: a plan for it would be noise alone.
 _DUST = Fraction(1, 10**6)
@@ -34,9 +39,9 @@ class Standing:
     def rows(self) -> list[tuple[str, str]]:
         """Three rows of a table."""
         return [
-            ("spent", _pair(self.spent)),
-            ("promised", _pair(self.promised)),
-            ("plannable", _pair(self.plannable)),
+            ("spent", _pair(self.spent, round_up)),
+            ("promised", _pair(self.promised, round_up)),
+            ("plannable", _pair(self.plannable, round_down)),
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -52,8 +57,6 @@ def standing(state: LedgerState, plan_delta: float) -> Standing:
         state: the state of a ``portfolio`` ledger.
         plan_delta: the delta of the next plan.
     """
-    from dpbudget.ledger.claims import portfolio_claim
-
     frozen = [portfolio for portfolio in state.portfolios if portfolio.frozen]
     spent = [sum((Fraction(value) for value in values), _ZERO) for values in _columns(frozen)]
     promised, room = (0.0, 0.0), state.remaining_epsilon
@@ -61,8 +64,8 @@ def standing(state: LedgerState, plan_delta: float) -> Standing:
     if not newest.frozen:
         room = state.room_for(newest)
         if plans := state.plans_of(newest):
-            promised = (portfolio_claim(_filter(), plans, newest.delta), newest.delta)
-    left = usable(state, room - Fraction(promised[0]))
+            promised = (_joint_claim(plans, newest.delta), newest.delta)
+    left = usable(state, room - Fraction(promised[0])) if math.isfinite(promised[0]) else _ZERO
     return Standing(
         (out.ceil_float(spent[0]), out.ceil_float(spent[1])), promised, (out.floor_float(left), max(plan_delta, 0.0))
     )
@@ -73,16 +76,21 @@ def usable(state: LedgerState, room: Fraction) -> Fraction:
     return room if room >= _DUST * Fraction(state.epsilon) else _ZERO
 
 
-def _columns(portfolios: list[Any]) -> tuple[list[float], list[float]]:
+def _columns(portfolios: list[Portfolio]) -> tuple[list[float], list[float]]:
     return [portfolio.charged_epsilon for portfolio in portfolios], [portfolio.delta for portfolio in portfolios]
 
 
-def _filter() -> Any:
+def _joint_claim(plans: tuple[Plan, ...], delta: float) -> float:
+    """What the plans claim together; infinite where that is not computable here, so that nothing seems to be left."""
     from dpbudget.filters import LedgerFilter
+    from dpbudget.ledger.claims import portfolio_claim
 
-    return LedgerFilter()
+    try:
+        return portfolio_claim(LedgerFilter(), plans, delta)
+    except DPBudgetError:
+        return math.inf
 
 
-def _pair(pair: tuple[float, float]) -> str:
+def _pair(pair: tuple[float, float], rounded: Callable[[float, int], str]) -> str:
     epsilon, delta = pair
-    return f"epsilon {epsilon:.9g}, delta {delta:.9g}" if epsilon or delta else "nothing"
+    return f"epsilon {rounded(epsilon, 10)}, delta {delta:.9g}" if epsilon or delta else "nothing"

@@ -137,3 +137,18 @@ def test_an_rdp_ledger_needs_the_dataset_size_too(run_cli: Cli, empty: Path) -> 
     make(run_cli, "--filter", "rdp")
     answer = run_cli(*NEW, "--noise-multiplier", "3")
     assert (answer.code, "DP064" in answer.err, "--dataset-size" in answer.err) == (2, True, True)
+
+
+def test_a_joint_claim_that_is_not_computable_leaves_nothing(
+    run_cli: Cli, empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(run_cli)
+    assert run_cli(*PLAN, "--epsilon", "1").code == 0
+
+    def fail(*_: object) -> float:
+        raise dpbudget.errors.NotComputable("no")
+
+    monkeypatch.setattr("dpbudget.filters.LedgerFilter.joint_claim", fail)
+    shown = run_cli("ledger", "show", LEDGER, "--json").json
+    assert (shown["promised"]["epsilon"], shown["left"]["epsilon"]) == (None, 0.0)
+    assert "epsilon inf, delta 5e-06" in run_cli("ledger", "show", LEDGER).out
