@@ -22,6 +22,7 @@ from dptrainer.clipping.engine import (
 )
 from dptrainer.clipping.per_example import row_squares
 from dptrainer.clipping.policy import Clipping
+from dptrainer.draws import without_dropout
 
 #: Largest accepted relative difference between the engine and the reference, by type of the parameters.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
@@ -92,8 +93,8 @@ def self_test(model: nn.Module, example: Sequence[Tensor], *, replay: Sequence[n
     """Compares the engine with a loop over single examples, on synthetic inputs and a copy of the model.
 
     It finds a wrong layer rule, a layout with the examples in another dimension, gradients that are booked on another
-    example than their own, and cross-example dependence that changes gradients. Random layers are switched off in the
-    copy. The model, its gradients and random streams are as before.
+    example than their own, and cross-example dependence that changes gradients. Dropout is switched off, in the copy
+    and where it is called as a function. The model, its gradients and random streams are as before.
 
     Args:
         model: the model.
@@ -109,7 +110,7 @@ def self_test(model: nn.Module, example: Sequence[Tensor], *, replay: Sequence[n
     paths = {id(module): name for name, module in model.named_modules()}
     twin = deterministic_copy(model)
     twin_replay = [twin.get_submodule(paths[id(module)]) for module in replay]
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), without_dropout():
         rows = _one_at_a_time(twin, inputs)
         norms = torch.stack([row_squares(grads) for grads in rows.values()]).sum(0).sqrt()
         # First a clip norm that no gradient reaches, so that the sums themselves are compared. Then one that half of
