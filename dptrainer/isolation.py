@@ -93,7 +93,7 @@ def _trace(model: nn.Module, inputs: Sequence[Tensor], batch: int) -> list[tuple
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             seen.extend(
                 (name, leaf.detach().clone())
-                for leaf in tree_leaves(output)
+                for leaf in tree_leaves(output, is_leaf=_is_packed)  # whose rows are not examples
                 if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch and leaf.is_floating_point()
             )
 
@@ -107,6 +107,10 @@ def _trace(model: nn.Module, inputs: Sequence[Tensor], batch: int) -> list[tuple
         for handle in handles:
             handle.remove()
     return seen
+
+
+def _is_packed(value: object) -> bool:
+    return isinstance(value, nn.utils.rnn.PackedSequence)
 
 
 def _first_difference(

@@ -119,24 +119,43 @@ def probe(
     if not tensors or len(tensors) != len(values) or any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
         return False
     device = next(model.parameters()).device
+    record = [tensor.to(device) for tensor in tensors]
     with _passed_by_name(model, len(inputs), tuple(named or ())):
-        for example in synthetic_examples([tensor.to(device) for tensor in tensors]):
-            if _outputs(model, example) is None:
-                continue
-            probe_state(model, example, note)
-            if not _runs_repeatably(model, example):
-                return False
-            isolation_test(model, example)
-            with _fixed_draws(model, example) as fixed:
-                if fixed:
-                    _alone_as_in_company(model, example)
-                    _clips_as_it_should(model, example, replay)
-            if not fixed:
-                tell_untested(UNTESTED_CLIPPING, note)
-            if note is not None:
-                _note_unused(model, example, note)
-            return True
-    return False
+        examples = (example for example in synthetic_examples(record) if _outputs(model, example) is not None)
+        example = next(examples, None)
+        lengths = _with_lengths(record)
+        lengths = lengths if lengths is not None and _takes(model, lengths) else None
+        example = lengths if example is None else example
+        if example is None or not _probe_values(model, example, replay, note):
+            return False
+        if lengths is not None and lengths is not example:
+            _probe_values(model, lengths, replay, lambda said: None)  # it was said
+    return True
+
+
+def _probe_values(
+    model: nn.Module, example: Sequence[Tensor], replay: Sequence[nn.Module], note: Callable[[str], None] | None
+) -> bool:
+    """:func:`probe` with these values; False where the model does not repeat itself on them."""
+    probe_state(model, example, note)
+    if not _runs_repeatably(model, example):
+        return False
+    isolation_test(model, example)
+    with _fixed_draws(model, example) as fixed:
+        if fixed:
+            _alone_as_in_company(model, example)
+            _clips_as_it_should(model, example, replay)
+    if not fixed:
+        tell_untested(UNTESTED_CLIPPING, note)
+    if note is not None:
+        _note_unused(model, example, note)
+    return True
+
+
+def _takes(model: nn.Module, example: Sequence[Tensor]) -> bool:
+    """Whether the model can be called with these values; tried on the CPU, where an index out of range is an error."""
+    on_cpu = copy.deepcopy(model).cpu() if example[0].is_cuda else model
+    return _outputs(on_cpu, [tensor.to(next(on_cpu.parameters()).device) for tensor in example]) is not None
 
 
 def _alone_as_in_company(model: nn.Module, example: Sequence[Tensor]) -> None:
@@ -217,6 +236,25 @@ def synthetic_examples(record: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         ]
         if all(tensor.is_floating_point() for tensor in record):
             return
+
+
+def _with_lengths(record: Sequence[Tensor]) -> list[Tensor] | None:
+    """A batch in which one integer for each example is its length: different ones, in no order, none of them zero.
+
+    Zero is no length, and of equal lengths nobody sees that examples are sorted by them. None where there is no such
+    input.
+    """
+    if not any(_is_whole(tensor) and tensor.dim() == 1 for tensor in record):
+        return None
+    longest = min((tensor.shape[1] for tensor in record if tensor.dim() > 1), default=_ROWS)
+    places = torch.tensor([2, 5, 0, 6, 3, 1, 4])  # a permutation of the rows
+    values = 1 + (places * (longest - 1)) // (_ROWS - 1)
+    batch, *_ = synthetic_examples(record)
+    return [values.to(t) if _is_whole(t) and t.dim() == 1 else t for t in batch]
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
 
 
 def _staircase(shape: tuple[int, ...]) -> Tensor:

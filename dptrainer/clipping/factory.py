@@ -118,7 +118,7 @@ def self_test(model: nn.Module, example: Sequence[Tensor], *, replay: Sequence[n
         for clip_norm in (LARGEST_CLIP_NORM, float(norms.median().clamp(min=SMALLEST_CLIP_NORM)) / 2):
             engine = BookKeeping(twin, clip_norm=max(clip_norm, SMALLEST_CLIP_NORM), replay=twin_replay)
             with engine.record(batch):
-                losses = _losses(twin(*[t.clone() for t in inputs]), batch)  # the model may write into them
+                losses = _losses(twin(*[t.clone() for t in inputs]), batch) * _sizes(batch).to(inputs[0].device)
             found = engine.backward(losses).grads
             engine.detach()
             _compare(found, rows, clip_factors(norms.square(), engine.clip_norm))
@@ -168,14 +168,19 @@ def _losses(output: object, batch: int) -> Tensor:
     return total
 
 
+def _sizes(batch: int) -> Tensor:
+    """[B] how much each example counts: so different that a gradient booked on another example is not clipped alike."""
+    return 4.0 ** (torch.arange(batch) * 3 % 4).float()
+
+
 def _one_at_a_time(twin: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
     """The reference: name -> [B, *shape] plain autograd gradients, each from a batch of one."""
     parameters = trainable_parameters(twin)
     rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for index in range(inputs[0].shape[0]):
         # backward() and not autograd.grad(), which reentrant checkpointing refuses.
-        losses = _losses(twin(*[t[index : index + 1].clone() for t in inputs]), 1)
-        losses.sum().backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        losses = _losses(twin(*[t[index : index + 1].clone() for t in inputs]), 1)  # the model may write into them
+        (losses * float(_sizes(len(inputs[0]))[index])).sum().backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         for name, parameter in parameters.items():
             one = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             rows[name].append(one.detach().to(sum_dtype(parameter)))
