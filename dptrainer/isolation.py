@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from dpbudget.errors import PrivacyViolation
 from dptrainer.clipping.factory import deterministic_copy, synthetic_like
 from dptrainer.clipping.guard import buffer_guard
+from dptrainer.draws import without_dropout
 
 
 def isolation_test(model: nn.Module, example: Sequence[Tensor], *, tolerance: float = 1e-5) -> None:
@@ -73,11 +74,15 @@ def _perturbed(inputs: Tensor, index: int) -> Tensor:
 
 @contextmanager
 def seeded(model: nn.Module) -> Iterator[None]:
-    """Within the block torch draws the same random numbers every time; afterwards its streams are as before."""
+    """Within the block torch draws the same random numbers every time, and dropout is off, as a function too.
+
+    Afterwards its streams are as before.
+    """
     gpus = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(0)
-        yield
+        with without_dropout():
+            yield
 
 
 def _trace(model: nn.Module, inputs: Sequence[Tensor], batch: int) -> list[tuple[str, Tensor]]:
@@ -88,7 +93,7 @@ def _trace(model: nn.Module, inputs: Sequence[Tensor], batch: int) -> list[tuple
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             seen.extend(
                 (name, leaf.detach().clone())
-                for leaf in tree_leaves(output)
+                for leaf in tree_leaves(output, is_leaf=_is_packed)  # whose rows are not examples
                 if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch and leaf.is_floating_point()
             )
 
@@ -102,6 +107,10 @@ def _trace(model: nn.Module, inputs: Sequence[Tensor], batch: int) -> list[tuple
         for handle in handles:
             handle.remove()
     return seen
+
+
+def _is_packed(value: object) -> bool:
+    return isinstance(value, nn.utils.rnn.PackedSequence)
 
 
 def _first_difference(

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dptrainer.clipping.engine import trainable_parameters
 from dptrainer.clipping.factory import deterministic_copy, self_test, synthetic_like
+from dptrainer.draws import ConstantDraws, without_dropout
 from dptrainer.isolation import isolation_test, seeded
 from dptrainer.state_probe import probe_state
 from dptrainer.validation.problem import a_few
@@ -28,6 +29,10 @@ _ROWS = 7
 UNTESTED = (
     "the model could not be called with synthetic inputs, or does not repeat itself on them (random numbers from "
     "elsewhere than torch, a counter, memory), so it was not tested for mixing examples."
+)
+UNTESTED_CLIPPING = (
+    "the model draws random numbers that a test cannot switch off or repeat, so examples were tested for mixing, and "
+    "clipping was not compared with single examples."
 )
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -94,8 +99,9 @@ def probe(
     """Test isolation and clipping of ``model(*inputs, **named)`` on synthetic inputs; False where that is not possible.
 
     A model that cannot be called with these inputs, or that draws random numbers from elsewhere than torch, is not
-    tested. Where layers draw from torch, examples are tested for isolation and clipping is not. The model and the
-    random streams stay as they were.
+    tested. Dropout is off, and what else is drawn from torch is replaced by constants where clipping is tested; where
+    that does not help, examples are tested for isolation, and ``note`` is told that clipping was not. The model and
+    the random streams stay as they were.
 
     Args:
         model: in the state in which training will start.
@@ -113,21 +119,43 @@ def probe(
     if not tensors or len(tensors) != len(values) or any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
         return False
     device = next(model.parameters()).device
+    record = [tensor.to(device) for tensor in tensors]
     with _passed_by_name(model, len(inputs), tuple(named or ())):
-        for example in synthetic_examples([tensor.to(device) for tensor in tensors]):
-            if _outputs(model, example) is None:
-                continue
-            probe_state(model, example, note)
-            if not _runs_repeatably(model, example):
-                return False
-            isolation_test(model, example)
-            if _draws_nothing(model, example):
-                _alone_as_in_company(model, example)
-                _clips_as_it_should(model, example, replay)
-            if note is not None:
-                _note_unused(model, example, note)
-            return True
-    return False
+        examples = (example for example in synthetic_examples(record) if _outputs(model, example) is not None)
+        example = next(examples, None)
+        lengths = _with_lengths(record)
+        lengths = lengths if lengths is not None and _takes(model, lengths) else None
+        example = lengths if example is None else example
+        if example is None or not _probe_values(model, example, replay, note):
+            return False
+        if lengths is not None and lengths is not example:
+            _probe_values(model, lengths, replay, lambda said: None)  # it was said
+    return True
+
+
+def _probe_values(
+    model: nn.Module, example: Sequence[Tensor], replay: Sequence[nn.Module], note: Callable[[str], None] | None
+) -> bool:
+    """:func:`probe` with these values; False where the model does not repeat itself on them."""
+    probe_state(model, example, note)
+    if not _runs_repeatably(model, example):
+        return False
+    isolation_test(model, example)
+    with _fixed_draws(model, example) as fixed:
+        if fixed:
+            _alone_as_in_company(model, example)
+            _clips_as_it_should(model, example, replay)
+    if not fixed:
+        tell_untested(UNTESTED_CLIPPING, note)
+    if note is not None:
+        _note_unused(model, example, note)
+    return True
+
+
+def _takes(model: nn.Module, example: Sequence[Tensor]) -> bool:
+    """Whether the model can be called with these values; tried on the CPU, where an index out of range is an error."""
+    on_cpu = copy.deepcopy(model).cpu() if example[0].is_cuda else model
+    return _outputs(on_cpu, [tensor.to(next(on_cpu.parameters()).device) for tensor in example]) is not None
 
 
 def _alone_as_in_company(model: nn.Module, example: Sequence[Tensor]) -> None:
@@ -210,6 +238,25 @@ def synthetic_examples(record: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             return
 
 
+def _with_lengths(record: Sequence[Tensor]) -> list[Tensor] | None:
+    """A batch in which one integer for each example is its length: different ones, in no order, none of them zero.
+
+    Zero is no length, and of equal lengths nobody sees that examples are sorted by them. None where there is no such
+    input.
+    """
+    if not any(_is_whole(tensor) and tensor.dim() == 1 for tensor in record):
+        return None
+    longest = min((tensor.shape[1] for tensor in record if tensor.dim() > 1), default=_ROWS)
+    places = torch.tensor([2, 5, 0, 6, 3, 1, 4])  # a permutation of the rows
+    values = 1 + (places * (longest - 1)) // (_ROWS - 1)
+    batch, *_ = synthetic_examples(record)
+    return [values.to(t) if _is_whole(t) and t.dim() == 1 else t for t in batch]
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+
+
 def _staircase(shape: tuple[int, ...]) -> Tensor:
     """int64 of ``shape``: row i is 1 in its first few places, all of them in row 0, one in row 1, half in row 2."""
     places = torch.Size(shape[1:]).numel()
@@ -283,15 +330,38 @@ def _runs_repeatably(model: nn.Module, example: Sequence[Tensor]) -> bool:
     return alone is not None and _all_equal(alone, after_same)
 
 
-def _draws_nothing(model: nn.Module, example: Sequence[Tensor]) -> bool:
-    """Whether the outputs do not depend on the random stream."""
+@contextmanager
+def _fixed_draws(model: nn.Module, example: Sequence[Tensor]) -> Iterator[bool]:
+    """Within the block nothing that is drawn tells two passes apart, if it yields True; otherwise nothing helped."""
+    # That two passes drew the same may be chance, that the stream stood still is not.
+    if _draws_nothing(model, example, stream_too=True):
+        yield True
+        return
+    with ConstantDraws():  # type: ignore[no-untyped-call]  # torch does not annotate it
+        fixed = _draws_nothing(model, example)
+        if fixed:
+            yield True
+    if not fixed:
+        yield False
+
+
+def _draws_nothing(model: nn.Module, example: Sequence[Tensor], *, stream_too: bool = False) -> bool:
+    """Whether the outputs do not depend on the random stream; with ``stream_too``, whether it does not move either."""
     twin, inputs = deterministic_copy(model), synthetic_like(example)
     with torch.no_grad(), seeded(twin):
         try:
+            before = _stream(inputs[0])
             first, second = tree_leaves(twin(*_copies(inputs))), tree_leaves(twin(*_copies(inputs)))
+            if stream_too and not _all_equal(before, _stream(inputs[0])):
+                return False
         except NOT_MY_CALL:
             return False
     return _all_equal(*([t.nan_to_num() for t in leaves if isinstance(t, Tensor)] for leaves in (first, second)))
+
+
+def _stream(placed: Tensor) -> list[Tensor]:
+    """Where torch's random streams stand, that of the device of ``placed`` included."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(placed.device)] if placed.is_cuda else [])]
 
 
 def _all_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
@@ -346,15 +416,18 @@ def probe_loss(
     device = next(model.parameters()).device
     whole = _WithLoss(copy.deepcopy(model), loss, len(inputs), tuple(named))
     for example in synthetic_examples([tensor.to(device) for tensor in tensors]):
-        if _outputs(whole, example) is not None and _draws_nothing(whole, example):
-            _compare_losses(whole, example)
-            return True
+        if _outputs(whole, example) is None:
+            continue
+        with _fixed_draws(whole, example) as fixed:
+            if fixed:
+                _compare_losses(whole, example)
+                return True
     return False
 
 
 def _compare_losses(whole: nn.Module, example: Sequence[Tensor]) -> None:
     twin, inputs = deterministic_copy(whole), synthetic_like(example)
-    with torch.no_grad():
+    with torch.no_grad(), without_dropout():
         together = twin(*inputs)
         for index, loss in enumerate(together):
             try:

@@ -37,7 +37,7 @@ from dptrainer.clipping.guard import BufferWatch, ParameterGuard
 from dptrainer.clipping.layout import Layer, layout
 from dptrainer.clipping.per_example import PerExample, packed, summed, unpacked
 from dptrainer.clipping.policy import Clipping, FlatClipping, total
-from dptrainer.clipping.recording import Call, Hook, Session, in_backward, refuse_batch_norm, tap
+from dptrainer.clipping.recording import Call, Hook, Session, in_backward, note_shared, refuse_batch_norm, tap
 from dptrainer.clipping.trace import Trace
 from dptrainer.values import ClippedSum
 
@@ -412,6 +412,7 @@ class BookKeeping:
         if self._guard is not None:
             if not self._pop(module, self._guard):
                 return None
+            note_shared(session, module, (args, kwargs), self._model.buffers())
             if not torch.is_grad_enabled():
                 session.recomputed.add(module)
                 return None

@@ -37,7 +37,7 @@ def ruled(call: Call, batch_size: int) -> dict[str, PerExample]:
             code="DP019",
         )
     _check_rows(call, grad.shape[0] if grad.dim() else 0, batch_size)
-    if activation.shape[0] == 1 and batch_size > 1:
+    if call.expanded:
         activation = activation.expand(batch_size, *activation.shape[1:])
     dtype = call.layer.sum_dtype
     layer_call = LayerCall(

@@ -22,6 +22,7 @@ from dptrainer.clipping.engine import (
 )
 from dptrainer.clipping.per_example import row_squares
 from dptrainer.clipping.policy import Clipping
+from dptrainer.draws import without_dropout
 
 #: Largest accepted relative difference between the engine and the reference, by type of the parameters.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
@@ -92,8 +93,8 @@ def self_test(model: nn.Module, example: Sequence[Tensor], *, replay: Sequence[n
     """Compares the engine with a loop over single examples, on synthetic inputs and a copy of the model.
 
     It finds a wrong layer rule, a layout with the examples in another dimension, gradients that are booked on another
-    example than their own, and cross-example dependence that changes gradients. Random layers are switched off in the
-    copy. The model, its gradients and random streams are as before.
+    example than their own, and cross-example dependence that changes gradients. Dropout is switched off, in the copy
+    and where it is called as a function. The model, its gradients and random streams are as before.
 
     Args:
         model: the model.
@@ -109,7 +110,7 @@ def self_test(model: nn.Module, example: Sequence[Tensor], *, replay: Sequence[n
     paths = {id(module): name for name, module in model.named_modules()}
     twin = deterministic_copy(model)
     twin_replay = [twin.get_submodule(paths[id(module)]) for module in replay]
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), without_dropout():
         rows = _one_at_a_time(twin, inputs)
         norms = torch.stack([row_squares(grads) for grads in rows.values()]).sum(0).sqrt()
         # First a clip norm that no gradient reaches, so that the sums themselves are compared. Then one that half of
@@ -117,7 +118,7 @@ def self_test(model: nn.Module, example: Sequence[Tensor], *, replay: Sequence[n
         for clip_norm in (LARGEST_CLIP_NORM, float(norms.median().clamp(min=SMALLEST_CLIP_NORM)) / 2):
             engine = BookKeeping(twin, clip_norm=max(clip_norm, SMALLEST_CLIP_NORM), replay=twin_replay)
             with engine.record(batch):
-                losses = _losses(twin(*[t.clone() for t in inputs]), batch)  # the model may write into them
+                losses = _losses(twin(*[t.clone() for t in inputs]), batch) * _sizes(batch).to(inputs[0].device)
             found = engine.backward(losses).grads
             engine.detach()
             _compare(found, rows, clip_factors(norms.square(), engine.clip_norm))
@@ -167,14 +168,19 @@ def _losses(output: object, batch: int) -> Tensor:
     return total
 
 
+def _sizes(batch: int) -> Tensor:
+    """[B] how much each example counts: so different that a gradient booked on another example is not clipped alike."""
+    return 4.0 ** (torch.arange(batch) * 3 % 4).float()
+
+
 def _one_at_a_time(twin: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
     """The reference: name -> [B, *shape] plain autograd gradients, each from a batch of one."""
     parameters = trainable_parameters(twin)
     rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for index in range(inputs[0].shape[0]):
         # backward() and not autograd.grad(), which reentrant checkpointing refuses.
-        losses = _losses(twin(*[t[index : index + 1].clone() for t in inputs]), 1)
-        losses.sum().backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        losses = _losses(twin(*[t[index : index + 1].clone() for t in inputs]), 1)  # the model may write into them
+        (losses * float(_sizes(len(inputs[0]))[index])).sum().backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         for name, parameter in parameters.items():
             one = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             rows[name].append(one.detach().to(sum_dtype(parameter)))

@@ -22,6 +22,8 @@ from dpbudget.errors import PrivacyViolation
 _CUT = {torch.Tensor.detach, torch.detach, vars(torch._C.TensorBase)["data"].__get__}
 #: Values of these depend on the position alone; an embedding of them has positions, not examples, in dimension 0.
 _POSITIONS = {torch.arange, torch.linspace, torch.range}
+#: One row of these (or a number) is the same for all examples; several rows may well be examples.
+_CONSTANTS = {torch.zeros, torch.ones, torch.full, torch.tensor}
 _MARK = "_dptrainer_positions"
 #: Copies of one row for all examples. Were they for positions, there would hardly ever be as many as examples, and the
 #: number of rows is checked.
@@ -47,6 +49,15 @@ def _one_row(before: Tensor, after: Tensor) -> bool:
 def depends_on_position_alone(tensor: object) -> bool:
     """Whether the guard saw this tensor come from ``arange`` and the like, buffers or parameters alone."""
     return bool(getattr(tensor, _MARK, False))
+
+
+def shared_by_all(tensor: Tensor, buffers: Iterable[Tensor]) -> bool:
+    """Whether one row is the same for all examples: a buffer or parameter, or made from these and positions alone."""
+    return (
+        depends_on_position_alone(tensor)
+        or isinstance(tensor, nn.Parameter)
+        or any(tensor is buffer for buffer in buffers)
+    )
 
 
 def now_examples(tensor: Tensor) -> Tensor:
@@ -92,19 +103,25 @@ class ParameterGuard(TorchFunctionMode):
             return self.functions[func](*args, **kwargs)  # answers for the parameters among its arguments itself
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor | list | tuple):
+            if func is torch.Tensor.__setitem__:  # data may be what was written
+                now_examples(args[0])
             return result  # shapes, types and numbers of elements carry no gradient
         inputs = list(tensors(args))
         if kwargs:
             inputs.extend(tensors(kwargs.values()))
-        fixed = True
+        fixed, frozen = True, False
         for tensor in inputs:
             key = id(tensor)
             if key in self._names:
                 if key not in self.allowed and torch.is_grad_enabled() and self._carries(func, result):
                     raise self._refusal(self._names[key], func)
             elif key not in self._fixed and not hasattr(tensor, _MARK):
-                fixed = False
-        self._mark(func, bool(inputs), fixed, inputs, result)
+                frozen = frozen or isinstance(tensor, nn.Parameter)
+                fixed = fixed and isinstance(tensor, nn.Parameter)
+        if fixed and (frozen or (not inputs and func in _CONSTANTS)):
+            self._mark_one_row(func, result)
+        else:
+            self._mark(func, bool(inputs), fixed, inputs, result)
         return result
 
     def refuse_trainable(self, tensors: Iterable[Tensor]) -> None:
@@ -121,6 +138,13 @@ class ParameterGuard(TorchFunctionMode):
     def _carries(func: Callable[..., Any], result: Any) -> bool:
         """Whether a gradient could have flowed from the parameter into the result."""
         return func not in _CUT and any(t.is_floating_point() or t.is_complex() for t in tensors([result]))
+
+    @staticmethod
+    def _mark_one_row(func: Callable[..., Any], result: Any) -> None:
+        """Marks constants that nobody could take for examples; a batch of one is as good either way."""
+        for tensor in tensors([result]):
+            if tensor.dim() == 0 or (tensor.shape[0] == 1 and func is not torch.tensor):
+                setattr(tensor, _MARK, True)
 
     @staticmethod
     def _mark(func: Callable[..., Any], given: bool, fixed: bool, inputs: list[Tensor], result: Any) -> None:

@@ -11,7 +11,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dpbudget.errors import PrivacyViolation
-from dptrainer.clipping.guard import depends_on_position_alone, now_examples
+from dptrainer.clipping.guard import depends_on_position_alone, now_examples, shared_by_all
 from dptrainer.clipping.layout import Layer
 from dptrainer.clipping.per_example import PerExample
 from dptrainer.clipping.products import settled
@@ -75,6 +75,8 @@ class Session:
         calls: the layer calls that still hold tensors: no gradient came yet, or it is answered at the end.
         coarse: name of a layer whose gradient came in half precision.
         recomputed: layers that ran without a graph and will be recorded in the recomputation (reentrant checkpointing).
+        shared: layer -> whether all inputs of one row that it was given are shared by all examples. Only the forward
+            pass can tell, and a recomputation must do the same.
     """
 
     def __init__(self, batch_size: int, trainable: dict[str, nn.Parameter], parts_of: PartsOf) -> None:
@@ -82,6 +84,7 @@ class Session:
         self._parts_of = parts_of
         self.calls: list[Call] = []
         self.recomputed: set[nn.Module] = set()
+        self.shared: dict[nn.Module, bool] = {}
         self.open = True
         self.coarse: str | None = None
         self._found: dict[str, list[PerExample]] = {}
@@ -278,6 +281,7 @@ class Call:
         self.grads: list[Tensor | None] = []
         self.answer: Answer | None = None  # of a traced layer
         self.rows = 0
+        self.expanded = False  # one row served all examples
         self.done = False
         self._ruled = ruled
         self._kept = keep
@@ -383,7 +387,8 @@ def tap(
     if keep:
         session.calls.append(call)
     if layer.rule is not None:
-        output = _per_example_output(session, layer, inputs, output)
+        call.expanded = _one_row(module, inputs) and session.batch_size > 1 and session.shared.get(module, False)
+        output = _per_example_output(session, layer, inputs, output, expand=call.expanded)
         call.grads.append(None)
         return hooked(output, call.receiver(0))
     leaves, spec = tree_flatten(output)
@@ -397,14 +402,36 @@ def tap(
     return tree_unflatten(leaves, spec)
 
 
+def _first(inputs: tuple[Any, Mapping[str, Any]]) -> Tensor | None:
+    return next((t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), None)
+
+
+def _one_row(module: nn.Module, inputs: tuple[Any, Mapping[str, Any]]) -> bool:
+    """Whether a layer is given one row; that of a flat list of bags is no row."""
+    first = _first(inputs)
+    if first is None or first.dim() == 0 or (first.dim() == 1 and isinstance(module, nn.EmbeddingBag)):
+        return False
+    return first.shape[0] == 1
+
+
+def note_shared(
+    session: Session, module: nn.Module, inputs: tuple[Any, Mapping[str, Any]], buffers: Iterable[Tensor]
+) -> None:
+    """Notes, while the guard watches, whether a layer that is given one row is given what all examples share."""
+    if session.batch_size > 1 and _one_row(module, inputs):
+        first = _first(inputs)
+        shared = first is not None and shared_by_all(first, buffers)
+        session.shared[module] = shared and session.shared.get(module, True)
+
+
 def _per_example_output(
-    session: Session, layer: Layer, inputs: tuple[Any, Mapping[str, Any]], output: Tensor
+    session: Session, layer: Layer, inputs: tuple[Any, Mapping[str, Any]], output: Tensor, *, expand: bool
 ) -> Tensor:
     """The output, expanded where one row serves all examples (position ids of shape [1, T])."""
-    first = next((t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), None)
+    first = _first(inputs)
     if first is None or first.dim() == 0 or output.dim() == 0:
         return output
-    if first.shape[0] == 1 and output.shape[0] == 1 and session.batch_size > 1:
+    if expand and output.shape[0] == 1:
         expanded = output.expand(session.batch_size, *output.shape[1:])
         return now_examples(expanded if expanded.requires_grad else expanded.contiguous())
     if depends_on_position_alone(first) and first.shape[0] != 1:
