@@ -75,6 +75,7 @@ class Session:
         calls: the layer calls that still hold tensors: no gradient came yet, or it is answered at the end.
         coarse: name of a layer whose gradient came in half precision.
         recomputed: layers that ran without a graph and will be recorded in the recomputation (reentrant checkpointing).
+        counts: how often each layer without a rule was recorded.
     """
 
     def __init__(self, batch_size: int, trainable: dict[str, nn.Parameter], parts_of: PartsOf) -> None:
@@ -82,6 +83,7 @@ class Session:
         self._parts_of = parts_of
         self.calls: list[Call] = []
         self.recomputed: set[nn.Module] = set()
+        self.counts: dict[nn.Module, int] = {}
         self.open = True
         self.coarse: str | None = None
         self._found: dict[str, list[PerExample]] = {}
@@ -279,6 +281,8 @@ class Call:
         self.answer: Answer | None = None  # of a traced layer
         self.rows = 0
         self.done = False
+        self.ordinal = 0  # among the calls of a replayed layer
+        self.autocast: tuple[str, torch.dtype] | None = None  # that it must be replayed under
         self._ruled = ruled
         self._kept = keep
         self._arrived: set[int] = set()
@@ -386,6 +390,8 @@ def tap(
         output = _per_example_output(session, layer, inputs, output)
         call.grads.append(None)
         return hooked(output, call.receiver(0))
+    call.ordinal, call.autocast = session.counts.get(module, 0), _autocast(layer)
+    session.counts[module] = call.ordinal + int(keep)
     leaves, spec = tree_flatten(output)
     for position, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
@@ -395,6 +401,12 @@ def tap(
                 # A copy: later in-place operations must not reach the output that the replay is compared with.
                 leaves[position] = hooked(leaf.clone(), call.receiver(len(call.grads) - 1))
     return tree_unflatten(leaves, spec)
+
+
+def _autocast(layer: Layer) -> tuple[str, torch.dtype] | None:
+    """Device and type of the autocast that a layer runs under."""
+    device = next(iter(layer.parameters.values())).device.type
+    return (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
 
 def _per_example_output(
