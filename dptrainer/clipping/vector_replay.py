@@ -80,7 +80,7 @@ def replay_vectorised(
 
 
 def _vectorises(unit: nn.Module, outputs: Sequence[Tensor], batch_size: int) -> bool:
-    if batch_size < 2 or any(isinstance(module, nn.RNNBase) for module in unit.modules()):
+    if batch_size < 1 or any(isinstance(module, nn.RNNBase) for module in unit.modules()):
         return False
     return bool(outputs) and all(out.dim() > 0 and out.shape[0] == batch_size for out in outputs)
 

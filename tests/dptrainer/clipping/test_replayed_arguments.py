@@ -273,3 +273,26 @@ def test_one_more_example_moves_a_replay_under_autocast_by_at_most_c():
         x = torch.cat([torch.randn(6, 8), scale * torch.randn(1, 8)])
         found = [under_autocast(model, rows, 0.5, torch.bfloat16) for rows in (x, x[:-1])]
         assert difference(*found) <= 0.5 * (1 + 1e-5)
+
+
+def test_the_batch_size_does_not_round_a_replay_under_autocast():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.gate = nn.Linear(64, 64), nn.Parameter(torch.randn(64) / 10)
+
+        def forward(self, x):
+            return x + self.inner(x) * self.gate
+
+    def gradients(x):
+        engine = BookKeeping(model, clip_norm=1.0)
+        with engine.record(len(x)):
+            with torch.autocast("cpu", torch.bfloat16):
+                output = model(x)
+            losses = output.float().square().sum(1)
+        found = engine.per_example(losses)
+        engine.detach()
+        return found["gate"].dense(slice(0, 1))
+
+    model, x = Shifted(), torch.randn(40, 64)
+    assert all(torch.allclose(gradients(x[:size]), gradients(x), rtol=1e-5) for size in (1, 2, 16))
