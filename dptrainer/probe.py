@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dptrainer.clipping.engine import trainable_parameters
-from dptrainer.clipping.factory import deterministic_copy, self_test, synthetic_like
+from dptrainer.clipping.factory import deterministic_copy, learn_arguments, self_test, synthetic_like
 from dptrainer.draws import ConstantDraws, without_dropout
 from dptrainer.isolation import isolation_test, seeded
 from dptrainer.state_probe import probe_state
@@ -146,6 +147,7 @@ def _probe_values(
             _alone_as_in_company(model, example)
             _clips_as_it_should(model, example, replay)
     if not fixed:
+        _learn_arguments(model, example, replay)
         tell_untested(UNTESTED_CLIPPING, note)
     if note is not None:
         _note_unused(model, example, note)
@@ -199,6 +201,14 @@ def _clips_as_it_should(model: nn.Module, example: Sequence[Tensor], replay: Seq
             hint="give every layer one row for each example; name a module that picks rows in replay=[module].",
             code="DP030",
         ) from error
+
+
+def _learn_arguments(model: nn.Module, example: Sequence[Tensor], replay: Sequence[nn.Module]) -> None:
+    """Which arguments of replayed modules carry examples, where no self-test finds it out."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    twin = deterministic_copy(model)
+    with contextlib.suppress(*NOT_MY_CALL), seeded(twin):
+        learn_arguments(model, twin, example, [twin.get_submodule(paths[id(module)]) for module in replay])
 
 
 def _note_unused(model: nn.Module, example: Sequence[Tensor], note: Callable[[str], None]) -> None:

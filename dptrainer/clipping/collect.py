@@ -73,6 +73,8 @@ def _check_rows(call: Call, rows: int, batch_size: int) -> None:
 
 def _replayed(call: Call, batch_size: int) -> dict[str, PerExample]:
     """The unit run again, one example at a time."""
-    unit = UnitCall(call.layer.name, call.args, call.kwargs, call.outputs, call.grads, batch_size)
+    unit = UnitCall(
+        call.layer.name, call.args, call.kwargs, call.outputs, call.grads, batch_size, call.ordinal, call.autocast
+    )
     rows = replay(call.module, unit, call.layer.parameters)
     return {name: Dense(_as(grads, call.layer.sum_dtype)) for name, grads in rows.items()}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dpbudget.errors import InvalidParameter, PrivacyViolation
+from dptrainer.clipping.arguments import adopt, arguments_of, learn
 from dptrainer.clipping.bookkeeping import BookKeeping
 from dptrainer.clipping.engine import (
     LARGEST_CLIP_NORM,
@@ -110,6 +111,7 @@ def self_test(model: nn.Module, example: Sequence[Tensor], *, replay: Sequence[n
     paths = {id(module): name for name, module in model.named_modules()}
     twin = deterministic_copy(model)
     twin_replay = [twin.get_submodule(paths[id(module)]) for module in replay]
+    units = learn_arguments(model, twin, example, twin_replay)
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), without_dropout():
         rows = _one_at_a_time(twin, inputs)
         norms = torch.stack([row_squares(grads) for grads in rows.values()]).sum(0).sqrt()
@@ -122,6 +124,48 @@ def self_test(model: nn.Module, example: Sequence[Tensor], *, replay: Sequence[n
             found = engine.backward(losses).grads
             engine.detach()
             _compare(found, rows, clip_factors(norms.square(), engine.clip_norm))
+    for unit in units:
+        if _draws(model.get_submodule(unit)):
+            # The copy has no dropout. Whether the module itself repeats, its first batch will tell.
+            arguments_of(model.get_submodule(unit)).repeats = False
+
+
+def learn_arguments(
+    model: nn.Module, twin: nn.Module, example: Sequence[Tensor], twin_replay: Sequence[nn.Module] = ()
+) -> tuple[str, ...]:
+    """Finds out which arguments of the replayed modules carry examples, on synthetic batches of two sizes.
+
+    No private batch then decides it by its size: see :mod:`dptrainer.clipping.arguments`.
+
+    Args:
+        model: whose modules are to know.
+        twin: a copy in train mode that may be run.
+        example: positional inputs [B, ...], as for :func:`self_test`.
+        twin_replay: modules of the copy, as for :class:`BookKeeping`.
+
+    Returns:
+        The names of the replayed modules.
+    """
+    engine = BookKeeping(twin, clip_norm=1.0, replay=twin_replay)
+    units = engine.replayed
+    engine.detach()
+    if units:
+        first = synthetic_like(example)
+        with torch.random.fork_rng(devices=[]):
+            learn(twin, units, [first, synthetic_like(example, at_least=len(first[0]) + 1)])
+        for unit in units:
+            adopt(model.get_submodule(unit), twin.get_submodule(unit))
+    return units
+
+
+def _draws(unit: nn.Module) -> bool:
+    """Whether a module has dropout that is on."""
+    return any(
+        float(getattr(module, "dropout", 0.0) if isinstance(module, nn.MultiheadAttention | nn.RNNBase) else module.p)
+        > 0
+        for module in unit.modules()
+        if module.training and isinstance(module, nn.modules.dropout._DropoutNd | nn.MultiheadAttention | nn.RNNBase)
+    )
 
 
 def _compare(found: Mapping[str, Tensor], rows: Mapping[str, Tensor], factors: Tensor) -> None:

@@ -77,6 +77,7 @@ class Session:
         recomputed: layers that ran without a graph and will be recorded in the recomputation (reentrant checkpointing).
         shared: layer -> whether all inputs of one row that it was given are shared by all examples. Only the forward
             pass can tell, and a recomputation must do the same.
+        counts: how often each layer without a rule was recorded.
     """
 
     def __init__(self, batch_size: int, trainable: dict[str, nn.Parameter], parts_of: PartsOf) -> None:
@@ -85,6 +86,7 @@ class Session:
         self.calls: list[Call] = []
         self.recomputed: set[nn.Module] = set()
         self.shared: dict[nn.Module, bool] = {}
+        self.counts: dict[nn.Module, int] = {}
         self.open = True
         self.coarse: str | None = None
         self._found: dict[str, list[PerExample]] = {}
@@ -283,6 +285,8 @@ class Call:
         self.rows = 0
         self.expanded = False  # one row served all examples
         self.done = False
+        self.ordinal = 0  # among the calls of a replayed layer
+        self.autocast: tuple[str, torch.dtype] | None = None  # that it must be replayed under
         self._ruled = ruled
         self._kept = keep
         self._arrived: set[int] = set()
@@ -391,6 +395,8 @@ def tap(
         output = _per_example_output(session, layer, inputs, output, expand=call.expanded)
         call.grads.append(None)
         return hooked(output, call.receiver(0))
+    call.ordinal, call.autocast = session.counts.get(module, 0), _autocast(layer)
+    session.counts[module] = call.ordinal + int(keep)
     leaves, spec = tree_flatten(output)
     for position, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
@@ -422,6 +428,12 @@ def note_shared(
         first = _first(inputs)
         shared = first is not None and shared_by_all(first, buffers)
         session.shared[module] = shared and session.shared.get(module, True)
+
+
+def _autocast(layer: Layer) -> tuple[str, torch.dtype] | None:
+    """Device and type of the autocast that a layer runs under."""
+    device = next(iter(layer.parameters.values())).device.type
+    return (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
 
 def _per_example_output(

@@ -1,23 +1,29 @@
 """Per-example gradients of a module without a rule: it is run again, under vmap or one example at a time.
 
 The module is a unit: everything inside it is differentiated together, so bare parameters, parametrisations and layers
-with a forward of their own are right without a rule. The replay must repeat what the forward pass computed; where it
-does not (dropout, an internal counter) it is refused.
+with a forward of their own are right without a rule. The replay must repeat what the forward pass computed. A module
+that does not (dropout, an internal counter) is refused. One that does, but not for some example, is not stopped by it,
+since an error would tell of that example: the example contributes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from dpbudget.errors import PrivacyViolation
-from dptrainer.clipping.vector_replay import replay_vectorised
+from dptrainer.clipping.arguments import Layout, arguments_of, form_of
+from dptrainer.clipping.vector_replay import replay_vectorised, same_rows
+
+#: Gradients by local name, and [B] whether the replay of each example repeated the forward pass.
+Replayed = tuple[dict[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,11 +32,13 @@ class UnitCall:
 
     Attributes:
         name: the unit's name in the model.
-        args: positional arguments; tensors with B rows are cut into examples, everything else is shared.
+        args: positional arguments; which of their tensors are cut into examples, :mod:`.arguments` says.
         kwargs: keyword arguments, likewise.
         outputs: the tensors it returned, in order.
         grads: for each of them the gradient, or None where none came back.
         batch_size: B >= 1.
+        ordinal: how many calls of the unit came before in this batch.
+        autocast: device and type of the autocast that it ran under, or None.
     """
 
     name: str
@@ -39,79 +47,125 @@ class UnitCall:
     outputs: Sequence[Tensor]
     grads: Sequence[Tensor | None]
     batch_size: int
+    ordinal: int = 0
+    autocast: tuple[str, torch.dtype] | None = None
+
+    @property
+    def tolerance(self) -> float:
+        """Largest difference between replay and forward pass that is rounding, in units of a row's largest entry."""
+        types = [leaf.dtype for leaf in tree_leaves((self.args, dict(self.kwargs), list(self.outputs))) if _real(leaf)]
+        types += [] if self.autocast is None else [self.autocast[1]]
+        return max(1e-3, *(16 * torch.finfo(dtype).eps for dtype in types)) if types else 1e-3
+
+
+def _real(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 def replay(unit: nn.Module, call: UnitCall, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Local parameter name -> [B, *shape] gradients of each example.
 
+    Those of an example whose output does not come out again are NaN: the engine gives it the factor 0.
+
     Raises:
-        PrivacyViolation: (DP019) the replay computes something else than the forward pass did; (DP030) an output does
-            not have one slice per example.
+        PrivacyViolation: (DP019) the replay has never computed what the forward pass did; (DP030) an output does
+            not have one slice per example, or an argument another number of rows.
     """
-    at_once = replay_vectorised(unit, call.args, call.kwargs, call.outputs, call.grads, call.batch_size, parameters)
+    leaves, _, form = form_of(call.args, call.kwargs)
+    known = arguments_of(unit)
+    layouts = known.layouts(call.name, leaves, form, call.ordinal, call.batch_size)
+    with _as_recorded(call.autocast):
+        (grads, same), layout = _best(unit, call, parameters, layouts)
+    if bool(same.any()):
+        known.repeats = True
+        known.note(leaves, form, call.ordinal, call.batch_size, layout)
+    elif not known.repeats:
+        raise _differs(call)
+    return {name: torch.where(same.view(-1, *[1] * (rows.dim() - 1)), rows, torch.nan) for name, rows in grads.items()}
+
+
+@contextmanager
+def _as_recorded(autocast: tuple[str, torch.dtype] | None) -> Iterator[None]:
+    if autocast is None:
+        yield
+        return
+    # Without the cache, which would hold on to weights of a finished vmap.
+    with torch.autocast(autocast[0], dtype=autocast[1], cache_enabled=False):
+        yield
+
+
+def _best(
+    unit: nn.Module, call: UnitCall, parameters: Mapping[str, nn.Parameter], layouts: Sequence[Layout]
+) -> tuple[Replayed, Layout]:
+    """The replay under the layout that repeats the forward pass for most examples, and that layout.
+
+    After a set-up there is no choice: one layout is given.
+
+    Raises:
+        Exception: of the first layout, where the unit runs under none.
+    """
+    best: tuple[Replayed, Layout] | None = None
+    failure: Exception | None = None
+    for layout in layouts:
+        try:
+            found = _under(unit, call, parameters, layout)
+        except (RuntimeError, ValueError, AssertionError, PrivacyViolation) as error:
+            failure = error if failure is None else failure
+            continue
+        if best is None or int(found[1].sum()) > int(best[0][1].sum()):
+            best = found, layout
+        if len(layouts) == 1 or bool(best[0][1].all()):
+            break
+    if best is None:
+        assert failure is not None  # noqa: S101  (there is at least one layout)
+        raise failure
+    return best
+
+
+def _under(unit: nn.Module, call: UnitCall, parameters: Mapping[str, nn.Parameter], layout: Layout) -> Replayed:
+    """The replay with these arguments cut into examples: at once where that is sure, else one at a time."""
+    at_once = replay_vectorised(
+        unit, call.args, call.kwargs, call.outputs, call.grads, layout, parameters, call.tolerance
+    )
     if at_once is not None:
         return at_once
     fixed = {name: p.detach() for name, p in unit.named_parameters() if name not in parameters}
     fixed |= {name: buffer.detach().clone() for name, buffer in unit.named_buffers()}
     live = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    leaves, spec, _ = form_of(call.args, call.kwargs)
 
-    def gradient(index: int, square_is_shared: bool) -> list[Tensor]:
-        def cut(leaf: Any) -> Any:
-            return _example(leaf, index, call.batch_size, square_is_shared)
-
-        args, kwargs = tree_map(cut, (call.args, dict(call.kwargs)))
+    def gradient(index: int) -> tuple[list[Tensor], Tensor]:
+        single = [leaf[index : index + 1] if cut else leaf for leaf, cut in zip(leaves, layout, strict=True)]
+        args, kwargs = tree_unflatten(single, spec)
         with torch.enable_grad():
             result = functional_call(unit, {**fixed, **live}, args, kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         return _one_gradient(call, outputs, index, list(live.values()))
 
-    shared = False
-    try:
-        first = gradient(0, shared)
-    except (RuntimeError, ValueError, AssertionError, PrivacyViolation):
-        # As many positions as examples: a mask [T, T] looks like rows of examples. The output tells which it is.
-        if not _has_square(call):
-            raise
-        shared = True
-        first = gradient(0, shared)
-    rows = [first, *(gradient(index, shared) for index in range(1, call.batch_size))]
-    return {name: torch.stack(list(grads)) for name, grads in zip(live, zip(*rows, strict=True), strict=True)}
+    rows, same = zip(*(gradient(index) for index in range(call.batch_size)), strict=True)
+    grads = {name: torch.stack(list(found)) for name, found in zip(live, zip(*rows, strict=True), strict=True)}
+    return grads, torch.cat(same)
 
 
-def _is_square(leaf: Any, batch_size: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.shape == (batch_size, batch_size)
-
-
-def _has_square(call: UnitCall) -> bool:
-    return any(_is_square(leaf, call.batch_size) for leaf in tree_leaves((call.args, dict(call.kwargs))))
-
-
-def _example(leaf: Any, index: int, batch_size: int, square_is_shared: bool) -> Any:
-    """A batch of one, where the leaf is a tensor with one row per example."""
-    if square_is_shared and _is_square(leaf, batch_size):
-        return leaf
-    if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch_size:
-        return leaf[index : index + 1]
-    return leaf
-
-
-def _one_gradient(call: UnitCall, outputs: list[Tensor], index: int, live: list[Tensor]) -> list[Tensor]:
-    """Gradients of one example, zero where a parameter was not used."""
+def _one_gradient(call: UnitCall, outputs: list[Tensor], index: int, live: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Gradients of one example, zero where a parameter was not used; and [1] whether its outputs came out again."""
     roots, cotangents = [], []
     if len(outputs) != len(call.outputs):
         raise _differs(call)
+    same = torch.ones(1, dtype=torch.bool, device=live[0].device)
     for single, whole, grad in zip(outputs, call.outputs, call.grads, strict=True):
         if grad is None:
             continue
         dim = _batch_dim(call, single, whole)
-        _compare(call, single.detach(), whole.narrow(dim, index, 1))
+        pair = (single.detach().transpose(0, dim), whole.narrow(dim, index, 1).transpose(0, dim))
+        same &= same_rows(*pair, call.tolerance)
         if single.requires_grad:
             roots.append(single)
             cotangents.append(grad.narrow(dim, index, 1).to(single.dtype))
     if not roots:
-        return [torch.zeros_like(p) for p in live]
+        return [torch.zeros_like(p) for p in live], same
     found = torch.autograd.grad(roots, live, cotangents, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(live, found, strict=True)]
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(live, found, strict=True)], same
 
 
 def _batch_dim(call: UnitCall, single: Tensor, whole: Tensor) -> int:
@@ -129,15 +183,6 @@ def _batch_dim(call: UnitCall, single: Tensor, whole: Tensor) -> int:
         hint="keep the examples in dimension 0 of its inputs and outputs.",
         code="DP030",
     )
-
-
-def _compare(call: UnitCall, single: Tensor, whole: Tensor) -> None:
-    """The replayed output must be the recorded one up to rounding, wherever both are finite."""
-    both = single.isfinite() & whole.isfinite()
-    difference = torch.where(both, single - whole, torch.zeros_like(single)).abs()
-    size = torch.where(both, whole, torch.zeros_like(whole)).abs()
-    if difference.numel() and difference.max() > 1e-3 * size.max() + 1e-6:
-        raise _differs(call)
 
 
 def _differs(call: UnitCall) -> PrivacyViolation:

@@ -1,6 +1,6 @@
 """Per-example gradients of a module without a rule, all examples at once: ``torch.func.vmap`` over its replay.
 
-It answers only where it is sure: the module vectorises, dimension 0 counts the examples, and the replayed outputs are
+It answers only where it is sure: the module vectorises, dimension 0 counts the examples, and replayed outputs are
 the recorded ones. Everything else is left to the loop over single examples, which also says what is wrong. Recurrent
 layers go there directly: vmap over them takes an order of magnitude longer than the loop (docs/benchmarks.md).
 """
@@ -23,24 +23,30 @@ def replay_vectorised(
     kwargs: Mapping[str, Any],
     outputs: Sequence[Tensor],
     grads: Sequence[Tensor | None],
-    batch_size: int,
+    examples: Sequence[bool],
     parameters: Mapping[str, nn.Parameter],
-) -> dict[str, Tensor] | None:
+    tolerance: float,
+) -> tuple[dict[str, Tensor], Tensor] | None:
     """Local parameter name -> [B, *shape] gradients of each example, or None where the loop must answer.
 
     Args:
         unit: the module.
-        args: positional arguments of the call; tensors with B rows are cut into examples, the rest is shared.
-        kwargs: keyword arguments, likewise.
+        args: positional arguments of the call.
+        kwargs: keyword arguments.
         outputs: the tensors it returned.
         grads: the gradient that came back to each output, or None.
-        batch_size: B.
+        examples: for each leaf of the flattened arguments whether its rows are examples; the rest is shared.
         parameters: its trainable parameters.
+        tolerance: see :func:`same_rows`.
+
+    Returns:
+        The gradients, and [B] whether the replay of each example repeated the forward pass.
     """
     leaves, layout = tree_flatten((args, dict(kwargs)))
-    if not _vectorises(unit, leaves, outputs, batch_size):
+    size = next((leaf.shape[0] for leaf, cut in zip(leaves, examples, strict=True) if cut), 0)
+    if not _vectorises(unit, outputs, size):
         return None
-    dims = [0 if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch_size else None for leaf in leaves]
+    dims = [0 if cut else None for cut in examples]
     fixed = {name: p.detach() for name, p in unit.named_parameters() if name not in parameters}
     fixed |= {name: buffer.detach().clone() for name, buffer in unit.named_buffers()}
     used = [index for index, found in enumerate(grads) if found is not None]
@@ -65,25 +71,35 @@ def replay_vectorised(
             rows, again = run(live, cotangents, *leaves)
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError):
         return None  # not every operation vectorises; the loop does the same work and names real faults
-    same = all(_same(found, outputs[index]) for found, index in zip(again, used, strict=True))
-    return {name: value.detach() for name, value in rows.items()} if same else None
+    if any(found.shape != outputs[index].shape for found, index in zip(again, used, strict=True)):
+        return None
+    same = torch.ones(size, dtype=torch.bool, device=outputs[0].device)
+    for found, index in zip(again, used, strict=True):
+        same &= same_rows(found.detach(), outputs[index], tolerance)
+    return ({name: value.detach() for name, value in rows.items()}, same) if bool(same.any()) else None
 
 
-def _vectorises(unit: nn.Module, leaves: list[Any], outputs: Sequence[Tensor], batch_size: int) -> bool:
-    if batch_size < 2 or any(isinstance(module, nn.RNNBase) for module in unit.modules()):
+def _vectorises(unit: nn.Module, outputs: Sequence[Tensor], batch_size: int) -> bool:
+    if batch_size < 1 or any(isinstance(module, nn.RNNBase) for module in unit.modules()):
         return False
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    # A square [B, B] may be a mask rather than rows of examples; the loop finds out which.
-    if any(t.shape == (batch_size, batch_size) for t in tensors):
-        return False
-    return all(out.dim() > 0 and out.shape[0] == batch_size for out in outputs)
+    return bool(outputs) and all(out.dim() > 0 and out.shape[0] == batch_size for out in outputs)
 
 
-def _same(found: Tensor, recorded: Tensor) -> bool:
-    """Equal up to rounding wherever both are finite."""
-    if found.shape != recorded.shape:
-        return False
-    both = found.isfinite() & recorded.isfinite()
-    difference = torch.where(both, found - recorded, torch.zeros_like(found)).abs()
-    size = torch.where(both, recorded, torch.zeros_like(recorded)).abs()
-    return not difference.numel() or bool(difference.max() <= 1e-3 * size.max() + 1e-6)
+def same_rows(found: Tensor, recorded: Tensor, tolerance: float) -> Tensor:
+    """[B]: whether each row is the recorded one up to rounding, measured by the size of that row and of no other.
+
+    Args:
+        found: [B, ...].
+        recorded: [B, ...].
+        tolerance: largest difference in units of the row's largest entry.
+    """
+    found, recorded = (t.reshape(t.shape[0], -1) for t in (found, recorded))
+    if not found.shape[1]:
+        return torch.ones(len(found), dtype=torch.bool, device=found.device)
+    wide = torch.promote_types(torch.promote_types(found.dtype, recorded.dtype), torch.float32)
+    found, recorded = found.to(wide), recorded.to(wide)
+    finite = found.isfinite() & recorded.isfinite()
+    zero = torch.zeros((), dtype=wide, device=found.device)
+    size = torch.where(finite, recorded, zero).abs().amax(1, keepdim=True)
+    close = torch.where(finite, (found - recorded).abs() <= tolerance * size + 1e-6, False)
+    return (close | (found == recorded) | (found.isnan() & recorded.isnan())).all(1)
