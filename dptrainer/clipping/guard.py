@@ -23,6 +23,7 @@ _CUT = {torch.Tensor.detach, torch.detach, vars(torch._C.TensorBase)["data"].__g
 #: Values of these depend on the position alone; an embedding of them has positions, not examples, in dimension 0.
 _POSITIONS = {torch.arange, torch.linspace, torch.range}
 _MARK = "_dptrainer_positions"
+_HOLDERS = (Tensor, list, tuple)
 #: Copies of one row for all examples. Were they for positions, there would hardly ever be as many as examples, and the
 #: number of rows is checked.
 _COPIES = {torch.Tensor.expand, torch.Tensor.expand_as, torch.Tensor.repeat}
@@ -33,7 +34,7 @@ def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, (list, tuple)):  # noqa: UP038  (a union would be built anew at each operation)
             yield from tensors(value)
         elif isinstance(value, dict):
             yield from tensors(value.values())
@@ -54,6 +55,14 @@ def now_examples(tensor: Tensor) -> Tensor:
     if hasattr(tensor, _MARK):
         delattr(tensor, _MARK)
     return tensor
+
+
+def same_mark(before: Tensor, after: Tensor) -> Tensor:
+    """``after``, which is ``before`` for all that the guard knows."""
+    if depends_on_position_alone(before):
+        setattr(after, _MARK, True)
+        return after
+    return now_examples(after)
 
 
 def compiled_part() -> None:
@@ -91,7 +100,7 @@ class ParameterGuard(TorchFunctionMode):
         if self.functions and func in self.functions:
             return self.functions[func](*args, **kwargs)  # answers for the parameters among its arguments itself
         result = func(*args, **kwargs)
-        if not isinstance(result, Tensor | list | tuple):
+        if not isinstance(result, _HOLDERS):
             return result  # shapes, types and numbers of elements carry no gradient
         inputs = list(tensors(args))
         if kwargs:

