@@ -156,7 +156,7 @@ def _precision_switches() -> tuple[Any, ...]:
     """What decides the precision of float32 products and convolutions in this build; none before torch 2.9."""
     libraries = [torch.backends.mkldnn]
     places: list[Any] = []
-    if torch.backends.cuda.is_built():
+    if torch.version.cuda is not None or torch.version.hip is not None:
         libraries.append(torch.backends.cudnn)
         places.append(torch.backends.cuda.matmul)
     places += [getattr(library, kind, None) for library in libraries for kind in ("matmul", "conv", "rnn")]

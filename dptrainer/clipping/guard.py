@@ -34,7 +34,7 @@ def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, (list, tuple)):  # noqa: UP038  (a union would be built anew at each operation)
+        elif isinstance(value, (list, tuple)):  # a union would be built anew at each operation
             yield from tensors(value)
         elif isinstance(value, dict):
             yield from tensors(value.values())
@@ -152,18 +152,41 @@ class ParameterGuard(TorchFunctionMode):
         )
 
 
+def every_module(model: nn.Module) -> list[nn.Module]:
+    """The model and all modules inside it, each once: ``model.modules()`` at a quarter of its time, without order.
+
+    Walked anew whenever it is asked for: what a step must not overlook cannot be looked up in a list of earlier steps.
+    """
+    found, seen = [model], {model}
+    for module in found:  # grows meanwhile
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
+
+
 class BufferWatch:
     """Notices buffers that a forward pass replaced or wrote: running statistics are a release without noise."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        #: Referred to, so that no other tensor can take the identity of one that is replaced.
+        self._alive = [buffer for module in every_module(model) for buffer in module._buffers.values()]
         self._before = self._state()
 
-    def _state(self) -> dict[str, tuple[int, int]]:
+    def _state(self) -> dict[tuple[int, str], tuple[int, int]]:
         return {
-            name: (id(buffer), 0 if buffer.is_inference() else buffer._version)
-            for name, buffer in self._model.named_buffers()
+            (id(module), name): (id(buffer), 0 if buffer.is_inference() else buffer._version)
+            for module in every_module(self._model)
+            if module._buffers
+            for name, buffer in module._buffers.items()
+            if buffer is not None
         }
+
+    def _full_name(self, module: int, local: str) -> str:
+        names = (name for name, found in self._model.named_modules() if id(found) == module)
+        return ".".join(part for part in (next(names, ""), local) if part)
 
     def check(self) -> None:
         """Compares with the state at construction.
@@ -172,11 +195,13 @@ class BufferWatch:
             PrivacyViolation: (DP013) a buffer changed, appeared or vanished.
         """
         after = self._state()
-        changed = [name for name in {**self._before, **after} if self._before.get(name) != after.get(name)]
+        if after == self._before:
+            return
+        changed = [place for place in {**self._before, **after} if self._before.get(place) != after.get(place)]
         if changed:
             raise PrivacyViolation(
-                f'buffer "{changed[0]}" was updated during forward, from private data and without noise'
-                + (f" (and {len(changed) - 1} more)." if len(changed) > 1 else "."),
+                f'buffer "{self._full_name(*changed[0])}" was updated during forward, from private data and without '
+                "noise" + (f" (and {len(changed) - 1} more)." if len(changed) > 1 else "."),
                 hint="call .eval() on that layer, or replace it by one that keeps no statistics.",
                 code="DP013",
             )

@@ -11,7 +11,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dpbudget.errors import PrivacyViolation
-from dptrainer.clipping.guard import depends_on_position_alone, now_examples, same_mark
+from dptrainer.clipping.guard import depends_on_position_alone, every_module, now_examples, same_mark
 from dptrainer.clipping.layout import Layer
 from dptrainer.clipping.per_example import PerExample
 from dptrainer.clipping.products import settled
@@ -57,8 +57,9 @@ def refuse_batch_norm(model: nn.Module) -> None:
     Raises:
         PrivacyViolation: (DP010) names the layer.
     """
-    for name, module in model.named_modules():
+    for module in every_module(model):
         if module.training and isinstance(module, _BATCH_NORMS):
+            name = next((name for name, found in model.named_modules() if found is module), "")
             raise PrivacyViolation(
                 f'layer "{name}" ({type(module).__name__}) mixes examples.',
                 hint="replace it by GroupNorm, or keep it frozen in eval mode with .eval().",

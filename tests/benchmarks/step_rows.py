@@ -95,6 +95,7 @@ class Ours:
         return self.engine.backward(losses)
 
     def __call__(self) -> None:
+        self.optimizer.zero_grad()  # as the ordinary step does, and as the private loop does by itself
         receipt = self.run.next_receipt()
         x, y = self.x, self.y
         if self.poisson:
