@@ -235,9 +235,11 @@ class BookKeeping:
             for group, forms in packs.items()
         }
         factors = self._clipping.factors(squared, self._clip_norm)
-        # Whatever a policy answers, no example leaves with more than C; of what keeps the bound nothing is taken.
-        left = clip_factors(total({group: squared[group] * factors[group] ** 2 for group in groups}), self._clip_norm)
-        factors = {group: factor * left for group, factor in factors.items()}
+        if type(self._clipping) is not FlatClipping:  # whose factors are what clip_factors gives
+            # Whatever a policy answers, no example leaves with more than C; of what keeps the bound nothing is taken.
+            held = {group: squared[group] * factors[group] ** 2 for group in groups}
+            left = clip_factors(total(held), self._clip_norm)
+            factors = {group: factor * left for group, factor in factors.items()}
         sums: dict[str, Tensor] = {}
         for group, forms in packs.items():
             while forms:  # the rows of each make room for the next sum

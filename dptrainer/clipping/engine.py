@@ -152,6 +152,20 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def _precision_switches() -> tuple[Any, ...]:
+    """What decides the precision of float32 products and convolutions in this build; none before torch 2.9."""
+    libraries = [torch.backends.mkldnn]
+    places: list[Any] = []
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        libraries.append(torch.backends.cudnn)
+        places.append(torch.backends.cuda.matmul)
+    places += [getattr(library, kind, None) for library in libraries for kind in ("matmul", "conv", "rnn")]
+    return tuple(place for place in places if hasattr(place, "fp32_precision"))
+
+
+_SWITCHES = _precision_switches()
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Within the block, float32 products and convolutions are in float32, whatever the program allows elsewhere.
@@ -159,11 +173,7 @@ def full_precision() -> Iterator[None]:
     With TF32 or bfloat16 products a clipped sum could exceed the sum of its clipped terms by up to 2^-8, relatively,
     which is far more than :data:`SHRINK` leaves room for.
     """
-    cpu, cudnn = torch.backends.mkldnn, torch.backends.cudnn
-    places: list[Any] = [torch.backends.cuda.matmul]
-    places += [getattr(library, kind, None) for library in (cpu, cudnn) for kind in ("matmul", "conv", "rnn")]
-    backends = [place for place in places if hasattr(place, "fp32_precision")]
-    if not backends:  # before torch 2.9 there is one switch for all
+    if not _SWITCHES:  # before torch 2.9 there is one switch for all
         known = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
@@ -171,14 +181,14 @@ def full_precision() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(known)
         return
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
+    before = [switch.fp32_precision for switch in _SWITCHES]
+    for switch in _SWITCHES:
+        switch.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        for switch, precision in zip(_SWITCHES, before, strict=True):
+            switch.fp32_precision = precision
 
 
 def sum_dtype(parameter: Tensor) -> torch.dtype:

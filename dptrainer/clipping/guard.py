@@ -25,6 +25,7 @@ _POSITIONS = {torch.arange, torch.linspace, torch.range}
 #: One row of these (or a number) is the same for all examples; several rows may well be examples.
 _CONSTANTS = {torch.zeros, torch.ones, torch.full, torch.tensor}
 _MARK = "_dptrainer_positions"
+_HOLDERS = (Tensor, list, tuple)
 #: Copies of one row for all examples. Were they for positions, there would hardly ever be as many as examples, and the
 #: number of rows is checked.
 _COPIES = {torch.Tensor.expand, torch.Tensor.expand_as, torch.Tensor.repeat}
@@ -35,7 +36,7 @@ def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, (list, tuple)):  # a union would be built anew at each operation
             yield from tensors(value)
         elif isinstance(value, dict):
             yield from tensors(value.values())
@@ -65,6 +66,14 @@ def now_examples(tensor: Tensor) -> Tensor:
     if hasattr(tensor, _MARK):
         delattr(tensor, _MARK)
     return tensor
+
+
+def same_mark(before: Tensor, after: Tensor) -> Tensor:
+    """``after``, which is ``before`` for all that the guard knows."""
+    if depends_on_position_alone(before):
+        setattr(after, _MARK, True)
+        return after
+    return now_examples(after)
 
 
 def compiled_part() -> None:
@@ -102,7 +111,7 @@ class ParameterGuard(TorchFunctionMode):
         if self.functions and func in self.functions:
             return self.functions[func](*args, **kwargs)  # answers for the parameters among its arguments itself
         result = func(*args, **kwargs)
-        if not isinstance(result, Tensor | list | tuple):
+        if not isinstance(result, _HOLDERS):
             if func is torch.Tensor.__setitem__:  # data may be what was written
                 now_examples(args[0])
             return result  # shapes, types and numbers of elements carry no gradient
@@ -167,18 +176,41 @@ class ParameterGuard(TorchFunctionMode):
         )
 
 
+def every_module(model: nn.Module) -> list[nn.Module]:
+    """The model and all modules inside it, each once: ``model.modules()`` at a quarter of its time, without order.
+
+    Walked anew whenever it is asked for: what a step must not overlook cannot be looked up in a list of earlier steps.
+    """
+    found, seen = [model], {model}
+    for module in found:  # grows meanwhile
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
+
+
 class BufferWatch:
     """Notices buffers that a forward pass replaced or wrote: running statistics are a release without noise."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        #: Referred to, so that no other tensor can take the identity of one that is replaced.
+        self._alive = [buffer for module in every_module(model) for buffer in module._buffers.values()]
         self._before = self._state()
 
-    def _state(self) -> dict[str, tuple[int, int]]:
+    def _state(self) -> dict[tuple[int, str], tuple[int, int]]:
         return {
-            name: (id(buffer), 0 if buffer.is_inference() else buffer._version)
-            for name, buffer in self._model.named_buffers()
+            (id(module), name): (id(buffer), 0 if buffer.is_inference() else buffer._version)
+            for module in every_module(self._model)
+            if module._buffers
+            for name, buffer in module._buffers.items()
+            if buffer is not None
         }
+
+    def _full_name(self, module: int, local: str) -> str:
+        names = (name for name, found in self._model.named_modules() if id(found) == module)
+        return ".".join(part for part in (next(names, ""), local) if part)
 
     def check(self) -> None:
         """Compares with the state at construction.
@@ -187,11 +219,13 @@ class BufferWatch:
             PrivacyViolation: (DP013) a buffer changed, appeared or vanished.
         """
         after = self._state()
-        changed = [name for name in {**self._before, **after} if self._before.get(name) != after.get(name)]
+        if after == self._before:
+            return
+        changed = [place for place in {**self._before, **after} if self._before.get(place) != after.get(place)]
         if changed:
             raise PrivacyViolation(
-                f'buffer "{changed[0]}" was updated during forward, from private data and without noise'
-                + (f" (and {len(changed) - 1} more)." if len(changed) > 1 else "."),
+                f'buffer "{self._full_name(*changed[0])}" was updated during forward, from private data and without '
+                "noise" + (f" (and {len(changed) - 1} more)." if len(changed) > 1 else "."),
                 hint="call .eval() on that layer, or replace it by one that keeps no statistics.",
                 code="DP013",
             )

@@ -21,6 +21,8 @@ CHUNK_ELEMENTS = 1 << 20
 _BLOCK = 4096
 #: Rows up to this long are joined with those of other parameters, so that one operation serves them all.
 _SHORT = 4096
+#: Rank-one gradients up to this large are instantiated to join them: starting an operation costs more than its work.
+_TINY = 256
 
 
 def _norms(values: Tensor, dim: int) -> Tensor:
@@ -248,7 +250,8 @@ class TableRows(PerExample):
         """See :class:`PerExample`."""
         per_entry = weights.to(self._values.dtype).index_select(0, self._example)
         scaled = finite(self._values, owned=True).mul_(per_entry.unsqueeze(1))
-        # What an embedding's own backward calls: threads share the rows of the table among them.
+        if scaled.device.type == "cpu":  # up to four times as fast, and in the same order every time
+            return scaled.new_zeros(self._rows, scaled.shape[1]).index_add_(0, self._index, scaled).view(self.shape)
         table: Tensor = torch.ops.aten.embedding_dense_backward(scaled, self._index, self._rows, -1, False)
         return table.view(self.shape)
 
@@ -330,8 +333,12 @@ def packed(per_example: Mapping[str, PerExample]) -> list[tuple[PerExample, Memb
     forms: list[tuple[PerExample, Members]] = []
     short: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], Members]] = {}
     for name, form in per_example.items():
+        piece = None
         if isinstance(form, Dense) and form.plain and form.shape.numel() <= _SHORT:
             (piece,) = form.pieces
+        elif isinstance(form, Outer) and form.shape.numel() <= _TINY:
+            piece = form.dense(slice(0, form.batch_size))
+        if piece is not None:
             rows, members = short.setdefault((piece.dtype, piece.device), ([], []))
             rows.append(piece.reshape(form.batch_size, -1))
             members.append((name, form.shape))

@@ -11,7 +11,13 @@ from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dpbudget.errors import PrivacyViolation
-from dptrainer.clipping.guard import depends_on_position_alone, now_examples, shared_by_all
+from dptrainer.clipping.guard import (
+    depends_on_position_alone,
+    every_module,
+    now_examples,
+    same_mark,
+    shared_by_all,
+)
 from dptrainer.clipping.layout import Layer
 from dptrainer.clipping.per_example import PerExample
 from dptrainer.clipping.products import settled
@@ -57,8 +63,9 @@ def refuse_batch_norm(model: nn.Module) -> None:
     Raises:
         PrivacyViolation: (DP010) names the layer.
     """
-    for name, module in model.named_modules():
+    for module in every_module(model):
         if module.training and isinstance(module, _BATCH_NORMS):
+            name = next((name for name, found in model.named_modules() if found is module), "")
             raise PrivacyViolation(
                 f'layer "{name}" ({type(module).__name__}) mixes examples.',
                 hint="replace it by GroupNorm, or keep it frozen in eval mode with .eval().",
@@ -355,6 +362,11 @@ class _Leaf(torch.autograd.Function):
 
 def hooked(output: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
     """The tensor, whose gradient is handed to ``receive``; it starts a graph where it had none."""
+    with torch._C.DisableTorchFunction():  # the guard has nothing to find here
+        return same_mark(output, _hooked(output, receive))
+
+
+def _hooked(output: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
     if output.requires_grad:
         base, shape = output._base, output.shape
         if base is None:
@@ -387,14 +399,15 @@ def tap(
     Raises:
         PrivacyViolation: (DP030) the input has positions, not examples, in dimension 0.
     """
-    call = Call(session, module, layer, inputs, keep=keep, ruled=layer.rule is not None)
-    if keep:
-        session.calls.append(call)
-    if layer.rule is not None:
-        call.expanded = _one_row(module, inputs) and session.batch_size > 1 and session.shared.get(module, False)
-        output = _per_example_output(session, layer, inputs, output, expand=call.expanded)
-        call.grads.append(None)
-        return hooked(output, call.receiver(0))
+    with torch._C.DisableTorchFunction():  # each operation that the guard looks at costs as much again
+        call = Call(session, module, layer, inputs, keep=keep, ruled=layer.rule is not None)
+        if keep:
+            session.calls.append(call)
+        if layer.rule is not None:
+            call.expanded = _one_row(module, inputs) and session.batch_size > 1 and session.shared.get(module, False)
+            output = _per_example_output(session, layer, inputs, output, expand=call.expanded)
+            call.grads.append(None)
+            return hooked(output, call.receiver(0))
     call.ordinal, call.autocast = session.counts.get(module, 0), _autocast(layer)
     session.counts[module] = call.ordinal + int(keep)
     leaves, spec = tree_flatten(output)
@@ -409,6 +422,9 @@ def tap(
 
 
 def _first(inputs: tuple[Any, Mapping[str, Any]]) -> Tensor | None:
+    args = inputs[0]
+    if args and isinstance(args[0], Tensor):
+        return args[0]
     return next((t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), None)
 
 

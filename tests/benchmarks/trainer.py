@@ -6,7 +6,8 @@
 Each model's rows take turns in one process, each step right after a non-private one; printed are medians, and the
 median ratio of wall time (with quartiles) and of processor time. Slow rows take fewer turns. Peak memory is measured in
 a fresh process for each row: growth of the resident set (VmHWM) over three steps, from the moment when the model exists
-and the libraries have been used once. Of our step the ratio without its noise is printed too, and the noise's share.
+and the libraries have been used once. Of our step the ratio of processor
+time without its noise is printed too, and the noise's share of it.
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ def line(name: str, samples: list[Sample], peak: str) -> str:
     cpu_ratio = f"{statistics.median(s[1] / s[3] for s in samples):.2f}"
     silent = noise = ""
     if samples[0][4]:
-        silent = f"{statistics.median((s[0] - s[4]) / s[2] for s in samples):.2f}"
-        noise = f"{100 * statistics.median(s[4] / s[0] for s in samples):.0f} %"
+        silent = f"{statistics.median((s[1] - s[4]) / s[3] for s in samples):.2f}"
+        noise = f"{100 * statistics.median(s[4] / s[1] for s in samples):.0f} %"
     spread = f"{low:.2f} to {high:.2f}"
     return LAYOUT.format(name, wall, cpu, f"{middle:.2f}", spread, cpu_ratio, silent, noise, peak, len(samples))
 
