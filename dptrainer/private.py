@@ -217,8 +217,6 @@ def make_private(
     except DPBudgetError:
         loop.detach()
         raise
-    if note is not None and loss_fn is None:
-        note("loss_fn was not given, so the loss of the loop was not tested for mixing examples; pass loss_fn=...")
     if note is not None and run.charged:
         note(f"{run.charged} steps of this run are charged already; load the checkpoint of their weights.")
     if not tested:
