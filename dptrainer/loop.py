@@ -116,6 +116,10 @@ class PrivateLoop:
         """Whether the physical batch that was opened last ends its step."""
         return self._step is not None and self._step.last
 
+    def look_around(self) -> None:
+        """Find what is trained beside the model, so that private batches do not train it too."""
+        self._outside.look_around(self._model)
+
     def begin(self, receipt: Receipt) -> Step:
         """Begin the step of a receipt; an unfinished one is dropped, its partial sum never released."""
         self.drop()

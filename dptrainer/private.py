@@ -20,6 +20,7 @@ from dptrainer.loss_probe import probe_criterion
 from dptrainer.losses import Loss
 from dptrainer.memory import PhysicalSize, checked_size, physical_size
 from dptrainer.noise.source import NoiseSource
+from dptrainer.outside import refuse_trainable_criterion
 from dptrainer.probe import tell_untested
 from dptrainer.sampling import PoissonSampler, physical_batches
 
@@ -56,6 +57,7 @@ class PrivateLoader:
             StorageFailed: a step could not be charged (DP075).
         """
         steps = 0
+        self._loop.look_around()
         while self._epoch is None or steps < self._epoch:
             receipt = self._next_receipt(first=steps == 0)
             if receipt is None:
@@ -195,6 +197,7 @@ def make_private(
             hint="leave it out to run to the end of the plan",
         )
     checked_size(physical_batch_size)
+    refuse_trainable_criterion(loss_fn, model)
     records = Records(dataset, collate_fn, views=views)
     synthetic = records.synthetic()
     loop = PrivateLoop(

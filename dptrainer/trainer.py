@@ -19,6 +19,7 @@ from dptrainer.loop import detach_earlier
 from dptrainer.losses import Loss, PerExampleLoss
 from dptrainer.memory import PhysicalSize, checked_size, physical_size
 from dptrainer.noise.source import NoiseSource, SecureNoise
+from dptrainer.outside import refuse_trainable_criterion, refuse_trainable_loss
 from dptrainer.probe import probe, probe_loss, tell_untested
 from dptrainer.sampling import Indices, PoissonSampler, physical_batches
 from dptrainer.update import check_run, release
@@ -111,6 +112,7 @@ class PrivateTrainer:
         check_unit(dataset, run)
         detach_earlier(model, optimizer)
         self._records = Records(dataset, collate_fn, views=views)
+        refuse_trainable_criterion(loss_fn, model)
         self._loss = PerExampleLoss(loss_fn)
         inputs, named, target = split_batch(self._records.synthetic())
         tested = probe(model, inputs, replay, named=named, note=note)
@@ -185,6 +187,7 @@ class PrivateTrainer:
         inputs, named, target = split_batch(to_device(batch, device))
         with torch.enable_grad(), self._engine.record(rows, grouping=grouping):
             losses = self._loss(self._model(*inputs, **named), target, rows)
+            refuse_trainable_loss(losses, self._model)
         return self._engine.backward(losses)
 
     def _tell(self, steps: int) -> None:

@@ -91,7 +91,7 @@ def test_a_model_that_draws_is_tested_in_full_and_accepted(kind: str, monkeypatc
     torch.set_rng_state(before)
     private(model, note=notes.append)[2].detach()
     assert tested == [model]
-    assert notes == []
+    assert [said for said in notes if "loss_fn was not given" not in said] == []
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -107,7 +107,7 @@ def test_what_no_test_can_repeat_is_mentioned() -> None:
 
     notes: list[str] = []
     private(Draws(draw), note=notes.append)[2].detach()
-    assert notes == [probing.UNTESTED_CLIPPING]
+    assert [said for said in notes if "loss_fn was not given" not in said] == [probing.UNTESTED_CLIPPING]
     with pytest.warns(UserWarning, match="clipping was not compared"):
         private(Draws(draw))[2].detach()
 
