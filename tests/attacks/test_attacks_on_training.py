@@ -208,7 +208,9 @@ def test_attack_22_two_ranks_add_the_whole_noise_each_and_are_charged_for_both(t
     assert [one.returncode, two.returncode] == [0, 0], outputs
     plans = plan(20, dataset_size=40, batch_size=40)
     for output, _ in outputs:
-        moved = torch.tensor(json.loads(output), dtype=torch.float64)
+        said = json.loads(output)
+        assert said["refused"] == "DP019"  # DistributedDataParallel
+        moved = torch.tensor(said["moved"], dtype=torch.float64)
         assert moved.shape == (steps, 10, 50)
         assert 1e-6 < _chi_squared(moved, plans.phases[0].noise_multiplier / 40) < 1 - 1e-6
     assert charged(path) == 2 * steps

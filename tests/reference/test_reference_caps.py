@@ -229,7 +229,7 @@ def test_ten_thousand_runs_and_not_one_more() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["portfolio", "rdp"])
-def test_a_hundred_thousand_phases_and_not_one_more(kind: str) -> None:
+def test_as_many_phases_as_there_may_be_and_not_one_more(kind: str) -> None:
     def add(history: History, number: int, phases: int) -> History:
         table = {"costs": [[ZERO]] * phases, "tails": [ZERO] * phases, "factors": [ZERO] * phases}
         return history.plan(run_id(number), steps=[1] * phases, **(table if kind == "rdp" else {}))
@@ -238,7 +238,7 @@ def test_a_hundred_thousand_phases_and_not_one_more(kind: str) -> None:
         history = History(kind).renyi(EPSILON) if kind == "rdp" else History().portfolio()
         for number in range(phases // 1024):
             add(history, number, 1024)
-        return add(history, phases // 1024, phases % 1024)
+        return add(history, phases // 1024, phases % 1024) if phases % 1024 else history
 
     assert at(MAX_ALL_PHASES - 1).holds()
     history = at(MAX_ALL_PHASES)
@@ -249,7 +249,7 @@ def test_a_hundred_thousand_phases_and_not_one_more(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("orders", [11, 64])
+@pytest.mark.parametrize("orders", [31, 64])
 def test_a_million_costs_of_phases_and_not_one_more(orders: int) -> None:
     def at(phases: int) -> History:
         history = History("rdp").renyi(*[EPSILON] * orders)
