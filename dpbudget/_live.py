@@ -8,7 +8,6 @@ from dpbudget._calibrate import _load
 from dpbudget._search import QuickCurve
 from dpbudget.curve import Bounds, PrivacyCurve
 from dpbudget.errors import NotComputable
-from dpbudget.mechanisms import Charge
 from dpbudget.meter import Meter
 from dpbudget.plan import Plan
 
@@ -31,7 +30,7 @@ def build_meter(plan: Plan, *, points: int = 16) -> Meter:
     ideal = plan.ideal_delta(delta)
 
     def answer(steps: int) -> Bounds:
-        return _between(accountant.curve(_first_charges(plan, steps), plan.adjacency), ideal, delta)
+        return _between(accountant.curve(plan.first(steps).charges, plan.adjacency), ideal, delta)
 
     rows = {plan.steps: answer(plan.steps)}
     for steps in _step_points(plan, points):
@@ -83,13 +82,3 @@ def _step_points(plan: Plan, points: int) -> list[int]:
     if len(plan.phases) <= points:
         chosen |= set(accumulate(phase.steps for phase in plan.phases))
     return sorted((steps for steps in chosen - {total} if steps >= _FEW_STEPS), reverse=True)
-
-
-def _first_charges(plan: Plan, steps: int) -> list[Charge]:
-    """What the first ``steps`` steps of a plan cost."""
-    charges, left = [], steps
-    for charge in plan.charges:
-        if left > 0:
-            charges.append(Charge(charge.mechanism, min(charge.count, left)))
-            left -= charge.count
-    return charges

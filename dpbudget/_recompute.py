@@ -202,17 +202,8 @@ def _spent_rdp(state: LedgerState, clock: Clock) -> tuple[Bounds, float]:
     # The odometer needs a delta that was fixed before the first step.
     if len({grant.delta for grant in state.grants}) == 1:
         upper = min(upper, spent_epsilon(account.spent, account.terms, state.delta))
-    plans = [_part(run.plan, run.charged) for run in charged]
+    plans = [run.plan.first(run.charged) for run in charged]
     return Bounds(min(_lower(plans, state.delta, clock), upper), upper), state.delta
-
-
-def _part(plan: Plan, steps: int) -> Plan:
-    phases, left = [], steps
-    for phase in plan.phases:
-        if left:
-            phases.append(phase.replace(steps=min(left, phase.steps)))
-            left -= phases[-1].steps
-    return plan.replace(phases=tuple(phases))
 
 
 def _lower(plans: Sequence[Plan], delta: float, clock: Clock) -> float:

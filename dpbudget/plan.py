@@ -152,6 +152,22 @@ class Plan(Record):
         ends = list(accumulate(phase.steps for phase in self.phases))
         return self.phases[bisect_right(ends, step)]
 
+    def first(self, steps: int) -> Plan:
+        """The same plan cut after its first ``steps`` steps, for what these cost; its claim stays that of the whole.
+
+        Raises:
+            InvalidParameter: not 1 to :attr:`steps` steps (DP009).
+        """
+        if not 1 <= steps <= self.steps:
+            raise InvalidParameter(f"the first {steps} steps of a plan of {self.steps}", code="DP009")
+        phases, left = [], steps
+        for phase in self.phases:
+            if left == 0:
+                break
+            phases.append(phase.replace(steps=min(left, phase.steps)))
+            left -= phases[-1].steps
+        return self.replace(phases=tuple(phases))
+
     def ideal_delta(self, delta: float) -> float:
         """What is left of ``delta`` for the mechanism in real arithmetic after the bounded tail is charged."""
         return joint_ideal_delta((self,), delta)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from dpbudget.errors import InvalidParameter, Unreadable
 
@@ -34,7 +34,9 @@ def hold_output(output: str) -> Iterator[None]:
     try:
         yield
     finally:
-        os.unlink(name)  # while it is still held, so that it is this one
+        with suppress(OSError):
+            if _stands(name, descriptor):  # else somebody tidied up, and another process may hold what stands there now
+                os.unlink(name)
         os.close(descriptor)
 
 

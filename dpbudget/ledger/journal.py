@@ -311,20 +311,21 @@ class Journal:
 
     def _catch_up(self, transaction: Transaction, mark: Mark | None = None) -> tuple[LedgerState, Head | None]:
         # Read under the lock: whoever belongs to this history raises the mark after a commit.
-        mark, state = mark or self._new_mark(), self.state
+        mark, state, roots = mark or self._new_mark(), self.state, dict[int, bytes]()
         added = iter(transaction.read(state.size))
         first = next(added, None)
         if first is not None:
             # Marks are of the newest records nearly always, and then need no second reading.
             machine = Machine(state, watch=range(state.size, state.size + _ROOTS))
             machine.feed(chain((first,), added))
-            state = machine.state()
-            self._remember_roots(machine.roots)
+            state, roots = machine.state(), machine.roots
+        # Before anything of it is believed.
+        head = self._newest(state, transaction.note())
         if self.high_water is not None and state.size:
-            self._remember_roots({state.size: state.tree.root})
+            self._remember_roots({**roots, state.size: state.tree.root})
         if mark is not None:
             self._check_mark(mark, transaction, state)
-        return state, self._newest(state, transaction.note())
+        return state, head
 
     def _remember_roots(self, roots: Mapping[int, bytes]) -> None:
         self._roots |= roots

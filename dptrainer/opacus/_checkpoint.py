@@ -134,7 +134,10 @@ def load(
             code="DP051",
             hint="load the weights yourself before make_private; what was spent on them comes on top",
         )
-    refuse_unpaid(spending, spent["charged"])
+    charged = spent.get("charged")
+    if not isinstance(charged, dict) or not all(isinstance(count, int) for count in charged.values()):
+        raise Unreadable("the file does not say what was spent", code="DP091", hint="pass a file of save_checkpoint")
+    refuse_unpaid(spending, charged)
     module.load_state_dict(content[_WEIGHTS], **dict(module_kwargs or {}))
     if optimizer is not None and content.get(_OPTIMIZER):
         optimizer.load_state_dict(content.pop(_OPTIMIZER))

@@ -212,7 +212,7 @@ class Spending:
             (phase.noise_multiplier, phase.rate, phase.steps)
             for run in runs
             if run.charged
-            for phase in _first_steps(run.plan, run.charged).phases
+            for phase in run.plan.first(run.charged).phases
         ]
 
     # ------------------------------------------------------------------ the ledger
@@ -275,24 +275,17 @@ def _key_files(place: Path) -> tuple[Path, Path]:
     return place.with_name(f"{place.name}.owner"), place.with_name(f"{place.name}.writer")
 
 
-def _first_steps(plan: Plan, charged: int) -> Plan:
-    """The plan as far as it was charged; its one phase is what this facade plans, and other phases end early."""
-    phases, left = [], charged
-    for phase in plan.phases:
-        if left > 0:
-            phases.append(phase.replace(steps=min(left, phase.steps)))
-            left -= phase.steps
-    return plan.replace(phases=tuple(phases))
-
-
 def _certified(runs: Sequence[RunState], delta: float) -> float:
     """Epsilon of the charged steps of several runs; plans of one portfolio were fixed together and compose jointly.
 
     A later portfolio may depend on the outputs of earlier ones: their epsilons add up, each at its share of delta.
+    The sum is rounded up.
     """
     portfolios = sorted({run.portfolio for run in runs})
-    parts = [[_first_steps(run.plan, run.charged) for run in runs if run.portfolio == index] for index in portfolios]
-    return math.fsum(PortfolioFilter().joint_claim(plans, delta / len(parts)) for plans in parts)
+    parts = [[run.plan.first(run.charged) for run in runs if run.portfolio == index] for index in portfolios]
+    share = math.nextafter(delta / len(parts), 0.0) if len(parts) > 1 else delta
+    claims = [PortfolioFilter().joint_claim(plans, share) for plans in parts]
+    return math.nextafter(math.fsum(claims), math.inf) if len(claims) > 1 else sum(claims)
 
 
 def _usual_delta(size: int) -> float:

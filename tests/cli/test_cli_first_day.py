@@ -66,6 +66,15 @@ class TestTwoProcesses:
             pass
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_lock_that_somebody_removed_ends_in_silence_and_takes_no_other_away(self, tmp_path: Path) -> None:
+        output, name = str(tmp_path / "w"), tmp_path / "w.lock"
+        with hold_output(output):
+            name.unlink()
+        with hold_output(output):
+            name.unlink()
+            name.write_text("another process's")
+        assert name.read_text() == "another process's"
+
     def test_a_file_that_is_locked_after_its_holder_removed_it_is_not_the_lock(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -187,3 +187,17 @@ def test_a_budget_that_is_none_is_refused_with_code_value_and_way_out(values, co
 def test_a_budget_is_read_back_from_its_bytes_and_takes_integers():
     budget = Budget(epsilon=3, delta=1e-5)
     assert budget == Budget.parse(budget.encode()) == Budget(epsilon=3.0, delta=1e-5)
+
+
+def test_the_first_steps_of_a_plan_are_its_phases_cut_short():
+    whole = make_plan((0.1, 1.0, 3), (0.1, 2.0, 5), (0.2, 1.0, 2))
+    for steps in range(1, whole.steps + 1):
+        cut = whole.first(steps)
+        assert cut.steps == steps
+        assert [cut.phase_at(at).charge.mechanism for at in range(steps)] == [
+            whole.phase_at(at).charge.mechanism for at in range(steps)
+        ]
+        assert cut.replace(phases=whole.phases) == whole
+    for steps in (0, -1, whole.steps + 1):
+        with pytest.raises(errors.InvalidParameter, match="of a plan of 10"):
+            whole.first(steps)

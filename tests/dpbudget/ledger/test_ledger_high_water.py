@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
 from ledgerkit import OWNER, make_ledger, make_plan, reopen
 
 from dpbudget.errors import Tampered
+from dpbudget.ledger.entries import build
 from dpbudget.ledger.head import Head
 from dpbudget.ledger.high_water import HighWater, state_folder
 from dpbudget.ledger.journal import Journal
@@ -205,6 +207,27 @@ def test_processes_that_take_turns_read_only_what_is_new(tmp_path: Path, monkeyp
                 run.next_receipt()
     assert starts
     assert 0 not in starts
+
+
+def test_a_history_without_its_writers_head_teaches_nothing(tmp_path: Path) -> None:
+    """Records that somebody appended without the key are refused, and marks are not judged by their roots."""
+    path = tmp_path / "ledger"
+    run_id = signed(path)
+    with reopen(path) as ledger:
+        ledger.start(run_id, lease_steps=1).next_receipt()
+        size = ledger.state.size
+        line = build("note", seq=size, prev=ledger.state.last, event="checked")
+        with sqlite3.connect(path) as other:
+            other.execute("INSERT INTO record (seq, line, envelope) VALUES (?, ?, NULL)", (size, line))
+        other.close()
+        with pytest.raises(Tampered, match="the signed head covers"):
+            ledger.refresh()
+        assert size + 1 not in ledger._journal._roots
+        other = sqlite3.connect(path)
+        other.execute("DELETE FROM record WHERE seq = ?", (size,))
+        other.commit()
+        other.close()
+        assert ledger.refresh().size == size
 
 
 def test_a_mark_raised_late_is_looked_up_in_the_whole_history(tmp_path: Path) -> None:

@@ -102,6 +102,15 @@ def test_no_code_of_a_file_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     torch.save([1, 2], tmp_path / "other.pt")
     with pytest.raises(Unreadable, match="DP091"):
         engine.load_checkpoint(path=tmp_path / "other.pt", module=model)
+    for spent in (
+        {"mechanism": "ledger"},
+        {"mechanism": "ledger", "charged": [1]},
+        {"mechanism": "ledger", "charged": {"a": "b"}},
+    ):
+        content = {"module_state_dict": model.state_dict(), "privacy_accountant_state_dict": spent}
+        torch.save(content, tmp_path / "bent.pt")
+        with pytest.raises(Unreadable, match="does not say what was spent"):
+            engine.load_checkpoint(path=tmp_path / "bent.pt", module=model)
     with pytest.raises(OSError, match="missing"):
         engine.load_checkpoint(path=tmp_path / "missing.pt", module=model)
 
