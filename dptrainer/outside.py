@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from dpbudget.errors import PrivacyViolation
@@ -51,7 +52,9 @@ class OutsideWatch:
         own = {id(parameter) for parameter in model.parameters()}
         for other in self._others:
             parameter = other()
-            if parameter is not None and parameter.is_leaf and parameter.requires_grad and id(parameter) not in own:
+            if parameter is None or id(parameter) in own or _unmade(parameter):  # a lazy one has no gradient yet
+                continue
+            if parameter.is_leaf and parameter.requires_grad:
                 self._listen("a parameter", parameter)
 
     def stop(self) -> None:
@@ -82,8 +85,14 @@ class OutsideWatch:
         if id(module) in self._own or not torch.is_grad_enabled():
             return
         for local, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
+            if _unmade(parameter):  # this very call makes it: look again when the call ends
+                if id(module) not in self._handles:
+                    self._handles[id(module)] = module.register_forward_hook(self._leave)
+            elif parameter.requires_grad:
                 self._listen(f"{local} of a {type(module).__name__}", parameter)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._enter(module, args)
 
     def _listen(self, name: str, parameter: Tensor) -> None:
         if id(parameter) in self._handles:
@@ -93,6 +102,10 @@ class OutsideWatch:
 
     def _note(self, name: str, parameter: Tensor) -> None:
         self._reached.append((name, parameter, backward_task()))
+
+
+def _unmade(parameter: Tensor) -> bool:
+    return bool(is_lazy(parameter))  # its type guard would tell mypy that no other parameter is a tensor
 
 
 def _with_subclasses(kind: type) -> set[type]:

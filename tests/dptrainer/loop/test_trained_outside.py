@@ -55,6 +55,29 @@ def test_what_is_trained_by_another_backward_pass_or_frozen_is_left_alone() -> N
     assert other.grad is not None
 
 
+def test_a_lazy_module_elsewhere_in_the_program_disturbs_nothing() -> None:
+    model, elsewhere = linear_model(), nn.LazyLinear(3)
+    before = [p.detach().clone() for p in model.parameters()]
+    _, optimizer, loader = private(model)
+    for x, y in loader:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert elsewhere.has_uninitialized_params()
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_lazy_head_that_the_private_batch_itself_makes_is_refused_in_that_batch() -> None:
+    model, lazy = linear_model(), nn.LazyLinear(3)
+    _, optimizer, loader = private(model)
+    with unchanged(model), refused("DP031"):
+        for x, y in loader:
+            F.cross_entropy(lazy(model(x)), y).backward()
+            optimizer.step()
+    loader.detach()
+    assert lazy.weight.grad is None
+    assert not lazy._forward_hooks
+
+
 def test_a_criterion_with_trainable_parameters_is_refused_by_both_surfaces() -> None:
     model = linear_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
