@@ -1,6 +1,6 @@
 /* Noise in place from keystream words: the operations of boxmuller.py, one IEEE 754 binary64 rounding each.
  *
- * Compiled by native.py, which puts the constants before this text. Both files state the same sequence of operations;
+ * Compiled by native.py, which puts the constants and chacha.c before this text. Both files state the same sequence of operations;
  * contraction to fused multiply-add is off, so that their results have the same bits. Loops over LANES pairs have no
  * branches and no calls: compilers turn them into vector code.
  */
@@ -8,13 +8,13 @@
 #include <stdint.h>
 #include <string.h>
 
-#define BLOCKS 32            /* of a tile: 160 pairs, whose buffers stay in the first-level cache */
+#define BLOCKS 32            /* of a tile, a multiple of WIDE: 160 pairs, whose buffers stay in the first-level cache */
 #define LANES (5 * BLOCKS)
 
 static double number(int64_t bits) { double x; memcpy(&x, &bits, 8); return x; }
 static int64_t bits_of(double x) { int64_t b; memcpy(&b, &x, 8); return b; }
 
-struct tile { int64_t k[LANES]; int32_t a[LANES]; double z[2 * LANES]; };
+struct tile { char words[64 * BLOCKS]; int64_t k[LANES]; int32_t a[LANES]; double z[2 * LANES]; };
 
 /* (double)n: most vector units cannot convert 64-bit integers. Halves as the low bits of 2^84 and 2^52, one rounding. */
 static double real(int64_t n)
@@ -61,24 +61,40 @@ static void gather(struct tile *t, const char *words, int blocks)
 }
 
 #define ADD_NOISE(NAME, REAL)                                                                                     \
-    void NAME(const char *words, int64_t skip, int64_t count, double std, REAL *out)                              \
+    void NAME(const char *key, uint32_t stream, uint64_t block, int64_t skip, int64_t count, double std, REAL *out) \
     {                                                                                                             \
+        struct cipher c;                                                                                          \
         struct tile t;                                                                                            \
-        memset(&t, 0, sizeof t);                                                                                  \
+        set_up(&c, key, stream);                                                                                  \
+        memset(t.k, 0, sizeof t.k + sizeof t.a); /* the rest of the last tile */                                  \
         for (int64_t done = -skip; done < count; done += 2 * LANES) { /* the tile's place in out */               \
             int64_t left = (count - done + 9) / 10;                                                               \
-            gather(&t, words, left < BLOCKS ? (int)left : BLOCKS);                                                \
-            words += 64 * BLOCKS;                                                                                 \
+            int blocks = left < BLOCKS ? (int)left : BLOCKS;                                                      \
+            fill(&c, block, blocks, t.words);                                                                     \
+            block += BLOCKS;                                                                                      \
+            gather(&t, t.words, blocks);                                                                          \
             box_muller(&t);                                                                                       \
             int from = done < 0 ? (int)-done : 0;                                                                 \
             int to = count - done < 2 * LANES ? (int)(count - done) : 2 * LANES;                                  \
             for (int i = from; i < to; i++)                                                                       \
-                out[done + i] = (REAL)((double)out[done + i] + t.z[i] * std);                                                \
+                out[done + i] = (REAL)((double)out[done + i] + t.z[i] * std);                                     \
         }                                                                                                         \
-        volatile char *p = (volatile char *)&t;                                                                   \
-        for (size_t i = 0; i < sizeof t; i++)                                                                     \
-            p[i] = 0;                                                                                             \
+        erase(&t, sizeof t);                                                                                      \
+        erase(&c, sizeof c);                                                                                      \
     }
 
 ADD_NOISE(add_float, float)
 ADD_NOISE(add_double, double)
+
+/* The 10 * blocks values of given words: for the test of the arithmetic on words that no key is known for. */
+void values_of(const char *words, int64_t blocks, double *out)
+{
+    struct tile t;
+    memset(t.k, 0, sizeof t.k + sizeof t.a);
+    for (int64_t done = 0; done < blocks; done += BLOCKS) {
+        int now = blocks - done < BLOCKS ? (int)(blocks - done) : BLOCKS;
+        gather(&t, words + 64 * done, now);
+        box_muller(&t);
+        memcpy(out + 10 * done, t.z, (size_t)now * 10 * sizeof(double));
+    }
+}

@@ -18,10 +18,12 @@ shards. (On other devices the last sum is rounded as the device does it.)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -30,15 +32,13 @@ from dptrainer.noise import boxmuller, native
 from dptrainer.noise.boxmuller import BLOCK_ELEMENTS
 from dptrainer.noise.chacha import fill
 
-#: Keystream blocks at a time, compiled and not: half a MiB of words, or a quarter and 1.3 MiB of work space, a thread.
-#: Larger tiles leave the second-level cache, smaller ones spend their time in calls.
-COMPILED_BLOCKS, EAGER_BLOCKS = 1 << 13, 1 << 12
+#: Keystream blocks at a time. Compiled, 41 thousand values (0.1 ms): what threads take from each other's work. Eager, a
+#: quarter of a MiB of words and 1.3 MiB of work space: larger tiles leave the cache, smaller ones spend time in calls.
+BLOCKS = 1 << 12
 #: Values of one request from which compiling (a third of a second) pays within a few hundred requests.
 COMPILE_FROM = 1 << 16
-#: Values for each further thread, and the most threads: the keystream, a third of the work, is made by one at a time.
-THREAD_FROM, MOST_THREADS = 1 << 19, 4
-
-Bench = boxmuller.Workbench | native.Workbench
+#: Values for each thread, a fifth of a millisecond, and the most threads.
+THREAD_FROM, MOST_THREADS = 1 << 16, 16
 
 
 def add_gaussian_(tensor: torch.Tensor, key: bytes, param_id: int, std: float, *, offset: int = 0) -> torch.Tensor:
@@ -106,8 +106,7 @@ def _add(pieces: Sequence[_Piece], key: bytes, std: float) -> None:
     flats = [piece.flat() for piece in pieces]
     count = sum(flat.numel() for flat in flats)
     kernel = native.kernel(compile_now=count >= COMPILE_FROM)
-    blocks = COMPILED_BLOCKS if kernel else EAGER_BLOCKS
-    tiles = [tile for piece, flat in zip(pieces, flats, strict=True) for tile in _tiles(piece, flat, blocks)]
+    tiles = [tile for piece, flat in zip(pieces, flats, strict=True) for tile in _tiles(piece, flat, BLOCKS)]
     # NumPy's many short operations would spend their time in handing the interpreter's lock over.
     threads = min(torch.get_num_threads(), MOST_THREADS, count // THREAD_FROM) if kernel and _disjoint(flats) else 1
     _work(tiles, key, std, kernel, max(threads, 1))
@@ -137,37 +136,51 @@ def _work(tiles: Sequence[Tile], key: bytes, std: float, kernel: native.Kernel |
         _finish(tiles, key, std, kernel)
         return
     shared = iter(tiles)  # a list's iterator hands every item to one thread only
-    with ThreadPoolExecutor(threads - 1, thread_name_prefix="dptrainer-noise") as pool:
-        others = [pool.submit(_finish, shared, key, std, kernel) for _ in range(threads - 1)]
+    others = [_helpers(os.getpid()).submit(_finish, shared, key, std, kernel) for _ in range(threads - 1)]
+    try:
         _finish(shared, key, std, kernel)
-    for other in others:
-        other.result()  # a failure in any thread is a failure
+    finally:
+        for other in others:
+            if not other.cancel():  # one that another caller's work kept from beginning has nothing left to do
+                other.result()  # a failure in any thread is a failure
+
+
+@cache
+def _helpers(pid: int) -> ThreadPoolExecutor:
+    """Threads that are kept: starting one costs as much as 20,000 values. A forked child has none of its parent's."""
+    return ThreadPoolExecutor(MOST_THREADS - 1, thread_name_prefix="dptrainer-noise")
 
 
 def _finish(tiles: Iterable[Tile], key: bytes, std: float, kernel: native.Kernel | None) -> None:
-    with _bench(kernel) as bench:
+    with _adder(kernel) as add:
         for out, stream, block, skip in tiles:
-            fill(bench.room(-(-(skip + out.numel()) // BLOCK_ELEMENTS)), key, stream, block)
             if out.device.type == "cpu":
-                bench.add(out, skip, std)
+                add(out, key, stream, block, skip, std)
             else:
                 noise = torch.zeros(out.numel(), dtype=torch.float64)
-                bench.add(noise, skip, 1.0)
+                add(noise, key, stream, block, skip, 1.0)
                 out.add_(noise.to(out.device), alpha=std)
 
 
-_IDLE: dict[bool, list[Bench]] = {True: [], False: []}  # compiled or not; erased, so that nothing is kept but memory
+_IDLE: list[boxmuller.Workbench] = []  # erased, so that nothing is kept but memory
 
 
 @contextmanager
-def _bench(kernel: native.Kernel | None) -> Iterator[Bench]:
-    idle = _IDLE[kernel is not None]
+def _adder(kernel: native.Kernel | None) -> Iterator[Callable[[torch.Tensor, bytes, int, int, int, float], None]]:
+    if kernel is not None:
+        yield kernel.add
+        return
     try:
-        bench = idle.pop()
+        bench = _IDLE.pop()
     except IndexError:
-        bench = native.Workbench(kernel, COMPILED_BLOCKS) if kernel else boxmuller.Workbench(EAGER_BLOCKS)
+        bench = boxmuller.Workbench(BLOCKS)
+
+    def add(out: torch.Tensor, key: bytes, stream: int, block: int, skip: int, std: float) -> None:
+        fill(bench.room(-(-(skip + out.numel()) // BLOCK_ELEMENTS)), key, stream, block)
+        bench.add(out, skip, std)
+
     try:
-        yield bench
+        yield add
     finally:
         bench.erase()
-        idle.append(bench)
+        _IDLE.append(bench)

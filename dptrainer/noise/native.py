@@ -1,9 +1,13 @@
-"""``boxmuller.c`` compiled on the machine that runs it, or a reason why not; results do not depend on which.
+"""``chacha.c`` and ``boxmuller.c`` compiled on the machine that runs them, or a reason why not; results do not tell.
 
 The first large request compiles once a process (under half a second) with the C compiler named by ``CC``, else ``cc``,
-``gcc`` or ``clang``, in a private directory that is removed at once. What was built is used only if it gives the bits
-of :mod:`dptrainer.noise.boxmuller` on a set of ordinary and extreme words. Otherwise noise is made by NumPy, with the
-same values: :func:`status` says which, and so does the log at level INFO.
+``gcc`` or ``clang``, in a private directory that is removed at once. What was built is used only if its keystream is
+OpenSSL's, also where the counter wraps, and its values have the bits of :mod:`dptrainer.noise.boxmuller` on ordinary
+and extreme words. Otherwise noise is made by OpenSSL and NumPy, with the same values: :func:`status` says which, and
+so does the log at level INFO.
+
+A library's cipher would be dearer here: ``cryptography`` holds the interpreter's lock, so that threads would wait for
+each other, and its words would pass through memory.
 """
 
 from __future__ import annotations
@@ -21,58 +25,62 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dptrainer.noise import boxmuller
-from dptrainer.noise.chacha import BLOCK_BYTES
+from dptrainer.noise.boxmuller import BLOCK_ELEMENTS
+from dptrainer.noise.chacha import BLOCK_BYTES, keystream
 
 _LOG = logging.getLogger(__name__)
-_SOURCE = Path(__file__).with_name("boxmuller.c")
+_SOURCES = (Path(__file__).with_name("chacha.c"), Path(__file__).with_name("boxmuller.c"))
 #: No fused multiply-add and no fast-math: the bits are those of the text. ``sqrt`` need not set errno.
 _FLAGS = ("-O3", "-std=c99", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 _SECONDS = 60.0
 
 
 class Kernel:
-    """The functions of a compiled ``boxmuller.c``."""
+    """The functions of the compiled library. Other threads run while it works; it overwrites its own buffers."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library  # keeps the code mapped
         self._add = {torch.float32: library.add_float, torch.float64: library.add_double}
+        address = (ctypes.c_char_p, ctypes.c_uint32, ctypes.c_uint64)
         for function in self._add.values():
             function.restype = None
-            function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p]
+            function.argtypes = [*address, ctypes.c_int64, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p]
+        library.keystream.restype = library.values_of.restype = None
+        library.keystream.argtypes = [*address, ctypes.c_int64, ctypes.c_char_p]
+        library.values_of.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p]
 
-    def add(self, words: int, skip: int, std: float, out: torch.Tensor) -> None:
-        """Add noise of the words at an address to a contiguous CPU tensor; other threads run meanwhile."""
-        self._add[out.dtype](words, skip, out.numel(), std, out.data_ptr())
+    def add(self, out: torch.Tensor, key: bytes, stream: int, block: int, skip: int, std: float) -> None:
+        """Add ``std`` times the values from ``block`` of a stream on, ``skip`` left out, to a contiguous CPU tensor.
 
+        Raises:
+            ValueError: the tensor is not contiguous, or the key or a place is none that the stream has.
+        """
+        end = block - (-(skip + out.numel()) // BLOCK_ELEMENTS)
+        if not (
+            out.is_contiguous()
+            and len(key) == 32
+            and 0 <= stream < 1 << 32
+            and skip >= 0
+            and 0 <= block <= end <= 1 << 64
+        ):
+            raise ValueError(f"no such noise: stream {stream}, block {block}, {out.numel()} values after {skip}")
+        self._add[out.dtype](key, stream, block, skip, out.numel(), std, out.data_ptr())
 
-class Workbench:
-    """Keystream for up to ``blocks`` blocks, and the compiled counterpart of :class:`boxmuller.Workbench`."""
+    def keystream(self, key: bytes, stream: int, block: int, blocks: int) -> bytes:
+        """What :func:`dptrainer.noise.chacha.keystream` gives."""
+        room = ctypes.create_string_buffer(BLOCK_BYTES * (blocks + 16))
+        self._library.keystream(key, stream, block, blocks, room)
+        return room.raw[: BLOCK_BYTES * blocks]
 
-    def __init__(self, kernel: Kernel, blocks: int) -> None:
-        self.blocks = blocks
-        self.words = bytearray(BLOCK_BYTES * blocks)
-        self._kernel = kernel
-        self._bytes = np.frombuffer(self.words, dtype=np.uint8)  # its export also pins the memory
-        self._address = int(self._bytes.ctypes.data)
-        self._used = 0
-
-    def room(self, blocks: int) -> memoryview:
-        """Where the words of the next ``blocks`` blocks go."""
-        self._used = max(self._used, blocks)
-        return memoryview(self.words)[: BLOCK_BYTES * blocks]
-
-    def add(self, out: torch.Tensor, skip: int, std: float) -> None:
-        """Add ``std`` times the values of the words, the first ``skip`` < 10 left out, to a contiguous CPU tensor."""
-        if not (out.is_contiguous() and skip >= 0 and skip + out.numel() <= self.blocks * boxmuller.BLOCK_ELEMENTS):
-            raise ValueError(f"{out.numel()} values after {skip} of {self.blocks} blocks")
-        self._kernel.add(self._address, skip, std, out)
-
-    def erase(self) -> None:
-        """Overwrite the keystream (best effort); the kernel overwrites its own buffers."""
-        self._bytes[: BLOCK_BYTES * self._used].fill(0)
-        self._used = 0
+    def values(self, words: bytes) -> NDArray[np.float64]:
+        """The values of whole blocks of words."""
+        blocks = len(words) // BLOCK_BYTES
+        out = np.empty(BLOCK_ELEMENTS * blocks)
+        self._library.values_of(words, blocks, out.ctypes.data)
+        return out
 
 
 class _Once:
@@ -130,31 +138,42 @@ def build() -> tuple[Kernel | None, str]:
 
 
 def _compile(command: list[str]) -> Kernel:
-    constants = "".join(f"#define {name} {value.hex()}\n" for name, value in boxmuller.constants().items())
+    text = "".join(f"#define {name} {value.hex()}\n" for name, value in boxmuller.constants().items())
+    text += "".join(path.read_text(encoding="utf-8") for path in _SOURCES)
     with tempfile.TemporaryDirectory(prefix="dptrainer-") as folder:  # only this user may enter it
-        source, library = Path(folder, "boxmuller.c"), Path(folder, "boxmuller.so")
-        source.write_text(constants + _SOURCE.read_text(encoding="utf-8"), encoding="utf-8")
+        source, library = Path(folder, "noise.c"), Path(folder, "noise.so")
+        source.write_text(text, encoding="utf-8")
         command = [*command, "-o", str(library), str(source), "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)  # noqa: S603
         return Kernel(ctypes.CDLL(str(library)))
 
 
 def _agrees(made: Kernel) -> bool:
-    """Whether the kernel gives NumPy's bits on random words and on extreme ones, in both types and at odd edges."""
-    blocks = 101
-    ours, theirs = Workbench(made, blocks), boxmuller.Workbench(blocks)
-    words = np.random.default_rng(1).integers(0, 2**64, (blocks, 8), dtype=np.uint64)  # public: a test pattern
+    """Whether the cipher is OpenSSL's and the values are NumPy's, in both types, at odd edges and on extreme words."""
+    key, blocks = bytes(range(32)), 101  # public: a test pattern
+    for stream, first, count in ((0, 0, 1), (7, (1 << 32) - 21, 53), ((1 << 32) - 1, (1 << 64) - 9, 9)):
+        if made.keystream(key, stream, first, count) != bytes(keystream(key, stream, first, count)):
+            return False
+    plain = boxmuller.Workbench(blocks)
+    plain.words[:] = _extreme_words(blocks)
+    if made.values(bytes(plain.words)).tobytes() != plain.box_muller(blocks).tobytes():
+        return False
+    plain.words[:] = keystream(key, 3, 5, blocks)
+    for dtype in (torch.float32, torch.float64):
+        for skip, count in ((0, 10 * blocks), (3, 10 * blocks - 7), (9, 1), (1, 321)):
+            mine = torch.linspace(-1.0, 1.0, count, dtype=dtype)
+            other = mine.clone()
+            made.add(mine, key, 3, 5, skip, 1.1)
+            plain.add(other, skip, 1.1)
+            if not torch.equal(mine, other):
+                return False
+    return True
+
+
+def _extreme_words(blocks: int) -> bytes:
+    words = np.random.default_rng(1).integers(0, 2**64, (blocks, 8), dtype=np.uint64)
     for row in range(40):
         words[row, :5] >>= np.uint64(row + 20)
         words[row, 2:5] ^= np.uint64(2**64 - 1)
     words[40:44, :] = np.array([[0], [2**64 - 1], [2**63], [2**63 - 1]], dtype=np.uint64)
-    ours.words[:] = theirs.words[:] = words.tobytes()
-    for dtype in (torch.float32, torch.float64):
-        for skip, count in ((0, 10 * blocks), (3, 10 * blocks - 7), (9, 1), (1, 321)):
-            start = torch.linspace(-1.0, 1.0, count, dtype=dtype)
-            mine, other = start.clone(), start.clone()
-            ours.add(mine, skip, 1.1)
-            theirs.add(other, skip, 1.1)
-            if not torch.equal(mine, other):
-                return False
-    return True
+    return words.tobytes()

@@ -29,10 +29,8 @@ Row = Callable[[], object]
 def ours(target: torch.Tensor, kernel: native.Kernel | None) -> Row:
     """Update of ``target`` in place by one path, whatever the process would choose."""
 
-    blocks = gaussian.COMPILED_BLOCKS if kernel else gaussian.EAGER_BLOCKS
-
     def run() -> None:
-        tiles = list(gaussian._tiles(gaussian._Piece(target, 0, 0), target, blocks))
+        tiles = list(gaussian._tiles(gaussian._Piece(target, 0, 0), target, gaussian.BLOCKS))
         threads = min(torch.get_num_threads(), max(1, target.numel() // gaussian.THREAD_FROM)) if kernel else 1
         gaussian._work(tiles, KEY, 1.0, kernel, threads)
 
@@ -42,8 +40,8 @@ def ours(target: torch.Tensor, kernel: native.Kernel | None) -> Row:
 def rows(count: int, kernel: native.Kernel | None) -> dict[str, tuple[str, Row]]:
     """Name -> (what it is compared with, the work)."""
     target, scratch, generator = torch.zeros(count), torch.empty(count), np.random.Generator(np.random.SFC64(0))
-    words = bytearray(64 * gaussian.COMPILED_BLOCKS)
-    tiles = -(-count // (10 * gaussian.COMPILED_BLOCKS))
+    words = bytearray(64 * gaussian.BLOCKS)
+    tiles = -(-count // (10 * gaussian.BLOCKS))
     found: dict[str, tuple[str, Row]] = {
         "torch.randn": ("torch.randn", lambda: torch.randn(count)),
         "normal_": ("torch.randn", lambda: scratch.normal_()),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,18 +53,32 @@ def test_compiled_noise_has_the_bits_of_plain_noise(
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("first", [0, 1, (1 << 32) - 17, (1 << 32) - 1, 1 << 32, (5 << 32) - 40, (1 << 64) - 101])
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 101])
+@pytest.mark.parametrize("stream", [0, 1, (1 << 32) - 1])
+def test_the_compiled_cipher_is_that_of_openssl(kernel: native.Kernel, first: int, count: int, stream: int) -> None:
+    assert kernel.keystream(KEY, stream, first, count) == bytes(keystream(KEY, stream, first, count))
+
+
+def test_the_compiled_cipher_uses_the_whole_key(kernel: native.Kernel) -> None:
+    plain = kernel.keystream(KEY, 0, 0, 2)
+    for place in range(32):
+        changed = bytes(KEY[:place]) + bytes([KEY[place] ^ 1]) + bytes(KEY[place + 1 :])
+        found = kernel.keystream(changed, 0, 0, 2)
+        assert found != plain
+        assert found == bytes(keystream(changed, 0, 0, 2))
+
+
 def test_bits_agree_on_random_and_extreme_words(kernel: native.Kernel) -> None:
-    blocks = 4000
+    blocks = 4001
     words = np.frombuffer(keystream(KEY, 9, 0, blocks), dtype="<u8").reshape(blocks, 8).copy()
     for row in range(0, blocks, 2):
         words[row, :5] >>= np.uint64(row // 2 % 64)
         if row % 4:
             words[row, :5] ^= np.uint64(2**64 - 1)
-    ours, plain = native.Workbench(kernel, blocks), boxmuller.Workbench(blocks)
-    ours.words[:] = plain.words[:] = words.tobytes()
-    found = torch.zeros(10 * blocks, dtype=torch.float64)
-    ours.add(found, 0, 1.0)
-    assert np.array_equal(found.numpy(), plain.box_muller(blocks))
+    plain = boxmuller.Workbench(blocks)
+    plain.words[:] = words.tobytes()
+    assert np.array_equal(kernel.values(words.tobytes()), plain.box_muller(blocks))
 
 
 def test_the_number_of_threads_does_not_matter(kernel: native.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +90,7 @@ def test_the_number_of_threads_does_not_matter(kernel: native.Kernel, monkeypatc
     start = [
         torch.zeros(n, dtype=d) for n, d in ((500_001, torch.float32), (7, torch.float64), (90_000, torch.float32))
     ]
-    found = []
+    found, used = [], []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
@@ -80,10 +98,14 @@ def test_the_number_of_threads_does_not_matter(kernel: native.Kernel, monkeypatc
             tensors = [t.clone() for t in start]
             begun.clear()
             add_gaussians_(tensors, KEY, 2.0)
-            assert len(begun) == threads
+            assert begun.count(threading.current_thread().name) == 1
+            assert len(begun) <= threads
+            used.append(len(begun))
             found.append(tensors)
     finally:
         torch.set_num_threads(before)
+    assert used[0] == 1
+    assert max(used) > 1
     for tensors in found[1:]:
         assert all(map(torch.equal, tensors, found[0]))
     for position, tensor in enumerate(found[0]):
@@ -92,17 +114,38 @@ def test_the_number_of_threads_does_not_matter(kernel: native.Kernel, monkeypatc
 
 def test_a_failure_in_another_thread_is_a_failure(kernel: native.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, kernel)
-    finish = gaussian._finish
+    finish, failed = gaussian._finish, threading.Event()
 
-    def fails_elsewhere(*arguments: object) -> None:
+    def fails_elsewhere(*arguments: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
+            failed.set()
             raise MemoryError
+        assert failed.wait(30)
         finish(*arguments)
 
     monkeypatch.setattr(gaussian, "_finish", fails_elsewhere)
     tiles = list(gaussian._tiles(gaussian._Piece(torch.zeros(9), 0, 0), torch.zeros(9), 8))
     with pytest.raises(MemoryError):
         gaussian._work(tiles, KEY, 1.0, kernel, 2)
+
+
+def test_a_forked_child_makes_its_noise_with_threads_of_its_own(kernel: native.Kernel) -> None:
+    tiles = list(gaussian._tiles(gaussian._Piece(torch.zeros(9), 0, 0), torch.zeros(90_000), 8))
+    gaussian._work(tiles, KEY, 1.0, kernel, 2)
+    child = os.fork()
+    if child == 0:
+        try:
+            gaussian._work(tiles, KEY, 1.0, kernel, 2)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + 30
+    while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if done[0] == 0:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert done == (child, 0)
 
 
 def test_tensors_that_share_memory_are_not_given_to_several_threads() -> None:
@@ -123,18 +166,14 @@ def test_strided_gradients_get_the_noise_of_contiguous_ones(
     assert not base.t()[1::2].any()
 
 
-def test_nothing_of_the_noise_is_left_in_buffers_that_are_kept(
-    kernel: native.Kernel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for chosen in (None, kernel):
-        monkeypatch.setattr(gaussian, "_IDLE", {True: [], False: []})
-        gaussian._finish([(torch.zeros(5000), 0, 0, 0), (torch.zeros(50), 0, 0, 0)], KEY, 1.0, chosen)
-        bench = gaussian._IDLE[chosen is not None][-1]
-        assert not any(bench.words)
-        if isinstance(bench, boxmuller.Workbench):
-            assert not bench._floats[:, :, :500].any()  # the rest was never written
-            assert not bench._values[:500].any()
-            assert not bench._integers[:, :, :500].any()
+def test_nothing_of_the_noise_is_left_in_buffers_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gaussian, "_IDLE", [])
+    gaussian._finish([(torch.zeros(5000), 0, 0, 0), (torch.zeros(50), 0, 0, 0)], KEY, 1.0, None)
+    bench = gaussian._IDLE[-1]
+    assert not any(bench.words)
+    assert not bench._floats[:, :, :500].any()  # the rest was never written
+    assert not bench._values[:500].any()
+    assert not bench._integers[:, :, :500].any()
 
 
 def test_small_requests_do_not_compile_and_large_ones_do_once(
@@ -175,28 +214,50 @@ def test_a_variable_that_names_no_command_is_reported(monkeypatch: pytest.Monkey
     assert native.build() == (None, "NumPy (CC is not a command)")
 
 
-@pytest.mark.parametrize("change", ["sqrt(cos2x + 1.0) -> sqrt(cos2x + 1.0000000001)", "+ 962 -> + 963"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "sqrt(cos2x + 1.0) -> sqrt(cos2x + 1.0000000001)",
+        "+ 962 -> + 963",
+        "round < 20 -> round < 18",
+        "(block >> 32) - (lanes) -> (block >> 32) + (lanes)",
+        "block += BLOCKS -> block += BLOCKS + 1",
+        "#define FORMAT 1u -> #define FORMAT 2u",
+    ],
+)
 def test_a_library_with_other_bits_is_not_used(
     kernel: native.Kernel, change: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     before, after = change.split(" -> ")
-    text = native._SOURCE.read_text(encoding="utf-8")
+    text = "".join(path.read_text(encoding="utf-8") for path in native._SOURCES)
     assert before in text
     (tmp_path / "wrong.c").write_text(text.replace(before, after), encoding="utf-8")
-    monkeypatch.setattr(native, "_SOURCE", tmp_path / "wrong.c")
+    monkeypatch.setattr(native, "_SOURCES", (tmp_path / "wrong.c",))
     made, status = native.build()
     assert made is None
     assert "other bits" in status
 
 
-def test_a_request_beyond_the_workspace_is_refused(kernel: native.Kernel) -> None:
-    bench = native.Workbench(kernel, 2)
-    for out, skip in ((torch.zeros(21), 0), (torch.zeros(20), 1), (torch.zeros(4, 8)[:, ::2], 0), (torch.zeros(1), -1)):
-        with pytest.raises(ValueError, match="blocks"):
-            bench.add(out, skip, 1.0)
+def test_a_request_for_what_no_stream_has_is_refused(kernel: native.Kernel) -> None:
+    last = (1 << 64) - 1
+    kernel.add(torch.zeros(10), KEY, 0, last, 0, 1.0)
+    for out, key, stream, block, skip in (
+        (torch.zeros(11), KEY, 0, last, 0),
+        (torch.zeros(10), KEY, 0, last, 1),
+        (torch.zeros(4, 8)[:, ::2], KEY, 0, 0, 0),
+        (torch.zeros(1), KEY, 0, 0, -1),
+        (torch.zeros(1), KEY, 0, -1, 0),
+        (torch.zeros(1), KEY, 1 << 32, 0, 0),
+        (torch.zeros(1), KEY[1:], 0, 0, 0),
+    ):
+        with pytest.raises(ValueError, match="no such noise"):
+            kernel.add(out, key, stream, block, skip, 1.0)
 
 
-def test_code_for_the_oldest_processors_gives_the_same_bits(kernel: native.Kernel) -> None:
-    # Without wide vectors 64-bit integers are converted in halves.
+@pytest.mark.parametrize("tuning", [[], ["-mavx2"]])
+def test_code_for_older_processors_gives_the_same_bits(kernel: native.Kernel, tuning: list[str]) -> None:
+    # Without wide vectors 64-bit integers are converted in halves, and fewer blocks are made at a time.
+    if tuning and not (Path("/proc/cpuinfo").exists() and "avx2" in Path("/proc/cpuinfo").read_text()):
+        pytest.skip("this processor has no AVX2")
     compiler = native.build()[1].removeprefix("code compiled with ").split()[0]
-    assert native._agrees(native._compile([compiler, *native._FLAGS]))
+    assert native._agrees(native._compile([compiler, *native._FLAGS, *tuning]))
