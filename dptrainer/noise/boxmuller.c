@@ -60,17 +60,16 @@ static void gather(struct tile *t, const char *words, int blocks)
     }
 }
 
-#define ADD_NOISE(NAME, REAL)                                                                                     \
-    void NAME(const char *key, uint32_t stream, uint64_t block, int64_t skip, int64_t count, double std, REAL *out) \
+/* Noise of `count` elements of a stream, from the one `skip` after the start of `block` on. */
+#define ADD(NAME, REAL)                                                                                           \
+    static void NAME(const struct cipher *c, uint64_t block, int64_t skip, int64_t count, double std, REAL *out)  \
     {                                                                                                             \
-        struct cipher c;                                                                                          \
         struct tile t;                                                                                            \
-        set_up(&c, key, stream);                                                                                  \
         memset(t.k, 0, sizeof t.k + sizeof t.a); /* the rest of the last tile */                                  \
         for (int64_t done = -skip; done < count; done += 2 * LANES) { /* the tile's place in out */               \
             int64_t left = (count - done + 9) / 10;                                                               \
             int blocks = left < BLOCKS ? (int)left : BLOCKS;                                                      \
-            fill(&c, block, blocks, t.words);                                                                     \
+            fill(c, block, blocks, t.words);                                                                      \
             block += BLOCKS;                                                                                      \
             gather(&t, t.words, blocks);                                                                          \
             box_muller(&t);                                                                                       \
@@ -80,11 +79,37 @@ static void gather(struct tile *t, const char *words, int blocks)
                 out[done + i] = (REAL)((double)out[done + i] + t.z[i] * std);                                     \
         }                                                                                                         \
         erase(&t, sizeof t);                                                                                      \
-        erase(&c, sizeof c);                                                                                      \
     }
 
-ADD_NOISE(add_float, float)
-ADD_NOISE(add_double, double)
+ADD(add_float, float)
+ADD(add_double, double)
+
+struct piece { void *out; int64_t count; uint64_t block; int64_t skip; uint32_t stream; uint32_t doubles; };
+
+#define SHARE 16384 /* elements that a thread takes at a time: some 50 microseconds */
+
+/* Noise for every piece. What is added depends on addresses alone, so threads take shares as they come. */
+void add_noise(const char *key, const struct piece *pieces, int64_t pieces_count, double std, int threads)
+{
+    (void)threads; /* a compiler without OpenMP */
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < pieces_count; i++) {
+        struct piece p = pieces[i];
+        struct cipher c;
+        set_up(&c, key, p.stream);
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t share = 0; share < (p.count + SHARE - 1) / SHARE; share++) {
+            int64_t start = share * SHARE, count = p.count - start < SHARE ? p.count - start : SHARE;
+            uint64_t block = p.block + (uint64_t)((start + p.skip) / 10);
+            int64_t skip = (start + p.skip) % 10;
+            if (p.doubles)
+                add_double(&c, block, skip, count, std, (double *)p.out + start);
+            else
+                add_float(&c, block, skip, count, std, (float *)p.out + start);
+        }
+        erase(&c, sizeof c);
+    }
+}
 
 /* The 10 * blocks values of given words: for the test of the arithmetic on words that no key is known for. */
 void values_of(const char *words, int64_t blocks, double *out)

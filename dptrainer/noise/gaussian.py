@@ -18,12 +18,9 @@ shards. (On other devices the last sum is rounded as the device does it.)
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 
 import torch
@@ -32,13 +29,13 @@ from dptrainer.noise import boxmuller, native
 from dptrainer.noise.boxmuller import BLOCK_ELEMENTS
 from dptrainer.noise.chacha import fill
 
-#: Keystream blocks at a time. Compiled, 41 thousand values (0.1 ms): what threads take from each other's work. Eager, a
-#: quarter of a MiB of words and 1.3 MiB of work space: larger tiles leave the cache, smaller ones spend time in calls.
+#: Blocks at a time of noise that NumPy makes, or that goes to another device: a quarter of a MiB of words and 1.3 MiB
+#: of work space. Larger tiles leave the cache, smaller ones spend their time in calls.
 BLOCKS = 1 << 12
 #: Values of one request from which compiling (a third of a second) pays within a few hundred requests.
 COMPILE_FROM = 1 << 16
-#: Values for each thread, a fifth of a millisecond, and the most threads.
-THREAD_FROM, MOST_THREADS = 1 << 16, 16
+#: Values of one request from which several threads pay.
+THREADS_FROM = 1 << 15
 
 
 def add_gaussian_(tensor: torch.Tensor, key: bytes, param_id: int, std: float, *, offset: int = 0) -> torch.Tensor:
@@ -95,9 +92,6 @@ class _Piece:
         return self.tensor.detach().reshape(-1)
 
 
-Tile = tuple[torch.Tensor, int, int, int]  # where noise is added, stream, first block, elements to leave out of it
-
-
 def _add(pieces: Sequence[_Piece], key: bytes, std: float) -> None:
     if not 0.0 <= std < math.inf:
         raise ValueError(f"standard deviation {std!r} is out of range")
@@ -106,22 +100,15 @@ def _add(pieces: Sequence[_Piece], key: bytes, std: float) -> None:
     flats = [piece.flat() for piece in pieces]
     count = sum(flat.numel() for flat in flats)
     kernel = native.kernel(compile_now=count >= COMPILE_FROM)
-    tiles = [tile for piece, flat in zip(pieces, flats, strict=True) for tile in _tiles(piece, flat, BLOCKS)]
-    # NumPy's many short operations would spend their time in handing the interpreter's lock over.
-    threads = min(torch.get_num_threads(), MOST_THREADS, count // THREAD_FROM) if kernel and _disjoint(flats) else 1
-    _work(tiles, key, std, kernel, max(threads, 1))
+    work = [(flat, piece.param_id, piece.offset) for piece, flat in zip(pieces, flats, strict=True)]
+    if kernel is not None and all(flat.device.type == "cpu" for flat in flats):
+        threads = torch.get_num_threads() if count >= THREADS_FROM and _disjoint(flats) else 1
+        kernel.add(work, key, std, threads)
+    else:
+        _add_by_tiles(work, key, std, kernel)
     for piece, flat in zip(pieces, flats, strict=True):
         if flat.data_ptr() != piece.tensor.data_ptr():
             piece.tensor.detach().copy_(flat.view(piece.tensor.shape))
-
-
-def _tiles(piece: _Piece, flat: torch.Tensor, blocks: int) -> Iterator[Tile]:
-    block, skip = divmod(piece.offset, BLOCK_ELEMENTS)
-    start = 0
-    while start < flat.numel():
-        stop = min(start + blocks * BLOCK_ELEMENTS - skip, flat.numel())
-        yield flat[start:stop], piece.param_id, block, skip
-        start, block, skip = stop, block + blocks, 0
 
 
 def _disjoint(flats: Sequence[torch.Tensor]) -> bool:
@@ -130,57 +117,43 @@ def _disjoint(flats: Sequence[torch.Tensor]) -> bool:
     return all(first[1] <= second[0] for first, second in pairwise(ends))
 
 
-def _work(tiles: Sequence[Tile], key: bytes, std: float, kernel: native.Kernel | None, threads: int) -> None:
-    """Every tile once, by whichever thread comes first: what is added depends on addresses alone."""
-    if threads == 1:
-        _finish(tiles, key, std, kernel)
-        return
-    shared = iter(tiles)  # a list's iterator hands every item to one thread only
-    others = [_helpers(os.getpid()).submit(_finish, shared, key, std, kernel) for _ in range(threads - 1)]
-    try:
-        _finish(shared, key, std, kernel)
-    finally:
-        for other in others:
-            if not other.cancel():  # one that another caller's work kept from beginning has nothing left to do
-                other.result()  # a failure in any thread is a failure
+def _add_by_tiles(pieces: Sequence[native.Piece], key: bytes, std: float, kernel: native.Kernel | None) -> None:
+    """Without the kernel, or for tensors elsewhere: a tile of noise at a time."""
+    with _bench() as bench:
+        for flat, stream, offset in pieces:
+            for start, stop, block, skip in _tiles(flat.numel(), offset):
+                here = flat.device.type == "cpu"
+                out = flat[start:stop] if here else torch.zeros(stop - start, dtype=torch.float64)
+                if kernel is not None:
+                    kernel.add([(out, stream, offset + start)], key, std if here else 1.0)
+                else:
+                    fill(bench.room(-(-(skip + stop - start) // BLOCK_ELEMENTS)), key, stream, block)
+                    bench.add(out, skip, std if here else 1.0)
+                if not here:
+                    flat[start:stop].add_(out.to(flat.device), alpha=std)
 
 
-@cache
-def _helpers(pid: int) -> ThreadPoolExecutor:
-    """Threads that are kept: starting one costs as much as 20,000 values. A forked child has none of its parent's."""
-    return ThreadPoolExecutor(MOST_THREADS - 1, thread_name_prefix="dptrainer-noise")
-
-
-def _finish(tiles: Iterable[Tile], key: bytes, std: float, kernel: native.Kernel | None) -> None:
-    with _adder(kernel) as add:
-        for out, stream, block, skip in tiles:
-            if out.device.type == "cpu":
-                add(out, key, stream, block, skip, std)
-            else:
-                noise = torch.zeros(out.numel(), dtype=torch.float64)
-                add(noise, key, stream, block, skip, 1.0)
-                out.add_(noise.to(out.device), alpha=std)
+def _tiles(count: int, offset: int) -> Iterator[tuple[int, int, int, int]]:
+    """(start, stop, block, elements of it to leave out) of every tile of ``count`` elements from ``offset`` on."""
+    block, skip = divmod(offset, BLOCK_ELEMENTS)
+    start = 0
+    while start < count:
+        stop = min(start + BLOCKS * BLOCK_ELEMENTS - skip, count)
+        yield start, stop, block, skip
+        start, block, skip = stop, block + BLOCKS, 0
 
 
 _IDLE: list[boxmuller.Workbench] = []  # erased, so that nothing is kept but memory
 
 
 @contextmanager
-def _adder(kernel: native.Kernel | None) -> Iterator[Callable[[torch.Tensor, bytes, int, int, int, float], None]]:
-    if kernel is not None:
-        yield kernel.add
-        return
+def _bench() -> Iterator[boxmuller.Workbench]:
     try:
         bench = _IDLE.pop()
     except IndexError:
         bench = boxmuller.Workbench(BLOCKS)
-
-    def add(out: torch.Tensor, key: bytes, stream: int, block: int, skip: int, std: float) -> None:
-        fill(bench.room(-(-(skip + out.numel()) // BLOCK_ELEMENTS)), key, stream, block)
-        bench.add(out, skip, std)
-
     try:
-        yield add
+        yield bench
     finally:
         bench.erase()
         _IDLE.append(bench)

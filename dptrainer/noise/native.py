@@ -7,7 +7,8 @@ and extreme words. Otherwise noise is made by OpenSSL and NumPy, with the same v
 so does the log at level INFO.
 
 A library's cipher would be dearer here: ``cryptography`` holds the interpreter's lock, so that threads would wait for
-each other, and its words would pass through memory.
+each other, and its words would pass through memory. The threads are OpenMP's, which are PyTorch's own where it is
+built with the library of that name that the compiler links: others would compete with them while they wait for work.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,37 +39,56 @@ _SOURCES = (Path(__file__).with_name("chacha.c"), Path(__file__).with_name("boxm
 _FLAGS = ("-O3", "-std=c99", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 _SECONDS = 60.0
 
+#: A tensor, its stream, and the place of its first element there.
+Piece = tuple[torch.Tensor, int, int]
+
+
+class _Piece(ctypes.Structure):
+    """``struct piece`` of ``boxmuller.c``."""
+
+    _fields_ = (
+        ("out", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("block", ctypes.c_uint64),
+        ("skip", ctypes.c_int64),
+        ("stream", ctypes.c_uint32),
+        ("doubles", ctypes.c_uint32),
+    )
+
 
 class Kernel:
     """The functions of the compiled library. Other threads run while it works; it overwrites its own buffers."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library  # keeps the code mapped
-        self._add = {torch.float32: library.add_float, torch.float64: library.add_double}
-        address = (ctypes.c_char_p, ctypes.c_uint32, ctypes.c_uint64)
-        for function in self._add.values():
-            function.restype = None
-            function.argtypes = [*address, ctypes.c_int64, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p]
-        library.keystream.restype = library.values_of.restype = None
-        library.keystream.argtypes = [*address, ctypes.c_int64, ctypes.c_char_p]
-        library.values_of.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p]
+        self._process = os.getpid()
+        library.add_noise.restype = library.keystream.restype = library.values_of.restype = None
+        library.add_noise.argtypes = (
+            ctypes.c_char_p, ctypes.POINTER(_Piece), ctypes.c_int64, ctypes.c_double, ctypes.c_int,
+        )  # fmt: skip
+        library.keystream.argtypes = (
+            ctypes.c_char_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int64, ctypes.c_char_p,
+        )  # fmt: skip
+        library.values_of.argtypes = (ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p)
 
-    def add(self, out: torch.Tensor, key: bytes, stream: int, block: int, skip: int, std: float) -> None:
-        """Add ``std`` times the values from ``block`` of a stream on, ``skip`` left out, to a contiguous CPU tensor.
+    def add(self, pieces: Sequence[Piece], key: bytes, std: float, threads: int = 1) -> None:
+        """Add ``std`` times the values of a stream to contiguous CPU tensors, which share no memory if threads do.
+
+        Args:
+            pieces: (tensor of float32 or float64, stream, place of its first element in the stream).
+            key: 32 bytes.
+            std: factor of the values.
+            threads: how many work; one in a forked child, as OpenMP's threads do not outlive a fork.
 
         Raises:
-            ValueError: the tensor is not contiguous, or the key or a place is none that the stream has.
+            ValueError: a tensor is not contiguous on the CPU, or the key or a place is none that a stream has.
         """
-        end = block - (-(skip + out.numel()) // BLOCK_ELEMENTS)
-        if not (
-            out.is_contiguous()
-            and len(key) == 32
-            and 0 <= stream < 1 << 32
-            and skip >= 0
-            and 0 <= block <= end <= 1 << 64
-        ):
-            raise ValueError(f"no such noise: stream {stream}, block {block}, {out.numel()} values after {skip}")
-        self._add[out.dtype](key, stream, block, skip, out.numel(), std, out.data_ptr())
+        described = (_Piece * len(pieces))(*[_described(piece) for piece in pieces])
+        if len(key) != 32:
+            raise ValueError(f"a key of {len(key)} bytes")
+        if os.getpid() != self._process:
+            threads = 1
+        self._library.add_noise(key, described, len(pieces), std, threads)
 
     def keystream(self, key: bytes, stream: int, block: int, blocks: int) -> bytes:
         """What :func:`dptrainer.noise.chacha.keystream` gives."""
@@ -81,6 +102,15 @@ class Kernel:
         out = np.empty(BLOCK_ELEMENTS * blocks)
         self._library.values_of(words, blocks, out.ctypes.data)
         return out
+
+
+def _described(piece: Piece) -> _Piece:
+    out, stream, offset = piece
+    block, skip = divmod(offset, BLOCK_ELEMENTS)
+    there = 0 <= stream < 1 << 32 and offset >= 0 and offset + out.numel() <= BLOCK_ELEMENTS << 64
+    if not (there and out.is_contiguous() and out.device.type == "cpu"):
+        raise ValueError(f"no such noise: stream {stream}, {out.numel()} values from {offset}")
+    return _Piece(out.data_ptr(), out.numel(), block, skip, stream, int(out.dtype == torch.float64))
 
 
 class _Once:
@@ -125,7 +155,7 @@ def build() -> tuple[Kernel | None, str]:
     if not compiler:
         return None, "NumPy (no C compiler found)"
     reason = ""
-    for tuning in (["-march=native"], []):
+    for tuning in (["-fopenmp", "-march=native"], ["-march=native"], ["-fopenmp"], []):
         try:
             made = _compile([*compiler, *_FLAGS, *tuning])
         except (OSError, subprocess.SubprocessError, AttributeError) as error:
@@ -163,7 +193,7 @@ def _agrees(made: Kernel) -> bool:
         for skip, count in ((0, 10 * blocks), (3, 10 * blocks - 7), (9, 1), (1, 321)):
             mine = torch.linspace(-1.0, 1.0, count, dtype=dtype)
             other = mine.clone()
-            made.add(mine, key, 3, 5, skip, 1.1)
+            made.add([(mine, 3, 5 * BLOCK_ELEMENTS + skip)], key, 1.1)
             plain.add(other, skip, 1.1)
             if not torch.equal(mine, other):
                 return False

@@ -30,9 +30,10 @@ def ours(target: torch.Tensor, kernel: native.Kernel | None) -> Row:
     """Update of ``target`` in place by one path, whatever the process would choose."""
 
     def run() -> None:
-        tiles = list(gaussian._tiles(gaussian._Piece(target, 0, 0), target, gaussian.BLOCKS))
-        threads = min(torch.get_num_threads(), max(1, target.numel() // gaussian.THREAD_FROM)) if kernel else 1
-        gaussian._work(tiles, KEY, 1.0, kernel, threads)
+        if kernel is None:
+            gaussian._add_by_tiles([(target, 0, 0)], KEY, 1.0, None)
+        else:
+            kernel.add([(target, 0, 0)], KEY, 1.0, torch.get_num_threads())
 
     return run
 

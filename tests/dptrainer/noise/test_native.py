@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -81,62 +80,47 @@ def test_bits_agree_on_random_and_extreme_words(kernel: native.Kernel) -> None:
     assert np.array_equal(kernel.values(words.tobytes()), plain.box_muller(blocks))
 
 
-def test_the_number_of_threads_does_not_matter(kernel: native.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, kernel)
-    monkeypatch.setattr(gaussian, "THREAD_FROM", 1000)
-    begun: list[str] = []
-    finish = gaussian._finish
-    monkeypatch.setattr(gaussian, "_finish", lambda *a: (begun.append(threading.current_thread().name), finish(*a)))
+def test_the_number_of_threads_does_not_matter(kernel: native.Kernel) -> None:
     start = [
-        torch.zeros(n, dtype=d) for n, d in ((500_001, torch.float32), (7, torch.float64), (90_000, torch.float32))
+        torch.zeros(n, dtype=d) for n, d in ((500_001, torch.float32), (7, torch.float64), (90_000, torch.float64))
     ]
-    found, used = [], []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            tensors = [t.clone() for t in start]
-            begun.clear()
-            add_gaussians_(tensors, KEY, 2.0)
-            assert begun.count(threading.current_thread().name) == 1
-            assert len(begun) <= threads
-            used.append(len(begun))
-            found.append(tensors)
-    finally:
-        torch.set_num_threads(before)
-    assert used[0] == 1
-    assert max(used) > 1
+    found = []
+    for threads in (1, 2, 3):
+        tensors = [t.clone() for t in start]
+        kernel.add([(t, position, 16_384 * position + 7) for position, t in enumerate(tensors)], KEY, 2.0, threads)
+        found.append(tensors)
     for tensors in found[1:]:
         assert all(map(torch.equal, tensors, found[0]))
     for position, tensor in enumerate(found[0]):
-        assert torch.equal(tensor, add_gaussian_(torch.zeros_like(tensor), KEY, position, 2.0))
+        expected = add_gaussian_(torch.zeros_like(tensor), KEY, position, 2.0, offset=16_384 * position + 7)
+        assert torch.equal(tensor, expected)
 
 
-def test_a_failure_in_another_thread_is_a_failure(kernel: native.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, kernel)
-    finish, failed = gaussian._finish, threading.Event()
+@pytest.mark.parametrize(("count", "shared", "expected"), [(40_000, False, 2), (30_000, False, 1), (40_000, True, 1)])
+def test_as_many_threads_work_as_torch_uses_where_they_may(
+    kernel: native.Kernel, monkeypatch: pytest.MonkeyPatch, count: int, shared: bool, expected: int
+) -> None:
+    class Watched:
+        def add(self, pieces: Any, key: bytes, std: float, threads: int) -> None:
+            used.append(threads)
 
-    def fails_elsewhere(*arguments: Any) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            failed.set()
-            raise MemoryError
-        assert failed.wait(30)
-        finish(*arguments)
-
-    monkeypatch.setattr(gaussian, "_finish", fails_elsewhere)
-    tiles = list(gaussian._tiles(gaussian._Piece(torch.zeros(9), 0, 0), torch.zeros(9), 8))
-    with pytest.raises(MemoryError):
-        gaussian._work(tiles, KEY, 1.0, kernel, 2)
+    used: list[int] = []
+    use(monkeypatch, Watched())  # type: ignore[arg-type]  # stands for a kernel
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    tensor = torch.zeros(count)
+    add_gaussians_([tensor, tensor] if shared else [tensor], KEY, 1.0)
+    assert used == [expected]
 
 
-def test_a_forked_child_makes_its_noise_with_threads_of_its_own(kernel: native.Kernel) -> None:
-    tiles = list(gaussian._tiles(gaussian._Piece(torch.zeros(9), 0, 0), torch.zeros(90_000), 8))
-    gaussian._work(tiles, KEY, 1.0, kernel, 2)
+def test_a_forked_child_makes_its_noise_with_its_one_thread(kernel: native.Kernel) -> None:
+    expected = torch.zeros(90_000)
+    kernel.add([(expected, 0, 0)], KEY, 1.0, 2)
     child = os.fork()
     if child == 0:
         try:
-            gaussian._work(tiles, KEY, 1.0, kernel, 2)
-            os._exit(0)
+            found = torch.zeros(90_000)
+            kernel.add([(found, 0, 0)], KEY, 1.0, 2)
+            os._exit(0 if torch.equal(found, expected) else 2)
         finally:
             os._exit(1)
     deadline = time.monotonic() + 30
@@ -168,7 +152,7 @@ def test_strided_gradients_get_the_noise_of_contiguous_ones(
 
 def test_nothing_of_the_noise_is_left_in_buffers_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gaussian, "_IDLE", [])
-    gaussian._finish([(torch.zeros(5000), 0, 0, 0), (torch.zeros(50), 0, 0, 0)], KEY, 1.0, None)
+    gaussian._add_by_tiles([(torch.zeros(5000), 0, 0), (torch.zeros(50), 1, 0)], KEY, 1.0, None)
     bench = gaussian._IDLE[-1]
     assert not any(bench.words)
     assert not bench._floats[:, :, :500].any()  # the rest was never written
@@ -221,7 +205,7 @@ def test_a_variable_that_names_no_command_is_reported(monkeypatch: pytest.Monkey
         "+ 962 -> + 963",
         "round < 20 -> round < 18",
         "(block >> 32) - (lanes) -> (block >> 32) + (lanes)",
-        "block += BLOCKS -> block += BLOCKS + 1",
+        "block += BLOCKS; -> block += BLOCKS + 1;",
         "#define FORMAT 1u -> #define FORMAT 2u",
     ],
 )
@@ -239,19 +223,18 @@ def test_a_library_with_other_bits_is_not_used(
 
 
 def test_a_request_for_what_no_stream_has_is_refused(kernel: native.Kernel) -> None:
-    last = (1 << 64) - 1
-    kernel.add(torch.zeros(10), KEY, 0, last, 0, 1.0)
-    for out, key, stream, block, skip in (
-        (torch.zeros(11), KEY, 0, last, 0),
-        (torch.zeros(10), KEY, 0, last, 1),
-        (torch.zeros(4, 8)[:, ::2], KEY, 0, 0, 0),
-        (torch.zeros(1), KEY, 0, 0, -1),
-        (torch.zeros(1), KEY, 0, -1, 0),
-        (torch.zeros(1), KEY, 1 << 32, 0, 0),
-        (torch.zeros(1), KEY[1:], 0, 0, 0),
+    end = 10 << 64
+    kernel.add([(torch.zeros(10), 0, end - 10)], KEY, 1.0)
+    for out, key, stream, offset in (
+        (torch.zeros(11), KEY, 0, end - 10),
+        (torch.zeros(4, 8)[:, ::2], KEY, 0, 0),
+        (torch.zeros(1, device="meta"), KEY, 0, 0),
+        (torch.zeros(1), KEY, 0, -1),
+        (torch.zeros(1), KEY, 1 << 32, 0),
+        (torch.zeros(1), KEY[1:], 0, 0),
     ):
-        with pytest.raises(ValueError, match="no such noise"):
-            kernel.add(out, key, stream, block, skip, 1.0)
+        with pytest.raises(ValueError, match=r"no such noise|key of 31"):
+            kernel.add([(out, stream, offset)], key, 1.0)
 
 
 @pytest.mark.parametrize("tuning", [[], ["-mavx2"]])
