@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dptrainer.clipping.native import kernels
+
 #: Rows are instantiated in pieces of at most this many elements (4 MiB of float32): the cache holds them for the norm,
 #: and the allocator recycles them, where each larger piece would be fetched from the system anew at a multiple of the
 #: cost.
@@ -25,14 +27,12 @@ _SHORT = 4096
 _TINY = 256
 
 
-def _norms(values: Tensor, dim: int) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(values, dim=dim)
-    return norms.double()
-
-
 def row_squares(rows: Tensor) -> Tensor:
     """[B] float64: the squared Euclidean norm of each of the B leading slices, with relative error below 2^-18."""
     flat = rows.reshape(rows.shape[0], -1) if rows.numel() else rows.new_zeros(rows.shape[0], 1)
+    compiled = kernels(flat)
+    if compiled is not None:
+        return compiled.row_squares(flat)  # in float64
     whole = flat.shape[1] // _BLOCK * _BLOCK
     if whole == 0 or flat.shape[1] == _BLOCK:
         return _norms(flat, 1).square()
@@ -43,8 +43,25 @@ def row_squares(rows: Tensor) -> Tensor:
     return squares
 
 
+def over_positions(grad: Tensor) -> Tensor:
+    """[B, C]: the sums of [B, C, ...] over the rest."""
+    rows = grad.flatten(2)
+    compiled = kernels(rows)
+    if compiled is None or not rows.numel():
+        return rows.sum(2)
+    return compiled.row_sums(rows.flatten(0, 1)).view(rows.shape[:2])
+
+
+def _norms(values: Tensor, dim: int) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(values, dim=dim)
+    return norms.double()
+
+
 def _double_squares(rows: Tensor) -> Tensor:
     """[B] float64 squared norms of the rows of [B, d], every square in float64."""
+    compiled = kernels(rows)
+    if compiled is not None:
+        return compiled.row_squares(rows)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     return norms.square()
 
@@ -90,6 +107,7 @@ class Dense(PerExample):
         grads: the rows.
         owned: whether nobody else holds them.
         arrange: a view of rows [b, ...] of another layout as [b, *shape].
+        squares: [B] float64 squared norms, where they are known.
     """
 
     holds_operands = False
@@ -100,11 +118,12 @@ class Dense(PerExample):
         *,
         owned: bool = False,
         arrange: Callable[[Tensor], Tensor] | None = None,
+        squares: Tensor | None = None,
     ) -> None:
         self.pieces = [grads] if isinstance(grads, Tensor) else list(grads)
         self._owned, self._arrange = owned, arrange
         self.batch_size, self.shape = sum(len(piece) for piece in self.pieces), self._arranged(self.pieces[0]).shape[1:]
-        self._squares: Tensor | None = None
+        self._squares = squares
 
     @property
     def plain(self) -> bool:
@@ -119,12 +138,15 @@ class Dense(PerExample):
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See :class:`PerExample`."""
-        total: Tensor | None = None
-        factors = torch.split(weights.to(self.pieces[0].dtype), [len(piece) for piece in self.pieces])
+        total = self.pieces[0].new_zeros(self.pieces[0].shape[1:].numel())
+        factors = torch.split(weights.to(total.dtype), [len(piece) for piece in self.pieces])
         for factor, piece in zip(factors, self.pieces, strict=True):
-            rows = finite(piece, owned=self._owned).reshape(len(piece), -1)
-            total = factor @ rows if total is None else total.addmv_(rows.t(), factor)
-        assert total is not None  # noqa: S101  (there is at least one piece)
+            rows = piece.reshape(len(piece), -1)
+            compiled = kernels(rows)
+            if compiled is None:
+                total.addmv_(finite(rows, owned=self._owned).t(), factor)
+            else:
+                compiled.add_weighted(rows, factor, total)
         return self._arranged(total.view(1, *self.pieces[0].shape[1:]))[0].contiguous()
 
     def _arranged(self, rows: Tensor) -> Tensor:
@@ -225,6 +247,9 @@ class TableRows(PerExample):
             grads: [N, d] gradients of the looked-up rows.
         """
         example, index = lookups
+        compiled = kernels(grads)
+        if compiled is not None and grads.shape[1]:
+            return cls(batch_size, shape, compiled.add_equal(example.contiguous(), index.contiguous().long(), grads))
         unique, inverse = torch.unique(example * shape[0] + index, return_inverse=True)
         values = grads.new_zeros(unique.shape[0], shape[1]).index_add_(0, inverse, grads)
         example = torch.div(unique, shape[0], rounding_mode="floor")
@@ -244,16 +269,26 @@ class TableRows(PerExample):
     def squared_norms(self) -> Tensor:
         """See :class:`PerExample`."""
         squares = torch.zeros(self.batch_size, dtype=torch.float64, device=self._values.device)
+        compiled = kernels(self._values)
+        if compiled is not None:
+            compiled.add_squares(self._example.contiguous(), self._values, squares)
+            return squares
         return squares.index_add_(0, self._example, row_squares(self._values))
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See :class:`PerExample`."""
+        compiled = kernels(self._values)
+        if compiled is not None:
+            table = self._values.new_zeros(self._rows, self._values.shape[1])
+            entries = (self._example.contiguous(), self._index.contiguous(), self._values)
+            compiled.add_rows(entries, weights.to(table.dtype), table)
+            return table.view(self.shape)
         per_entry = weights.to(self._values.dtype).index_select(0, self._example)
         scaled = finite(self._values, owned=True).mul_(per_entry.unsqueeze(1))
         if scaled.device.type == "cpu":  # up to four times as fast, and in the same order every time
             return scaled.new_zeros(self._rows, scaled.shape[1]).index_add_(0, self._index, scaled).view(self.shape)
-        table: Tensor = torch.ops.aten.embedding_dense_backward(scaled, self._index, self._rows, -1, False)
-        return table.view(self.shape)
+        found: Tensor = torch.ops.aten.embedding_dense_backward(scaled, self._index, self._rows, -1, False)
+        return found.view(self.shape)
 
     def dense(self, rows: slice) -> Tensor:
         """See :class:`PerExample`."""

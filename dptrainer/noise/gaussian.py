@@ -25,6 +25,7 @@ from itertools import pairwise
 
 import torch
 
+from dptrainer.native import threads
 from dptrainer.noise import boxmuller, native
 from dptrainer.noise.boxmuller import BLOCK_ELEMENTS
 from dptrainer.noise.chacha import fill
@@ -32,10 +33,8 @@ from dptrainer.noise.chacha import fill
 #: Blocks at a time of noise that NumPy makes, or that goes to another device: a quarter of a MiB of words and 1.3 MiB
 #: of work space. Larger tiles leave the cache, smaller ones spend their time in calls.
 BLOCKS = 1 << 12
-#: Values of one request from which compiling (a third of a second) pays within a few hundred requests.
-COMPILE_FROM = 1 << 16
-#: Values of one request from which several threads pay.
-THREADS_FROM = 1 << 15
+#: Values of one request for each further thread.
+PER_THREAD = 1 << 14
 
 
 def add_gaussian_(tensor: torch.Tensor, key: bytes, param_id: int, std: float, *, offset: int = 0) -> torch.Tensor:
@@ -99,11 +98,10 @@ def _add(pieces: Sequence[_Piece], key: bytes, std: float) -> None:
         piece.check()
     flats = [piece.flat() for piece in pieces]
     count = sum(flat.numel() for flat in flats)
-    kernel = native.kernel(compile_now=count >= COMPILE_FROM)
+    kernel = native.kernel_for(count)
     work = [(flat, piece.param_id, piece.offset) for piece, flat in zip(pieces, flats, strict=True)]
     if kernel is not None and all(flat.device.type == "cpu" for flat in flats):
-        threads = torch.get_num_threads() if count >= THREADS_FROM and _disjoint(flats) else 1
-        kernel.add(work, key, std, threads)
+        kernel.add(work, key, std, threads(count, PER_THREAD) if _disjoint(flats) else 1)
     else:
         _add_by_tiles(work, key, std, kernel)
     for piece, flat in zip(pieces, flats, strict=True):

@@ -1,27 +1,16 @@
-"""``chacha.c`` and ``boxmuller.c`` compiled on the machine that runs them, or a reason why not; results do not tell.
+"""``chacha.c`` and ``boxmuller.c`` compiled (:mod:`dptrainer.native`); results do not tell.
 
-The first large request compiles once a process (under half a second) with the C compiler named by ``CC``, else ``cc``,
-``gcc`` or ``clang``, in a private directory that is removed at once. What was built is used only if its keystream is
-OpenSSL's, also where the counter wraps, and its values have the bits of :mod:`dptrainer.noise.boxmuller` on ordinary
-and extreme words. Otherwise noise is made by OpenSSL and NumPy, with the same values: :func:`status` says which, and
-so does the log at level INFO.
+The first large request compiles. What was built is used only if its keystream is OpenSSL's, also where the counter
+wraps, and its values have the bits of :mod:`dptrainer.noise.boxmuller` on ordinary and extreme words. Otherwise noise
+is made by OpenSSL and NumPy, with the same values: :func:`status` says which, and so does the log at level INFO.
 
 A library's cipher would be dearer here: ``cryptography`` holds the interpreter's lock, so that threads would wait for
-each other, and its words would pass through memory. The threads are OpenMP's, which are PyTorch's own where it is
-built with the library of that name that the compiler links: others would compete with them while they wait for work.
+each other, and its words would pass through memory.
 """
 
 from __future__ import annotations
 
 import ctypes
-import logging
-import os
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,15 +18,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dptrainer.native import Native
 from dptrainer.noise import boxmuller
 from dptrainer.noise.boxmuller import BLOCK_ELEMENTS
 from dptrainer.noise.chacha import BLOCK_BYTES, keystream
 
-_LOG = logging.getLogger(__name__)
 _SOURCES = (Path(__file__).with_name("chacha.c"), Path(__file__).with_name("boxmuller.c"))
 #: No fused multiply-add and no fast-math: the bits are those of the text. ``sqrt`` need not set errno.
-_FLAGS = ("-O3", "-std=c99", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
-_SECONDS = 60.0
+_FLAGS = ("-O3", "-std=gnu99", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 
 #: A tensor, its stream, and the place of its first element there.
 Piece = tuple[torch.Tensor, int, int]
@@ -61,7 +49,6 @@ class Kernel:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library  # keeps the code mapped
-        self._process = os.getpid()
         library.add_noise.restype = library.keystream.restype = library.values_of.restype = None
         library.add_noise.argtypes = (
             ctypes.c_char_p, ctypes.POINTER(_Piece), ctypes.c_int64, ctypes.c_double, ctypes.c_int,
@@ -78,7 +65,7 @@ class Kernel:
             pieces: (tensor of float32 or float64, stream, place of its first element in the stream).
             key: 32 bytes.
             std: factor of the values.
-            threads: how many work; one in a forked child, as OpenMP's threads do not outlive a fork.
+            threads: how many work.
 
         Raises:
             ValueError: a tensor is not contiguous on the CPU, or the key or a place is none that a stream has.
@@ -86,8 +73,6 @@ class Kernel:
         described = (_Piece * len(pieces))(*[_described(piece) for piece in pieces])
         if len(key) != 32:
             raise ValueError(f"a key of {len(key)} bytes")
-        if os.getpid() != self._process:
-            threads = 1
         self._library.add_noise(key, described, len(pieces), std, threads)
 
     def keystream(self, key: bytes, stream: int, block: int, blocks: int) -> bytes:
@@ -113,69 +98,9 @@ def _described(piece: Piece) -> _Piece:
     return _Piece(out.data_ptr(), out.numel(), block, skip, stream, int(out.dtype == torch.float64))
 
 
-class _Once:
-    """What this process found out; forked children inherit it, since code needs no secrets."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.kernel: Kernel | None = None
-        self.status = "not compiled yet"
-        self.tried = False
-
-
-_ONCE = _Once()
-
-
-def kernel(*, compile_now: bool) -> Kernel | None:
-    """The compiled kernel, or None where there is none (yet): compiled by the first call that says so."""
-    if compile_now and not _ONCE.tried:
-        with _ONCE.lock:
-            if not _ONCE.tried:
-                _ONCE.kernel, _ONCE.status = build()
-                _ONCE.tried = True
-                _LOG.info("noise is made by %s", _ONCE.status)
-    return _ONCE.kernel
-
-
-def status() -> str:
-    """How noise is made in this process, in words: compiled and by what, or why not."""
-    return _ONCE.status
-
-
-def build() -> tuple[Kernel | None, str]:
-    """Compile, load and check; never raises for a compiler that fails."""
-    if sys.byteorder != "little":
-        return None, "NumPy (the kernel reads little-endian words)"
-    try:
-        named = shlex.split(os.environ.get("CC", ""))
-    except ValueError:
-        return None, "NumPy (CC is not a command)"
-    found = next((path for path in map(shutil.which, ("cc", "gcc", "clang")) if path), None)
-    compiler = named or ([found] if found else [])
-    if not compiler:
-        return None, "NumPy (no C compiler found)"
-    reason = ""
-    for tuning in (["-fopenmp", "-march=native"], ["-march=native"], ["-fopenmp"], []):
-        try:
-            made = _compile([*compiler, *_FLAGS, *tuning])
-        except (OSError, subprocess.SubprocessError, AttributeError) as error:
-            reason = f"NumPy ({compiler[0]} did not build the kernel: {type(error).__name__})"
-            continue
-        if _agrees(made):
-            return made, f"code compiled with {' '.join([*compiler, *tuning])}"
-        reason = f"NumPy (what {compiler[0]} built gives other bits)"
-    return None, reason
-
-
-def _compile(command: list[str]) -> Kernel:
-    text = "".join(f"#define {name} {value.hex()}\n" for name, value in boxmuller.constants().items())
-    text += "".join(path.read_text(encoding="utf-8") for path in _SOURCES)
-    with tempfile.TemporaryDirectory(prefix="dptrainer-") as folder:  # only this user may enter it
-        source, library = Path(folder, "noise.c"), Path(folder, "noise.so")
-        source.write_text(text, encoding="utf-8")
-        command = [*command, "-o", str(library), str(source), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)  # noqa: S603
-        return Kernel(ctypes.CDLL(str(library)))
+def _text() -> str:
+    constants = "".join(f"#define {name} {value.hex()}\n" for name, value in boxmuller.constants().items())
+    return constants + "".join(path.read_text(encoding="utf-8") for path in _SOURCES)
 
 
 def _agrees(made: Kernel) -> bool:
@@ -207,3 +132,22 @@ def _extreme_words(blocks: int) -> bytes:
         words[row, 2:5] ^= np.uint64(2**64 - 1)
     words[40:44, :] = np.array([[0], [2**64 - 1], [2**63], [2**63 - 1]], dtype=np.uint64)
     return words.tobytes()
+
+
+LIBRARY = Native("noise", _text, _FLAGS, Kernel, _agrees)
+#: Compiling takes a third of a second. It begins once so many values were asked for, every request counting at least
+#: the second number: with the fourth request of a large model, the 64th of a small one.
+COMPILE_AFTER, LEAST = 1 << 18, 1 << 12
+_asked = 0
+
+
+def kernel_for(values: int) -> Kernel | None:
+    """The compiled kernel for a request of so many values, or None where there is none (yet)."""
+    global _asked
+    _asked += max(values, LEAST)
+    return LIBRARY.get(compile_now=_asked >= COMPILE_AFTER)
+
+
+def status() -> str:
+    """How noise is made in this process, in words: compiled and by what, or why by NumPy."""
+    return LIBRARY.status

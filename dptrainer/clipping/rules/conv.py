@@ -10,15 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dptrainer.clipping.ghost import Ghost
-from dptrainer.clipping.per_example import CHUNK_ELEMENTS, PerExample, chunks, finite, fits, instantiate, joined, kept
+from dptrainer.clipping.per_example import (
+    CHUNK_ELEMENTS,
+    Dense,
+    PerExample,
+    chunks,
+    finite,
+    fits,
+    instantiate,
+    joined,
+    kept,
+    over_positions,
+)
 from dptrainer.clipping.rules import LayerCall, rule
 from dptrainer.clipping.rules.conv_choice import cheapest
 from dptrainer.clipping.rules.conv_methods import (
+    BY_GRAM,
     Geometry,
     Method,
+    Norms,
     by_channels_last,
     by_loop,
-    gram_norms,
+    by_patches,
+    compiled_rows,
     positions,
     summed_over_examples,
 )
@@ -40,11 +54,14 @@ def _per_example(geometry: Geometry, activation: Tensor, grad: Tensor) -> PerExa
     batch, shape = len(grad), geometry.weight
     operands = activation.shape[1:].numel() + grad.shape[1:].numel()
     method = cheapest(geometry, activation, grad)
-    if method is None:
-        return _ghost(geometry, activation, grad)
+    if isinstance(method, Norms):
+        return _ghost(method, geometry, activation, grad)
     if method is by_channels_last and fits(shape, operands):
         pieces = [by_channels_last(geometry, activation[part], grad[part]) for part in chunks(batch, shape)]
         return kept(pieces, lambda rows: rows.movedim(-1, 2))
+    if method is by_patches and fits(shape, operands):
+        found = [compiled_rows(geometry, activation[part], grad[part]) for part in chunks(batch, shape)]
+        return Dense([rows for rows, _ in found], owned=True, squares=joined([squares for _, squares in found]))
     return instantiate(batch, shape, lambda part: _rows(method, geometry, activation[part], grad[part]), operands)
 
 
@@ -54,13 +71,14 @@ def _rows(method: Method, geometry: Geometry, activation: Tensor, grad: Tensor) 
     return rows.movedim(-1, 2) if method is by_channels_last else rows
 
 
-def _ghost(geometry: Geometry, activation: Tensor, grad: Tensor) -> PerExample:
-    """Norms from Gram matrices, a few examples at a time; the sum by the library's own weight gradient."""
-    step = max(1, CHUNK_ELEMENTS // positions(geometry, activation) ** 2)
+def _ghost(by: Norms, geometry: Geometry, activation: Tensor, grad: Tensor) -> PerExample:
+    """Norms alone, a few examples at a time; the sum by the library's own weight gradient."""
+    gram = by is BY_GRAM
+    step = max(1, CHUNK_ELEMENTS // positions(geometry, activation) ** 2) if gram else max(1, len(grad))
 
     def norms() -> tuple[Tensor, Tensor]:
         found = [
-            gram_norms(geometry, activation[start : start + step], grad[start : start + step])
+            by.of(geometry, activation[start : start + step], grad[start : start + step])
             for start in range(0, len(grad), step)
         ]
         return joined([squares for squares, _ in found]), joined([sizes for _, sizes in found])
@@ -79,7 +97,7 @@ def _ghost(geometry: Geometry, activation: Tensor, grad: Tensor) -> PerExample:
 
 
 def _bias(call: LayerCall) -> dict[str, Tensor | PerExample]:
-    return {"bias": call.grad.flatten(2).sum(2)} if "bias" in call.wanted else {}
+    return {"bias": over_positions(call.grad)} if "bias" in call.wanted else {}
 
 
 def _require_batch(layer: nn.modules.conv._ConvNd, call: LayerCall) -> None:

@@ -15,14 +15,19 @@ from torch import Tensor
 
 from dptrainer.clipping.per_example import Dense, chunks, fits, row_squares
 from dptrainer.clipping.rules.conv_methods import (
+    BY_GRAM,
+    BY_PATCH_NORMS,
     Geometry,
     Method,
+    Norms,
     by_channels_last,
     by_groups,
     by_loop,
+    by_patches,
     by_unfolding,
     by_windows,
-    gram_norms,
+    compiled_for,
+    compiled_rows,
     positions,
     summed_over_examples,
 )
@@ -32,16 +37,18 @@ _PROBE = 8
 #: Largest Gram matrix of input positions of one example, in elements.
 _MOST_GRAM = 1 << 18
 
-_CHOICES: dict[tuple[object, ...], Method | None] = {}
+_CHOICES: dict[tuple[object, ...], Method | Norms] = {}
 
 
-def methods(geometry: Geometry, grad: Tensor) -> list[Method]:
+def methods(geometry: Geometry, activation: Tensor, grad: Tensor) -> list[Method]:
     """The exact methods that apply."""
     found: list[Method] = [by_loop, by_groups, by_windows]
     if grad.dim() < 5:
         found.append(by_unfolding)
     if geometry.groups == 1:
         found.append(by_channels_last)
+    if compiled_for(activation, grad) is not None:
+        found.append(by_patches)
     return found
 
 
@@ -65,24 +72,33 @@ def _instantiated(method: Method, times: int, geometry: Geometry, activation: Te
     """What one example's gradients cost in a step: their computation, their norm, their share of the sum."""
     weights = torch.ones(len(grad), device=grad.device)
     for _ in range(times):
-        rows = [method(geometry, activation[part], grad[part]) for part in chunks(len(grad), geometry.weight)]
+        parts = list(chunks(len(grad), geometry.weight))
+        if method is by_patches:
+            rows = [compiled_rows(geometry, activation[part], grad[part])[0] for part in parts]
+            continue
+        rows = [method(geometry, activation[part], grad[part]) for part in parts]
         for piece in rows:
             row_squares(piece)
     Dense(rows, owned=True).weighted_sum(weights)
 
 
-def _by_gram(geometry: Geometry, activation: Tensor, grad: Tensor) -> None:
-    gram_norms(geometry, activation, grad)
+def _by_norms(norms: Norms, geometry: Geometry, activation: Tensor, grad: Tensor) -> None:
+    norms.of(geometry, activation, grad)
     summed_over_examples(geometry, activation, grad)
 
 
-def gram_applies(geometry: Geometry, activation: Tensor) -> bool:
-    """Whether norms may be taken without instantiating: no groups, and a Gram matrix of bearable size."""
-    return geometry.groups == 1 and positions(geometry, activation) ** 2 <= _MOST_GRAM
+def norms(geometry: Geometry, activation: Tensor, grad: Tensor) -> list[Norms]:
+    """The ways to norms alone that apply: Gram matrices of bearable size, without groups, and compiled code."""
+    found: list[Norms] = []
+    if geometry.groups == 1 and positions(geometry, activation) ** 2 <= _MOST_GRAM:
+        found.append(BY_GRAM)
+    if compiled_for(activation, grad) is not None:
+        found.append(BY_PATCH_NORMS)
+    return found
 
 
-def cheapest(geometry: Geometry, activation: Tensor, grad: Tensor) -> Method | None:
-    """The fastest method for this geometry and per-example shape; None stands for norms from Gram matrices."""
+def cheapest(geometry: Geometry, activation: Tensor, grad: Tensor) -> Method | Norms:
+    """The fastest for this geometry and per-example shape, of :func:`methods` and :func:`norms`."""
     key = (geometry, activation.shape[1:], grad.shape[1:], activation.dtype, activation.device, torch.get_num_threads())
     if key not in _CHOICES:
         # linspace and not randn: the probe must not move the random streams of the training program.
@@ -93,10 +109,9 @@ def cheapest(geometry: Geometry, activation: Tensor, grad: Tensor) -> Method | N
             for t in (activation, grad)
         ]
         times = 1 if fits(geometry.weight, sum(t.shape[1:].numel() for t in probe)) else 2
-        candidates: dict[Method | None, Callable[[], None]] = {
-            method: partial(_instantiated, method, times, geometry, *probe) for method in methods(geometry, grad)
+        candidates: dict[Method | Norms, Callable[[], None]] = {
+            **{m: partial(_instantiated, m, times, geometry, *probe) for m in methods(geometry, *probe)},
+            **{n: partial(_by_norms, n, geometry, *probe) for n in norms(geometry, *probe)},
         }
-        if gram_applies(geometry, activation):
-            candidates[None] = partial(_by_gram, geometry, *probe)
         _CHOICES[key] = min(candidates, key=lambda method: _seconds(candidates[method], grad.device))
     return _CHOICES[key]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dptrainer.clipping.native import Kernels, Plane, kernels
 from dptrainer.clipping.per_example import chunks, joined
 
 #: Elements of patches that are copied at a time, so that the product finds them in the cache.
@@ -37,7 +38,15 @@ class Geometry:
         return (self.weight[0], *self.weight[2:], self.weight[1])
 
 
+#: Gives the rows [B, *weight].
 Method = Callable[[Geometry, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Norms:
+    """A way to ([B] squared norms, [B] sum over places of ||patch|| ||gradient||), float64, without rows."""
+
+    of: Callable[[Geometry, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def summed_over_examples(geometry: Geometry, activation: Tensor, grad: Tensor) -> Tensor:
@@ -49,6 +58,51 @@ def summed_over_examples(geometry: Geometry, activation: Tensor, grad: Tensor) -
         geometry.groups, (False, True, False),
     )[1]  # fmt: skip
     return found
+
+
+def _plane(geometry: Geometry) -> Plane:
+    """A convolution of one or two dimensions as one of two."""
+
+    def pair(sizes: tuple[int, ...], filler: int) -> tuple[int, int]:
+        return (filler, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
+
+    kernel, stride = pair(tuple(geometry.weight[2:]), 1), pair(geometry.stride, 1)
+    return Plane(geometry.groups, kernel, stride, pair(geometry.padding, 0), pair(geometry.dilation, 1))
+
+
+def compiled_for(activation: Tensor, grad: Tensor) -> Kernels | None:
+    """The compiled functions, where they apply: one and two dimensions, float32 on the CPU, contiguous."""
+    return kernels(activation, grad) if grad.dim() < 5 else None
+
+
+def compiled_rows(geometry: Geometry, activation: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """([B, *weight], [B] float64 squared norms) by ``patches.c``; see :func:`compiled_for`."""
+    rows, squares = _compiled(Kernels.convolution_rows, geometry, activation, grad)
+    return rows.view(-1, *geometry.weight), squares
+
+
+def patch_norms(geometry: Geometry, activation: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`gram_norms`, from gradients that never leave the cache; see :func:`compiled_for`."""
+    return _compiled(Kernels.convolution_norms, geometry, activation, grad)
+
+
+def _compiled(
+    function: Callable[[Kernels, Plane, Tensor, Tensor], tuple[Tensor, Tensor]],
+    geometry: Geometry,
+    activation: Tensor,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor]:
+    compiled = compiled_for(activation, grad)
+    if compiled is None:
+        raise NotImplementedError("compiled code takes contiguous float32 on the CPU, of one or two dimensions")
+    if grad.dim() == 3:
+        activation, grad = activation.unsqueeze(2), grad.unsqueeze(2)
+    return function(compiled, _plane(geometry), activation, grad)
+
+
+def by_patches(geometry: Geometry, activation: Tensor, grad: Tensor) -> Tensor:
+    """[B, *weight]: :func:`compiled_rows` without the norms."""
+    return compiled_rows(geometry, activation, grad)[0]
 
 
 def by_loop(geometry: Geometry, activation: Tensor, grad: Tensor) -> Tensor:
@@ -177,3 +231,6 @@ def _windows(geometry: Geometry, places: torch.Size) -> Iterator[tuple[slice, ..
             slice(at * d, at * d + (count - 1) * s + 1, s)
             for at, d, s, count in zip(offset, geometry.dilation, geometry.stride, places, strict=True)
         )
+
+
+BY_GRAM, BY_PATCH_NORMS = Norms(gram_norms), Norms(patch_norms)

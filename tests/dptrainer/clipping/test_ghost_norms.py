@@ -7,7 +7,7 @@ from torch import nn
 
 from dptrainer.clipping import BookKeeping
 from dptrainer.clipping.ghost import Ghost
-from dptrainer.clipping.rules import conv, linear
+from dptrainer.clipping.rules import conv, conv_methods, linear
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def made(monkeypatch):
 
     monkeypatch.setattr(linear, "Ghost", make)
     monkeypatch.setattr(conv, "Ghost", make)
-    monkeypatch.setattr(conv, "cheapest", lambda *_: None)
+    monkeypatch.setattr(conv, "cheapest", lambda *_: conv_methods.BY_GRAM)
     return forms
 
 

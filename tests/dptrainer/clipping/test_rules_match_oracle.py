@@ -5,7 +5,7 @@ import torch
 from clipping_oracle import assert_equal_to_the_oracle
 from torch import nn
 
-from dptrainer.clipping import BookKeeping
+from dptrainer.clipping import BookKeeping, native
 from dptrainer.clipping.ghost import Ghost
 from dptrainer.clipping.rules import conv, conv_choice, conv_methods, linear, rule_for
 
@@ -75,7 +75,9 @@ METHODS = {
     "unfolding": conv_methods.by_unfolding,
     "windows": conv_methods.by_windows,
     "channels last": conv_methods.by_channels_last,
-    "gram": None,
+    "patches": conv_methods.by_patches,
+    "gram": conv_methods.BY_GRAM,
+    "patch norms": conv_methods.BY_PATCH_NORMS,
 }
 
 
@@ -90,10 +92,35 @@ def cases(options, without=()):
     ]
 
 
+COMPILED = ("patches", "patch norms")  # for float32 in one or two dimensions
+
+
 def assert_equal_by(method, monkeypatch, model, inputs):
-    """With one method, whatever would be chosen. Norms from Gram matrices are bounds, so their factors are smaller."""
-    monkeypatch.setattr(conv, "cheapest", lambda *_: METHODS[method])
-    assert_equal_to_the_oracle(model, inputs, single=2e-4 if method == "gram" else 1e-6)
+    """With one method, whatever would be chosen. Norms of forms that are not kept are bounds: smaller factors."""
+    if method in COMPILED and native.LIBRARY.get() is None:
+        pytest.skip(native.LIBRARY.status)
+    used = []
+
+    def chosen(_geometry, activation, _grad):
+        if method in COMPILED and activation.dtype == torch.float64:
+            return conv_methods.by_windows
+        used.append(method)
+        return METHODS[method]
+
+    monkeypatch.setattr(conv, "cheapest", chosen)
+    assert_equal_to_the_oracle(model, inputs, single=2e-4 if method in ("gram", "patch norms") else 1e-6)
+    assert used
+
+
+def test_compiled_convolutions_refuse_what_they_are_not_for():
+    geometry = conv_methods.Geometry(torch.Size((2, 1, 3, 3)), (1, 1), (0, 0), (1, 1), 1)
+    for a, g in (
+        (torch.zeros(1, 1, 5, 5, dtype=torch.float64), torch.zeros(1, 2, 3, 3, dtype=torch.float64)),
+        (torch.zeros(1, 1, 5, 10)[..., ::2], torch.zeros(1, 2, 3, 3)),
+        (torch.zeros(1, 1, 5, 5, 5), torch.zeros(1, 2, 3, 3, 3)),
+    ):
+        with pytest.raises(NotImplementedError, match="float32"):
+            conv_methods.by_patches(geometry, a, g)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding=.same.")  # about speed, from torch
@@ -106,7 +133,7 @@ def test_convolution(dims, options, method, monkeypatch):
     )
 
 
-@pytest.mark.parametrize(("options", "method"), cases(CONVOLUTIONS[:6], without=["unfolding"]))
+@pytest.mark.parametrize(("options", "method"), cases(CONVOLUTIONS[:6], without=["unfolding", *COMPILED]))
 def test_convolution_in_three_dimensions(options, method, monkeypatch):
     assert_equal_by(
         method, monkeypatch, nn.Sequential(nn.Conv3d(4, 4, **options), nn.Tanh()), [torch.randn(3, 4, 6, 5, 6)]
@@ -137,7 +164,7 @@ def test_transposed_convolution(dims, options, method, monkeypatch):
     transposed(dims, options, method, monkeypatch)
 
 
-@pytest.mark.parametrize(("options", "method"), cases(TRANSPOSED[2:5], without=["unfolding"]))
+@pytest.mark.parametrize(("options", "method"), cases(TRANSPOSED[2:5], without=["unfolding", *COMPILED]))
 def test_transposed_convolution_in_three_dimensions(options, method, monkeypatch):
     transposed(3, options, method, monkeypatch)
 
@@ -168,10 +195,11 @@ def test_unequal_strides_and_kernels():
 
 
 @pytest.mark.parametrize("kept", [True, False])
-@pytest.mark.parametrize("method", [conv_methods.by_loop, conv_methods.by_channels_last])
+@pytest.mark.parametrize("method", [conv_methods.by_loop, conv_methods.by_channels_last, conv_methods.by_patches])
 def test_a_large_convolution_is_instantiated_in_chunks(method, kept, monkeypatch):
     monkeypatch.setattr("dptrainer.clipping.per_example.CHUNK_ELEMENTS", 16)
-    monkeypatch.setattr(conv, "cheapest", lambda *_: method)
+    double = conv_methods.by_loop if method is conv_methods.by_patches else method
+    monkeypatch.setattr(conv, "cheapest", lambda _, a, __: double if a.dtype == torch.float64 else method)
     if not kept:
         monkeypatch.setattr("dptrainer.clipping.per_example.fits", lambda *_: False)
     assert_equal_to_the_oracle(nn.Sequential(nn.Conv2d(5, 6, 3), nn.Tanh()), [torch.randn(5, 5, 3, 3)])
@@ -198,7 +226,8 @@ def test_the_choice_knows_neither_the_batch_size_nor_the_data(monkeypatch):
     conv_choice._CHOICES.clear()
     first = seen[0]
     assert [len(t) for t in first] == [8, 8]
-    assert len(seen) == len(conv_choice.methods(geometry, torch.zeros(1, 2, 3, 3))) + 1
+    given = (geometry, torch.zeros(1, 1, 5, 5), torch.zeros(1, 2, 3, 3))
+    assert len(seen) == len(conv_choice.methods(*given)) + len(conv_choice.norms(*given))
     assert all(torch.equal(a, b) for probe in seen for a, b in zip(probe, first, strict=True))
 
 

@@ -1,0 +1,211 @@
+"""``rows.c`` and ``patches.c`` compiled (:mod:`dptrainer.native`), for float32 on the CPU; PyTorch does the rest.
+
+What is done here is what a library does badly: many small products, sums of squares in float64, rows that are found by
+a key. Results differ from PyTorch's by the rounding of float32 alone. A function is used only if the library gives
+PyTorch's results on a few shapes when it is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dptrainer.native import Native, threads
+
+_SOURCES = (Path(__file__).with_name("rows.c"), Path(__file__).with_name("patches.c"))
+#: Unlike noise, gradients may use fused multiply-adds: their last bits are nobody's contract.
+_FLAGS = ("-O3", "-std=gnu99", "-fno-math-errno", "-fno-trapping-math")
+#: Numbers, and multiply-adds, for each thread: some twenty microseconds.
+_NUMBERS, _PRODUCTS = 1 << 15, 1 << 20
+
+
+class Plane(NamedTuple):
+    """What a two-dimensional convolution is beside its tensors."""
+
+    groups: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+
+class _Convolution(ctypes.Structure):
+    """``struct convolution`` of ``patches.c``."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            "batch", "groups", "channels", "outs", "height", "width", "kernel_height", "kernel_width", "out_height",
+            "out_width", "stride_y", "stride_x", "pad_y", "pad_x", "dilation_y", "dilation_x",
+        )
+    )  # fmt: skip
+
+
+_PTR, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_FUNCTIONS: dict[str, Sequence[type]] = {
+    "row_squares": (_PTR, _LONG, _LONG, _PTR, _INT),
+    "weighted_sum": (_PTR, _PTR, _LONG, _LONG, _PTR, _INT),
+    "add_equal": (_PTR, _PTR, _PTR, _LONG, _LONG, _PTR, _INT, ctypes.c_uint64, _PTR, _PTR, _PTR),
+    "add_squares": (_PTR, _PTR, _LONG, _LONG, _PTR),
+    "add_rows": (_PTR, _PTR, _PTR, _PTR, _LONG, _LONG, _PTR),
+    "row_sums": (_PTR, _LONG, _LONG, _PTR, _INT),
+    "convolution_rows": (_PTR, _PTR, _PTR, _PTR, _PTR, _PTR, _INT),
+}
+
+
+class Kernels:
+    """The compiled functions. Tensors are contiguous, on the CPU, float32 where nothing else is said."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        for name, arguments in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
+        library.add_equal.restype, library.convolution_rows.restype = _LONG, _INT
+        # Where rows are put must not be the choice of those who made the records.
+        self._factor = secrets.randbits(64) | 1
+
+    def row_squares(self, rows: Tensor) -> Tensor:
+        """[B] float64 squared norms of [B, d]."""
+        found = torch.empty(len(rows), dtype=torch.float64)
+        share = threads(rows.numel(), _NUMBERS)
+        self._library.row_squares(rows.data_ptr(), *rows.shape, found.data_ptr(), share)
+        return found
+
+    def add_weighted(self, rows: Tensor, weights: Tensor, total: Tensor) -> None:
+        """``total`` [d] += sum_i weights[i] rows[i], of [B, d]; NaN and inf count as 0."""
+        share = threads(rows.numel(), _NUMBERS)
+        self._library.weighted_sum(rows.data_ptr(), weights.data_ptr(), *rows.shape, total.data_ptr(), share)
+
+    def add_equal(self, example: Tensor, index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [N, d] of equal (example, index), int64, added up: ([n] example, [n] index, [n, d])."""
+        count, width = rows.shape
+        bits = max(1, (2 * count - 1).bit_length())
+        slots, examples, indices = (torch.empty(size, dtype=torch.int64) for size in (1 << bits, count, count))
+        values = torch.empty(count, width)
+        found = self._library.add_equal(
+            example.data_ptr(), index.data_ptr(), rows.data_ptr(), count, width,
+            slots.data_ptr(), bits, self._factor, examples.data_ptr(), indices.data_ptr(), values.data_ptr(),
+        )  # fmt: skip
+        return examples[:found], indices[:found], values[:found]
+
+    def add_squares(self, example: Tensor, rows: Tensor, total: Tensor) -> None:
+        """``total[example[t]]`` += ||rows[t]||^2, float64."""
+        self._library.add_squares(example.data_ptr(), rows.data_ptr(), *rows.shape, total.data_ptr())
+
+    def add_rows(self, entries: tuple[Tensor, Tensor, Tensor], weights: Tensor, table: Tensor) -> None:
+        """``table[index[t]]`` += weights[example[t]] rows[t] of (example, index, rows); NaN and inf count as 0."""
+        example, index, rows = entries
+        addresses = (t.data_ptr() for t in (example, index, weights, rows))
+        self._library.add_rows(*addresses, *rows.shape, table.data_ptr())
+
+    def row_sums(self, rows: Tensor) -> Tensor:
+        """[B] sums of [B, d], taken in float64."""
+        found = torch.empty(len(rows))
+        share = threads(rows.numel(), _NUMBERS)
+        self._library.row_sums(rows.data_ptr(), *rows.shape, found.data_ptr(), share)
+        return found
+
+    def convolution_rows(self, plane: Plane, activation: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """([B, O, C / groups, h, w] weight gradients of a convolution of [B, C, H, W], [B] float64 squared norms).
+
+        Raises:
+            MemoryError: the work space of a thread could not be had.
+        """
+        rows = torch.empty(*grad.shape[:2], activation.shape[1] // plane.groups, *plane.kernel)
+        squared = torch.empty(len(grad), dtype=torch.float64)
+        self._convolution(plane, activation, grad, (rows.data_ptr(), squared.data_ptr(), None))
+        return rows, squared
+
+    def convolution_norms(self, plane: Plane, activation: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """([B] squared norms of the same, [B] sum over groups and places of ||patch|| ||gradient||), float64.
+
+        Raises:
+            MemoryError: the work space of a thread could not be had.
+        """
+        squared, sizes = torch.empty(2, len(grad), dtype=torch.float64)
+        self._convolution(plane, activation, grad, (None, squared.data_ptr(), sizes.data_ptr()))
+        return squared, sizes
+
+    def _convolution(
+        self, plane: Plane, activation: Tensor, grad: Tensor, found: tuple[int | None, int, int | None]
+    ) -> None:
+        (batch, channels, height, width), (_, outs, *places) = activation.shape, grad.shape
+        inner = channels // plane.groups
+        described = _Convolution(
+            batch, plane.groups, inner, outs // plane.groups, height, width, *plane.kernel, *places,
+            *plane.stride, *plane.padding, *plane.dilation,
+        )  # fmt: skip
+        share = threads(grad.numel() * inner * plane.kernel[0] * plane.kernel[1], _PRODUCTS)
+        addresses = (ctypes.byref(described), activation.data_ptr(), grad.data_ptr(), *found)
+        if not self._library.convolution_rows(*addresses, share):
+            raise MemoryError("per-example gradients of a convolution")
+
+
+def _agrees(kernels: Kernels) -> bool:
+    """Whether the library gives PyTorch's results on a few shapes."""
+    rows = torch.linspace(-1.0, 2.0, 7 * 331).view(7, 331)
+    weights, total = torch.linspace(0.0, 1.0, 7), torch.zeros(331)
+    kernels.add_weighted(rows, weights, total)
+    example, index = torch.tensor([0, 0, 1, 1, 0]), torch.tensor([2, 2, 2, 0, 1])
+    added = kernels.add_equal(example, index, rows[:5])
+    table, squares = torch.zeros(3, 331), torch.zeros(2, dtype=torch.float64)
+    kernels.add_rows(added, weights, table)
+    kernels.add_squares(added[0], added[2], squares)
+    unique = torch.stack([rows[0] + rows[1], rows[2], rows[3], rows[4]])
+    pairs = [
+        (kernels.row_squares(rows), rows.double().square().sum(1)),
+        (kernels.row_sums(rows), rows.sum(1)),
+        (total, weights @ rows),
+        (torch.stack(added[:2]), torch.tensor([[0, 1, 1, 0], [2, 2, 0, 1]])),
+        (added[2], unique),
+        (table, torch.stack([weights[1] * rows[3], weights[0] * rows[4], weights[1] * rows[2]])),
+        (squares, torch.stack([unique[:1].double().square().sum() + rows[4].double().square().sum(),
+                               rows[2:4].double().square().sum()])),
+        *_convolution_pairs(kernels),
+    ]  # fmt: skip
+    return all(torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4) for mine, theirs in pairs)
+
+
+def _convolution_pairs(kernels: Kernels) -> list[tuple[Tensor, Tensor]]:
+    plane = Plane(2, (3, 2), (2, 1), (1, 0), (1, 2))
+    activation = torch.linspace(-1.0, 1.0, 3 * 4 * 7 * 6).view(3, 4, 7, 6).sin()
+    grad = torch.linspace(-2.0, 1.0, 3 * 18 * 4 * 4).view(3, 18, 4, 4).cos()
+    found, squared = kernels.convolution_rows(plane, activation, grad)
+    norms, sizes = kernels.convolution_norms(plane, activation, grad)
+    expected = torch.stack([_one(plane, a, g) for a, g in zip(activation, grad, strict=True)])
+    squares = expected.double().square().flatten(1).sum(1)
+    return [(found, expected), (squared, squares), (norms, squares), (sizes, _sizes(plane, activation, grad))]
+
+
+def _one(plane: Plane, activation: Tensor, grad: Tensor) -> Tensor:
+    """The weight gradient of one example from its unfolded patches."""
+    patches = F.unfold(activation.unsqueeze(0), plane.kernel, plane.dilation, plane.padding, plane.stride)
+    parts = zip(patches[0].chunk(plane.groups), grad.flatten(1).chunk(plane.groups), strict=True)
+    return torch.cat([g @ p.t() for p, g in parts]).view(grad.shape[0], -1, *plane.kernel)
+
+
+def _sizes(plane: Plane, activation: Tensor, grad: Tensor) -> Tensor:
+    patches = F.unfold(activation, plane.kernel, plane.dilation, plane.padding, plane.stride)
+    parts = zip(patches.double().chunk(plane.groups, 1), grad.double().flatten(2).chunk(plane.groups, 1), strict=True)
+    return torch.stack([(p.norm(dim=1) * g.norm(dim=1)).sum(1) for p, g in parts]).sum(0)
+
+
+LIBRARY = Native(
+    "clipping", lambda: "".join(path.read_text(encoding="utf-8") for path in _SOURCES), _FLAGS, Kernels, _agrees
+)
+
+
+def kernels(*tensors: Tensor) -> Kernels | None:
+    """The compiled functions if the tensors are contiguous float32 on the CPU, else None."""
+    for tensor in tensors:
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return None
+    return LIBRARY.get()

@@ -1,0 +1,163 @@
+/* Weight gradients of a convolution, example by example, with their squared norms: patches times gradients in the cache.
+ *
+ * Compiled after rows.c. A one-dimensional convolution has height 1. Sums over positions are taken in blocks, each from
+ * zero, so that their rounding grows with the length of a block and the number of blocks, not with the product.
+ */
+#define TALL 8                /* rows of a tile of the product; a tile is two vectors wide */
+#define PATCH_FLOATS 65536    /* of a block of patches: a quarter of a MiB, in the second-level cache */
+
+struct convolution {
+    int64_t batch, groups, channels, outs; /* channels and outs of one group */
+    int64_t height, width, kernel_height, kernel_width, out_height, out_width;
+    int64_t stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x;
+};
+
+/* out[r][0 .. 2 WIDE) += sum_t grads[r * grads_row + t] patches[t * patch_row + 0 .. 2 WIDE) */
+static inline __attribute__((always_inline)) void add_tile(
+    const float *grads, int64_t grads_row, const float *patches, int64_t patch_row, int64_t places,
+    float *out, int64_t out_row, int tall)
+{
+    floats sums[TALL][2];
+    memset(sums, 0, sizeof sums);
+    for (int64_t t = 0; t < places; t++) {
+        floats left = load(patches + t * patch_row), right = load(patches + t * patch_row + WIDE);
+        for (int r = 0; r < tall; r++) {
+            float factor = grads[r * grads_row + t];
+            sums[r][0] += factor * left;
+            sums[r][1] += factor * right;
+        }
+    }
+    for (int r = 0; r < tall; r++) {
+        store(out + r * out_row, load(out + r * out_row) + sums[r][0]);
+        store(out + r * out_row + WIDE, load(out + r * out_row + WIDE) + sums[r][1]);
+    }
+}
+
+static void add_tiles(const float *grads, int64_t grads_row, const float *patches, int64_t patch_row, int64_t places,
+                      float *out, int64_t out_row, int64_t rows)
+{
+    int64_t o = 0; /* heights are constants, so that the sums stay in registers */
+    for (; o + TALL <= rows; o += TALL)
+        add_tile(grads + o * grads_row, grads_row, patches, patch_row, places, out + o * out_row, out_row, TALL);
+    for (; o + 3 <= rows; o += 3)
+        add_tile(grads + o * grads_row, grads_row, patches, patch_row, places, out + o * out_row, out_row, 3);
+    for (; o < rows; o++)
+        add_tile(grads + o * grads_row, grads_row, patches, patch_row, places, out + o * out_row, out_row, 1);
+}
+
+static inline __attribute__((always_inline)) void copy_patches(
+    const struct convolution *c, const float *image, int64_t rows, int64_t columns, int64_t start, int64_t stop,
+    float *out, int64_t out_row, int64_t kernel_width, int64_t dilation_x)
+{
+    for (int64_t t = start; t < stop; t++) {
+        const float *corner = image + t / c->out_width * c->stride_y * columns + t % c->out_width * c->stride_x;
+        float *to = out + (t - start) * out_row;
+        for (int64_t channel = 0; channel < c->channels; channel++)
+            for (int64_t y = 0; y < c->kernel_height; y++) {
+                const float *from = corner + (channel * rows + y * c->dilation_y) * columns;
+                for (int64_t x = 0; x < kernel_width; x++)
+                    *to++ = from[x * dilation_x];
+            }
+    }
+}
+
+static void patches_of(const struct convolution *c, const float *image, int64_t rows, int64_t columns, int64_t start,
+                       int64_t stop, float *out, int64_t out_row)
+{
+    switch (c->dilation_x == 1 ? c->kernel_width : 0) { /* constants, so that runs are copied without a loop */
+        case 1: copy_patches(c, image, rows, columns, start, stop, out, out_row, 1, 1); break;
+        case 3: copy_patches(c, image, rows, columns, start, stop, out, out_row, 3, 1); break;
+        case 4: copy_patches(c, image, rows, columns, start, stop, out, out_row, 4, 1); break;
+        case 5: copy_patches(c, image, rows, columns, start, stop, out, out_row, 5, 1); break;
+        case 7: copy_patches(c, image, rows, columns, start, stop, out, out_row, 7, 1); break;
+        case 8: copy_patches(c, image, rows, columns, start, stop, out, out_row, 8, 1); break;
+        default: copy_patches(c, image, rows, columns, start, stop, out, out_row, c->kernel_width, c->dilation_x);
+    }
+}
+
+/* sum_t |patch_t| |g_t| over a block of places. */
+static double sizes_of(const float *grads, int64_t grads_row, int64_t outs, const float *patches, int64_t patch_row,
+                       int64_t places)
+{
+    double total = 0;
+    for (int64_t t = 0; t < places; t++) {
+        double size = 0;
+        for (int64_t o = 0; o < outs; o++)
+            size += (double)grads[o * grads_row + t] * grads[o * grads_row + t];
+        total += sqrt(size * squares(patches + t * patch_row, patch_row));
+    }
+    return total;
+}
+
+struct work { float *image, *patches, *product; int64_t patch, patch_row, block; double squared, size; };
+
+/* The gradients [outs, patch] of one group of one example, or their squares and the sum over places of |patch| |g|. */
+static void one_group(const struct convolution *c, const float *image, const float *grads, struct work *w, float *out)
+{
+    int64_t rows = c->height + 2 * c->pad_y, columns = c->width + 2 * c->pad_x;
+    int64_t places = c->out_height * c->out_width, row = w->patch_row;
+    memset(w->product, 0, (size_t)(c->outs * row) * sizeof(float));
+    for (int64_t start = 0; start < places; start += w->block) {
+        int64_t count = start + w->block < places ? w->block : places - start;
+        patches_of(c, image, rows, columns, start, start + count, w->patches, row);
+        for (int64_t k = 0; k < row; k += 2 * WIDE)
+            add_tiles(grads + start, places, w->patches + k, row, count, w->product + k, row, c->outs);
+        if (!out)
+            w->size += sizes_of(grads + start, places, c->outs, w->patches, row, count);
+    }
+    for (int64_t o = 0; o < c->outs; o++) {
+        w->squared += squares(w->product + o * row, w->patch);
+        if (out)
+            memcpy(out + o * w->patch, w->product + o * row, (size_t)w->patch * sizeof(float));
+    }
+}
+
+static void pad(const struct convolution *c, const float *input, float *out)
+{
+    int64_t rows = c->height + 2 * c->pad_y, columns = c->width + 2 * c->pad_x;
+    for (int64_t channel = 0; channel < c->groups * c->channels; channel++)
+        for (int64_t y = 0; y < c->height; y++)
+            memcpy(out + (channel * rows + y + c->pad_y) * columns + c->pad_x,
+                   input + (channel * c->height + y) * c->width, (size_t)c->width * sizeof(float));
+}
+
+/* found [batch, groups * outs, channels * kernel], or sizes [batch], the other NULL; 0 where memory is short. */
+int convolution_rows(const struct convolution *c, const float *input, const float *grads, float *found, double *squared,
+                     double *sizes, int threads)
+{
+    int64_t patch = c->channels * c->kernel_height * c->kernel_width, places = c->out_height * c->out_width;
+    int64_t patch_row = (patch + 2 * WIDE - 1) / (2 * WIDE) * (2 * WIDE), padded = c->pad_y || c->pad_x;
+    int64_t block = PATCH_FLOATS / patch_row < 1 ? 1 : PATCH_FLOATS / patch_row;
+    int64_t plane = (c->height + 2 * c->pad_y) * (c->width + 2 * c->pad_x), done = 1;
+    (void)threads;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : done)
+    {
+        struct work w = {.patch = patch, .patch_row = patch_row, .block = block < places ? block : places};
+        w.image = padded ? calloc((size_t)(c->groups * c->channels * plane), sizeof(float)) : NULL;
+        w.patches = calloc((size_t)(w.block * patch_row), sizeof(float)); /* the end of every row stays zero */
+        w.product = malloc((size_t)(c->outs * patch_row) * sizeof(float));
+        done = w.patches && w.product && (w.image || !padded);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < c->batch; i++) {
+            const float *from = input + i * c->groups * c->channels * c->height * c->width;
+            if (!done)
+                continue;
+            if (padded) {
+                pad(c, from, w.image);
+                from = w.image;
+            }
+            w.squared = w.size = 0;
+            for (int64_t g = 0; g < c->groups; g++) {
+                int64_t at = (i * c->groups + g) * c->outs;
+                one_group(c, from + g * c->channels * plane, grads + at * places, &w, found ? found + at * patch : NULL);
+            }
+            squared[i] = w.squared;
+            if (sizes)
+                sizes[i] = w.size;
+        }
+        free(w.image);
+        free(w.patches);
+        free(w.product);
+    }
+    return (int)done;
+}
