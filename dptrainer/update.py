@@ -69,7 +69,7 @@ def release(
         ReceiptSpent: the receipt was used before (DP077).
     """
     parameters = dict(model.named_parameters())
-    if list(clipped.grads) != list(trainable_parameters(model)):
+    if list(clipped.grads) != [name for name, parameter in parameters.items() if parameter.requires_grad]:
         raise PrivacyViolation(
             "parameters were frozen, added or renamed between the forward pass and the step",
             code="DP031",

@@ -52,11 +52,13 @@ _PTR, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _FUNCTIONS: dict[str, Sequence[type]] = {
     "row_squares": (_PTR, _LONG, _LONG, _PTR, _INT),
     "weighted_sum": (_PTR, _PTR, _LONG, _LONG, _PTR, _INT),
+    "scaled": (_PTR, _PTR, _LONG, _LONG, _PTR, _INT),
     "add_equal": (_PTR, _PTR, _PTR, _LONG, _LONG, _PTR, _INT, ctypes.c_uint64, _PTR, _PTR, _PTR),
     "add_squares": (_PTR, _PTR, _LONG, _LONG, _PTR),
     "add_rows": (_PTR, _PTR, _PTR, _PTR, _LONG, _LONG, _PTR),
     "row_sums": (_PTR, _LONG, _LONG, _PTR, _INT),
     "convolution_rows": (_PTR, _PTR, _PTR, _PTR, _PTR, _PTR, _INT),
+    "convolution_sum": (_PTR, _PTR, _PTR, _PTR, _PTR, _INT),
 }
 
 
@@ -68,7 +70,8 @@ class Kernels:
         for name, arguments in _FUNCTIONS.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
-        library.add_equal.restype, library.convolution_rows.restype = _LONG, _INT
+        library.add_equal.restype = _LONG
+        library.convolution_rows.restype = library.convolution_sum.restype = _INT
         # Where rows are put must not be the choice of those who made the records.
         self._factor = secrets.randbits(64) | 1
 
@@ -83,6 +86,14 @@ class Kernels:
         """``total`` [d] += sum_i weights[i] rows[i], of [B, d]; NaN and inf count as 0."""
         share = threads(rows.numel(), _NUMBERS)
         self._library.weighted_sum(rows.data_ptr(), weights.data_ptr(), *rows.shape, total.data_ptr(), share)
+
+    def scaled(self, rows: Tensor, weights: Tensor | None) -> Tensor:
+        """``rows`` [B, d] times ``weights`` [B], or as they are, with 0 in place of NaN and inf."""
+        found = torch.empty_like(rows)
+        factors = None if weights is None else weights.data_ptr()
+        share = threads(rows.numel(), _NUMBERS)
+        self._library.scaled(rows.data_ptr(), factors, *rows.shape, found.data_ptr(), share)
+        return found
 
     def add_equal(self, example: Tensor, index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows [N, d] of equal (example, index), int64, added up: ([n] example, [n] index, [n, d])."""
@@ -134,19 +145,35 @@ class Kernels:
         self._convolution(plane, activation, grad, (None, squared.data_ptr(), sizes.data_ptr()))
         return squared, sizes
 
+    def add_convolutions(self, plane: Plane, activation: Tensor, grad: Tensor, weights: Tensor, total: Tensor) -> None:
+        """``total`` [O, C / groups, h, w] += sum_i weights[i] (gradient of example i); NaN and inf count as 0.
+
+        Raises:
+            MemoryError: the work space of a thread could not be had.
+        """
+        described, share = _described(plane, activation, grad)
+        addresses = (activation.data_ptr(), grad.data_ptr(), weights.data_ptr(), total.data_ptr())
+        if not self._library.convolution_sum(ctypes.byref(described), *addresses, share):
+            raise MemoryError("the weighted sum of gradients of a convolution")
+
     def _convolution(
         self, plane: Plane, activation: Tensor, grad: Tensor, found: tuple[int | None, int, int | None]
     ) -> None:
-        (batch, channels, height, width), (_, outs, *places) = activation.shape, grad.shape
-        inner = channels // plane.groups
-        described = _Convolution(
-            batch, plane.groups, inner, outs // plane.groups, height, width, *plane.kernel, *places,
-            *plane.stride, *plane.padding, *plane.dilation,
-        )  # fmt: skip
-        share = threads(grad.numel() * inner * plane.kernel[0] * plane.kernel[1], _PRODUCTS)
-        addresses = (ctypes.byref(described), activation.data_ptr(), grad.data_ptr(), *found)
-        if not self._library.convolution_rows(*addresses, share):
+        described, share = _described(plane, activation, grad)
+        addresses = (activation.data_ptr(), grad.data_ptr(), *found)
+        if not self._library.convolution_rows(ctypes.byref(described), *addresses, share):
             raise MemoryError("per-example gradients of a convolution")
+
+
+def _described(plane: Plane, activation: Tensor, grad: Tensor) -> tuple[_Convolution, int]:
+    """The structure, and how many threads are worth while."""
+    (batch, channels, height, width), (_, outs, *places) = activation.shape, grad.shape
+    inner = channels // plane.groups
+    described = _Convolution(
+        batch, plane.groups, inner, outs // plane.groups, height, width, *plane.kernel, *places,
+        *plane.stride, *plane.padding, *plane.dilation,
+    )  # fmt: skip
+    return described, threads(grad.numel() * inner * plane.kernel[0] * plane.kernel[1], _PRODUCTS)
 
 
 def _agrees(kernels: Kernels) -> bool:
@@ -154,35 +181,44 @@ def _agrees(kernels: Kernels) -> bool:
     rows = torch.linspace(-1.0, 2.0, 7 * 331).view(7, 331)
     weights, total = torch.linspace(0.0, 1.0, 7), torch.zeros(331)
     kernels.add_weighted(rows, weights, total)
-    example, index = torch.tensor([0, 0, 1, 1, 0]), torch.tensor([2, 2, 2, 0, 1])
-    added = kernels.add_equal(example, index, rows[:5])
+    example, index = torch.tensor([0, 0, 1, 1, 1, 0]), torch.tensor([2, 2, 2, 0, 0, 1])
+    added = kernels.add_equal(example, index, rows[:6])
     table, squares = torch.zeros(3, 331), torch.zeros(2, dtype=torch.float64)
     kernels.add_rows(added, weights, table)
     kernels.add_squares(added[0], added[2], squares)
-    unique = torch.stack([rows[0] + rows[1], rows[2], rows[3], rows[4]])
+    unique = torch.stack([rows[0] + rows[1], rows[2], rows[3] + rows[4], rows[5]])
     pairs = [
         (kernels.row_squares(rows), rows.double().square().sum(1)),
         (kernels.row_sums(rows), rows.sum(1)),
         (total, weights @ rows),
+        (kernels.scaled(rows, weights), rows * weights.unsqueeze(1)),
+        (kernels.scaled(rows, None), rows),
         (torch.stack(added[:2]), torch.tensor([[0, 1, 1, 0], [2, 2, 0, 1]])),
         (added[2], unique),
-        (table, torch.stack([weights[1] * rows[3], weights[0] * rows[4], weights[1] * rows[2]])),
-        (squares, torch.stack([unique[:1].double().square().sum() + rows[4].double().square().sum(),
-                               rows[2:4].double().square().sum()])),
+        (table, torch.stack([weights[1] * unique[2], weights[0] * unique[3], weights[1] * unique[1]])),
+        (squares, unique.double().square().sum(1)[[0, 1]] + unique.double().square().sum(1)[[3, 2]]),
         *_convolution_pairs(kernels),
     ]  # fmt: skip
-    return all(torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4) for mine, theirs in pairs)
+    return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
 
 
 def _convolution_pairs(kernels: Kernels) -> list[tuple[Tensor, Tensor]]:
     plane = Plane(2, (3, 2), (2, 1), (1, 0), (1, 2))
-    activation = torch.linspace(-1.0, 1.0, 3 * 4 * 7 * 6).view(3, 4, 7, 6).sin()
+    activation = torch.linspace(-9.0, 9.0, 3 * 8 * 7 * 6).view(3, 8, 7, 6).sin()
     grad = torch.linspace(-2.0, 1.0, 3 * 18 * 4 * 4).view(3, 18, 4, 4).cos()
     found, squared = kernels.convolution_rows(plane, activation, grad)
     norms, sizes = kernels.convolution_norms(plane, activation, grad)
     expected = torch.stack([_one(plane, a, g) for a, g in zip(activation, grad, strict=True)])
-    squares = expected.double().square().flatten(1).sum(1)
-    return [(found, expected), (squared, squares), (norms, squares), (sizes, _sizes(plane, activation, grad))]
+    squares, weights = expected.double().square().flatten(1).sum(1), torch.tensor([0.5, 0.0, 2.0])
+    total = torch.ones(expected.shape[1:])
+    kernels.add_convolutions(plane, activation, grad, weights, total)
+    return [
+        (found, expected),
+        (squared, squares),
+        (norms, squares),
+        (sizes, _sizes(plane, activation, grad)),
+        (total, 1.0 + torch.tensordot(weights, expected, 1)),
+    ]
 
 
 def _one(plane: Plane, activation: Tensor, grad: Tensor) -> Tensor:
@@ -198,9 +234,16 @@ def _sizes(plane: Plane, activation: Tensor, grad: Tensor) -> Tensor:
     return torch.stack([(p.norm(dim=1) * g.norm(dim=1)).sum(1) for p, g in parts]).sum(0)
 
 
-LIBRARY = Native(
-    "clipping", lambda: "".join(path.read_text(encoding="utf-8") for path in _SOURCES), _FLAGS, Kernels, _agrees
-)
+def _text() -> str:
+    return "".join(path.read_text(encoding="utf-8") for path in _SOURCES)
+
+
+def library() -> Native[Kernels]:
+    """A library of which nothing was asked yet."""
+    return Native("clipping", _text, _FLAGS, Kernels, _agrees)
+
+
+LIBRARY = library()
 
 
 def kernels(*tensors: Tensor) -> Kernels | None:

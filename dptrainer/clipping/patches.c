@@ -75,89 +75,158 @@ static void patches_of(const struct convolution *c, const float *image, int64_t 
     }
 }
 
-/* sum_t |patch_t| |g_t| over a block of places. */
-static double sizes_of(const float *grads, int64_t grads_row, int64_t outs, const float *patches, int64_t patch_row,
-                       int64_t places)
+/* sum_t |patch_t| |g_t| over a block of places; room for one number a place. */
+static double sizes_of(const float *grads, int64_t outs, const float *patches, int64_t patch_row, int64_t places,
+                       double *room)
 {
     double total = 0;
-    for (int64_t t = 0; t < places; t++) {
-        double size = 0;
-        for (int64_t o = 0; o < outs; o++)
-            size += (double)grads[o * grads_row + t] * grads[o * grads_row + t];
-        total += sqrt(size * squares(patches + t * patch_row, patch_row));
-    }
+    memset(room, 0, (size_t)places * sizeof(double));
+    for (int64_t o = 0; o < outs; o++)
+        for (int64_t t = 0; t < places; t++)
+            room[t] += (double)grads[o * places + t] * grads[o * places + t];
+    for (int64_t t = 0; t < places; t++)
+        total += sqrt(room[t] * squares(patches + t * patch_row, patch_row));
     return total;
 }
 
-struct work { float *image, *patches, *product; int64_t patch, patch_row, block; double squared, size; };
+struct work { float *image, *patches, *grads, *product; double *room; int64_t patch, patch_row, block; double squared, size; };
 
-/* The gradients [outs, patch] of one group of one example, or their squares and the sum over places of |patch| |g|. */
-static void one_group(const struct convolution *c, const float *image, const float *grads, struct work *w, float *out)
+/* Adds the gradients [outs, patch] of one group of one example to product; w->grads is room for a block of grads. */
+static void add_group(const struct convolution *c, const float *image, const float *grads, float weight, int sizes,
+                      struct work *w, float *product)
 {
     int64_t rows = c->height + 2 * c->pad_y, columns = c->width + 2 * c->pad_x;
     int64_t places = c->out_height * c->out_width, row = w->patch_row;
-    memset(w->product, 0, (size_t)(c->outs * row) * sizeof(float));
     for (int64_t start = 0; start < places; start += w->block) {
         int64_t count = start + w->block < places ? w->block : places - start;
         patches_of(c, image, rows, columns, start, start + count, w->patches, row);
+        for (int64_t o = 0; o < c->outs; o++) /* a block of them stays in the cache */
+            for (int64_t t = 0; t < count; t++)
+                w->grads[o * count + t] = weight * grads[o * places + start + t];
         for (int64_t k = 0; k < row; k += 2 * WIDE)
-            add_tiles(grads + start, places, w->patches + k, row, count, w->product + k, row, c->outs);
-        if (!out)
-            w->size += sizes_of(grads + start, places, c->outs, w->patches, row, count);
-    }
-    for (int64_t o = 0; o < c->outs; o++) {
-        w->squared += squares(w->product + o * row, w->patch);
-        if (out)
-            memcpy(out + o * w->patch, w->product + o * row, (size_t)w->patch * sizeof(float));
+            add_tiles(w->grads, count, w->patches + k, row, count, product + k, row, c->outs);
+        if (sizes)
+            w->size += sizes_of(w->grads, c->outs, w->patches, row, count, w->room);
     }
 }
 
-static void pad(const struct convolution *c, const float *input, float *out)
+/* Copies rows of a matrix whose rows are longer, or back. */
+static void copy_rows(float *to, int64_t to_row, const float *from, int64_t from_row, int64_t width, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++)
+        memcpy(to + i * to_row, from + i * from_row, (size_t)width * sizeof(float));
+}
+
+/* The input of one example with its padding, and with zeros in place of NaN and inf if clean. */
+static void pad(const struct convolution *c, const float *input, float *out, int clean)
 {
     int64_t rows = c->height + 2 * c->pad_y, columns = c->width + 2 * c->pad_x;
     for (int64_t channel = 0; channel < c->groups * c->channels; channel++)
-        for (int64_t y = 0; y < c->height; y++)
-            memcpy(out + (channel * rows + y + c->pad_y) * columns + c->pad_x,
-                   input + (channel * c->height + y) * c->width, (size_t)c->width * sizeof(float));
+        for (int64_t y = 0; y < c->height; y++) {
+            const float *from = input + (channel * c->height + y) * c->width;
+            float *to = out + (channel * rows + y + c->pad_y) * columns + c->pad_x;
+            if (!clean)
+                memcpy(to, from, (size_t)c->width * sizeof(float));
+            else
+                for (int64_t x = 0; x < c->width; x++)
+                    to[x] = cleaned_one(from[x]);
+        }
 }
 
-/* found [batch, groups * outs, channels * kernel], or sizes [batch], the other NULL; 0 where memory is short. */
+/* Work space of one thread; 0 where memory is short. */
+static int set_up(const struct convolution *c, struct work *w, int copies_image)
+{
+    int64_t places = c->out_height * c->out_width;
+    int64_t plane = (c->height + 2 * c->pad_y) * (c->width + 2 * c->pad_x);
+    w->patch = c->channels * c->kernel_height * c->kernel_width;
+    w->patch_row = (w->patch + 2 * WIDE - 1) / (2 * WIDE) * (2 * WIDE);
+    w->block = PATCH_FLOATS / w->patch_row < 1 ? 1 : PATCH_FLOATS / w->patch_row;
+    w->block = w->block < places ? w->block : places;
+    w->image = copies_image ? calloc((size_t)(c->groups * c->channels * plane), sizeof(float)) : NULL;
+    w->patches = calloc((size_t)(w->block * w->patch_row), sizeof(float)); /* the end of every row stays zero */
+    w->grads = malloc((size_t)(c->outs * w->block) * sizeof(float));
+    w->product = calloc((size_t)(c->groups * c->outs * w->patch_row), sizeof(float));
+    w->room = malloc((size_t)w->block * sizeof(double));
+    return w->patches && w->grads && w->product && w->room && (w->image || !copies_image);
+}
+
+static void tear_down(struct work *w)
+{
+    free(w->image);
+    free(w->patches);
+    free(w->grads);
+    free(w->product);
+    free(w->room);
+}
+
+/* found [batch, groups * outs, patch], or sizes [batch], the other NULL; 0 where memory is short. */
 int convolution_rows(const struct convolution *c, const float *input, const float *grads, float *found, double *squared,
                      double *sizes, int threads)
 {
-    int64_t patch = c->channels * c->kernel_height * c->kernel_width, places = c->out_height * c->out_width;
-    int64_t patch_row = (patch + 2 * WIDE - 1) / (2 * WIDE) * (2 * WIDE), padded = c->pad_y || c->pad_x;
-    int64_t block = PATCH_FLOATS / patch_row < 1 ? 1 : PATCH_FLOATS / patch_row;
-    int64_t plane = (c->height + 2 * c->pad_y) * (c->width + 2 * c->pad_x), done = 1;
+    int64_t places = c->out_height * c->out_width, plane = (c->height + 2 * c->pad_y) * (c->width + 2 * c->pad_x);
+    int padded = c->pad_y || c->pad_x, done = 1;
     (void)threads;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : done)
     {
-        struct work w = {.patch = patch, .patch_row = patch_row, .block = block < places ? block : places};
-        w.image = padded ? calloc((size_t)(c->groups * c->channels * plane), sizeof(float)) : NULL;
-        w.patches = calloc((size_t)(w.block * patch_row), sizeof(float)); /* the end of every row stays zero */
-        w.product = malloc((size_t)(c->outs * patch_row) * sizeof(float));
-        done = w.patches && w.product && (w.image || !padded);
+        struct work w;
+        done = set_up(c, &w, padded);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < c->batch; i++) {
             const float *from = input + i * c->groups * c->channels * c->height * c->width;
             if (!done)
                 continue;
             if (padded) {
-                pad(c, from, w.image);
+                pad(c, from, w.image, 0);
                 from = w.image;
             }
             w.squared = w.size = 0;
             for (int64_t g = 0; g < c->groups; g++) {
                 int64_t at = (i * c->groups + g) * c->outs;
-                one_group(c, from + g * c->channels * plane, grads + at * places, &w, found ? found + at * patch : NULL);
+                memset(w.product, 0, (size_t)(c->outs * w.patch_row) * sizeof(float));
+                add_group(c, from + g * c->channels * plane, grads + at * places, 1, sizes != NULL, &w, w.product);
+                for (int64_t o = 0; o < c->outs; o++)
+                    w.squared += squares(w.product + o * w.patch_row, w.patch);
+                if (found)
+                    copy_rows(found + at * w.patch, w.patch, w.product, w.patch_row, w.patch, c->outs);
             }
             squared[i] = w.squared;
             if (sizes)
                 sizes[i] = w.size;
         }
-        free(w.image);
-        free(w.patches);
-        free(w.product);
+        tear_down(&w);
     }
-    return (int)done;
+    return done;
+}
+
+/* total [groups * outs, patch] += sum_i weights[i] gradient_i; NaN and inf count as 0. Memory short: 0.
+ *
+ * Every thread takes its share of examples, and the shares are added in their order: the same bits every time.
+ */
+int convolution_sum(const struct convolution *c, const float *input, const float *grads, const float *weights,
+                    float *total, int threads)
+{
+    int64_t places = c->out_height * c->out_width, plane = (c->height + 2 * c->pad_y) * (c->width + 2 * c->pad_x);
+    int64_t outs = c->groups * c->outs, elements = outs * places;
+    int done = 1;
+#pragma omp parallel for schedule(static, 1) ordered num_threads(threads) if (threads > 1) reduction(&& : done)
+    for (int share = 0; share < threads; share++) {
+        struct work w;
+        float *clean = malloc((size_t)elements * sizeof(float));
+        done = set_up(c, &w, 1) && clean;
+        for (int64_t i = c->batch * share / threads; done && i < c->batch * (share + 1) / threads; i++) {
+            pad(c, input + i * c->groups * c->channels * c->height * c->width, w.image, 1);
+            for (int64_t t = 0; t < elements; t++)
+                clean[t] = cleaned_one(grads[i * elements + t]);
+            for (int64_t g = 0; g < c->groups; g++)
+                add_group(c, w.image + g * c->channels * plane, clean + g * c->outs * places, weights[i], 0, &w,
+                          w.product + g * c->outs * w.patch_row);
+        }
+#pragma omp ordered
+        for (int64_t o = 0; done && o < outs; o++)
+            for (int64_t k = 0; k < w.patch; k++)
+                total[o * w.patch + k] += w.product[o * w.patch_row + k];
+        free(clean);
+        tear_down(&w);
+    }
+    return done;
 }

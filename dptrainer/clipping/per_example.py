@@ -22,7 +22,7 @@ CHUNK_ELEMENTS = 1 << 20
 #: Squares are summed in float32 over blocks of this many elements, and over blocks in float64.
 _BLOCK = 4096
 #: Rows up to this long are joined with those of other parameters, so that one operation serves them all.
-_SHORT = 4096
+_SHORT = 256
 #: Rank-one gradients up to this large are instantiated to join them: starting an operation costs more than its work.
 _TINY = 256
 
@@ -184,8 +184,11 @@ class Outer(PerExample):
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See :class:`PerExample`."""
-        scaled = finite(self.grads).mul_(weights.to(self.grads.dtype).unsqueeze(1))
-        return scaled.t() @ finite(self.activations)
+        factors = weights.to(self.grads.dtype)
+        compiled = kernels(self.grads, self.activations)
+        if compiled is not None:
+            return compiled.scaled(self.grads, factors).t() @ compiled.scaled(self.activations, None)
+        return finite(self.grads).mul_(factors.unsqueeze(1)).t() @ finite(self.activations)
 
     def dense(self, rows: slice) -> Tensor:
         """See :class:`PerExample`."""

@@ -38,6 +38,10 @@ static double squares(const float *row, int64_t count)
             doubles x = __builtin_convertvector(load(row + j + k * WIDE), doubles);
             sums[k] += x * x;
         }
+    for (; j + WIDE <= count; j += WIDE) {
+        doubles x = __builtin_convertvector(load(row + j), doubles);
+        sums[0] += x * x;
+    }
     for (; j < count; j++)
         total += (double)row[j] * row[j];
     sums[0] += sums[1];
@@ -72,6 +76,21 @@ void row_sums(const float *rows, int64_t count, int64_t width, float *out, int t
         for (int k = 0; k < WIDE; k++)
             total += sums[k];
         out[i] = (float)total;
+    }
+}
+
+/* out[i][j] = weights[i] cleaned(rows[i][j]); weights NULL for 1 */
+void scaled(const float *rows, const float *weights, int64_t count, int64_t width, float *out, int threads)
+{
+    (void)threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < count; i++) {
+        float weight = weights ? weights[i] : 1;
+        int64_t j = 0;
+        for (; j + WIDE <= width; j += WIDE)
+            store(out + i * width + j, weight * cleaned(load(rows + i * width + j)));
+        for (; j < width; j++)
+            out[i * width + j] = weight * cleaned_one(rows[i * width + j]);
     }
 }
 

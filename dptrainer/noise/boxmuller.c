@@ -88,6 +88,24 @@ struct piece { void *out; int64_t count; uint64_t block; int64_t skip; uint32_t 
 
 #define SHARE 16384 /* elements that a thread takes at a time: some 50 microseconds */
 
+/* Whether no element of any piece is NaN or infinite: of those x - x is not 0. */
+int all_finite(const struct piece *pieces, int64_t pieces_count, int threads)
+{
+    int64_t bad = 0;
+    (void)threads;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(+ : bad)
+    for (int64_t i = 0; i < pieces_count; i++) {
+        const float *x = (const float *)pieces[i].out;
+        const double *y = (const double *)pieces[i].out;
+        int32_t found = 0;
+#pragma omp for schedule(static) nowait
+        for (int64_t j = 0; j < pieces[i].count; j++)
+            found |= pieces[i].doubles ? y[j] - y[j] != 0 : x[j] - x[j] != 0;
+        bad += found;
+    }
+    return bad == 0;
+}
+
 /* Noise for every piece. What is added depends on addresses alone, so threads take shares as they come. */
 void add_noise(const char *key, const struct piece *pieces, int64_t pieces_count, double std, int threads)
 {

@@ -11,6 +11,7 @@ each other, and its words would pass through memory.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dptrainer.native import Native
+from dptrainer.native import Native, threads
 from dptrainer.noise import boxmuller
 from dptrainer.noise.boxmuller import BLOCK_ELEMENTS
 from dptrainer.noise.chacha import BLOCK_BYTES, keystream
@@ -53,6 +54,8 @@ class Kernel:
         library.add_noise.argtypes = (
             ctypes.c_char_p, ctypes.POINTER(_Piece), ctypes.c_int64, ctypes.c_double, ctypes.c_int,
         )  # fmt: skip
+        library.all_finite.restype = ctypes.c_int
+        library.all_finite.argtypes = (ctypes.POINTER(_Piece), ctypes.c_int64, ctypes.c_int)
         library.keystream.argtypes = (
             ctypes.c_char_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int64, ctypes.c_char_p,
         )  # fmt: skip
@@ -74,6 +77,11 @@ class Kernel:
         if len(key) != 32:
             raise ValueError(f"a key of {len(key)} bytes")
         self._library.add_noise(key, described, len(pieces), std, threads)
+
+    def all_finite(self, tensors: Sequence[torch.Tensor], threads: int = 1) -> bool:
+        """Whether contiguous CPU tensors of float32 or float64 hold neither NaN nor infinity."""
+        described = (_Piece * len(tensors))(*[_described((tensor, 0, 0)) for tensor in tensors])
+        return bool(self._library.all_finite(described, len(tensors), threads))
 
     def keystream(self, key: bytes, stream: int, block: int, blocks: int) -> bytes:
         """What :func:`dptrainer.noise.chacha.keystream` gives."""
@@ -113,6 +121,9 @@ def _agrees(made: Kernel) -> bool:
     plain.words[:] = _extreme_words(blocks)
     if made.values(bytes(plain.words)).tobytes() != plain.box_muller(blocks).tobytes():
         return False
+    wrong = [torch.tensor([0.0, x], dtype=d) for x in (math.nan, -math.inf) for d in (torch.float32, torch.float64)]
+    if any(made.all_finite([torch.ones(3), t]) for t in wrong) or not made.all_finite([torch.full((9,), 3e38)]):
+        return False
     plain.words[:] = keystream(key, 3, 5, blocks)
     for dtype in (torch.float32, torch.float64):
         for skip, count in ((0, 10 * blocks), (3, 10 * blocks - 7), (9, 1), (1, 321)):
@@ -146,6 +157,14 @@ def kernel_for(values: int) -> Kernel | None:
     global _asked
     _asked += max(values, LEAST)
     return LIBRARY.get(compile_now=_asked >= COMPILE_AFTER)
+
+
+def all_finite(tensors: Sequence[torch.Tensor]) -> bool | None:
+    """What :meth:`Kernel.all_finite` says; None where it cannot."""
+    made = LIBRARY.get(compile_now=False)
+    if made is None or not all(t.device.type == "cpu" and t.is_contiguous() for t in tensors):
+        return None
+    return made.all_finite(tensors, threads(sum(t.numel() for t in tensors), 1 << 18))
 
 
 def status() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from dpbudget.errors import PrivacyViolation
 from dpbudget.ledger.receipt import Receipt
 from dptrainer.noise.gaussian import add_gaussians_
 from dptrainer.noise.keys import Purpose, step_key
+from dptrainer.noise.native import all_finite
 from dptrainer.values import ClippedSum, NoisySum
 
 
@@ -68,6 +70,13 @@ def _finite(values: torch.Tensor) -> bool:
     return values.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values))
 
 
+def _not_finite(released: Mapping[str, torch.Tensor]) -> str | None:
+    """The first name whose values are not all finite."""
+    if all_finite(list(released.values())):
+        return None
+    return next((name for name, values in released.items() if not _finite(values)), None)
+
+
 def _check(clipped: ClippedSum, receipt: Receipt) -> None:
     if not 0.0 < clipped.sensitivity <= receipt.clip_norm:
         raise PrivacyViolation(
@@ -92,9 +101,10 @@ def _check(clipped: ClippedSum, receipt: Receipt) -> None:
                 code="DP019",
                 hint="accumulate clipped gradients in float32",
             )
-        if not _finite(grad):
-            raise PrivacyViolation(
-                f"the clipped sum of {name} is not finite; nothing was released",
-                code="DP019",
-                hint="a clipping engine gives examples with non-finite gradients the factor 0",
-            )
+    unusable = _not_finite(released)
+    if unusable is not None:
+        raise PrivacyViolation(
+            f"the clipped sum of {unusable} is not finite; nothing was released",
+            code="DP019",
+            hint="a clipping engine gives examples with non-finite gradients the factor 0",
+        )

@@ -15,7 +15,6 @@ from dptrainer.clipping.per_example import (
     Dense,
     PerExample,
     chunks,
-    finite,
     fits,
     instantiate,
     joined,
@@ -34,7 +33,7 @@ from dptrainer.clipping.rules.conv_methods import (
     by_patches,
     compiled_rows,
     positions,
-    summed_over_examples,
+    weighted_sum,
 )
 
 
@@ -72,7 +71,7 @@ def _rows(method: Method, geometry: Geometry, activation: Tensor, grad: Tensor) 
 
 
 def _ghost(by: Norms, geometry: Geometry, activation: Tensor, grad: Tensor) -> PerExample:
-    """Norms alone, a few examples at a time; the sum by the library's own weight gradient."""
+    """Norms alone, a few examples at a time; the sum without rows."""
     gram = by is BY_GRAM
     step = max(1, CHUNK_ELEMENTS // positions(geometry, activation) ** 2) if gram else max(1, len(grad))
 
@@ -84,8 +83,7 @@ def _ghost(by: Norms, geometry: Geometry, activation: Tensor, grad: Tensor) -> P
         return joined([squares for squares, _ in found]), joined([sizes for _, sizes in found])
 
     def total(weights: Tensor) -> Tensor:
-        scaled = finite(grad).mul_(weights.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))
-        return summed_over_examples(geometry, finite(activation), scaled)
+        return weighted_sum(geometry, activation, grad, weights)
 
     def rows(chosen: Tensor) -> Tensor:
         return by_loop(geometry, activation[chosen], grad[chosen])

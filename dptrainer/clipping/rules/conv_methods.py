@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dptrainer.clipping.native import Kernels, Plane, kernels
-from dptrainer.clipping.per_example import chunks, joined
+from dptrainer.clipping.per_example import chunks, finite, joined
 
 #: Elements of patches that are copied at a time, so that the product finds them in the cache.
 _PATCHES = 1 << 18
@@ -84,6 +84,19 @@ def compiled_rows(geometry: Geometry, activation: Tensor, grad: Tensor) -> tuple
 def patch_norms(geometry: Geometry, activation: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`gram_norms`, from gradients that never leave the cache; see :func:`compiled_for`."""
     return _compiled(Kernels.convolution_norms, geometry, activation, grad)
+
+
+def weighted_sum(geometry: Geometry, activation: Tensor, grad: Tensor, weights: Tensor) -> Tensor:
+    """[*weight]: sum_i weights[i] (gradient of example i); NaN and inf count as 0, whose examples have weight 0."""
+    compiled = compiled_for(activation, grad)
+    if compiled is None:
+        scaled = finite(grad).mul_(weights.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))
+        return summed_over_examples(geometry, finite(activation), scaled)
+    total = grad.new_zeros(geometry.weight)
+    if grad.dim() == 3:
+        activation, grad = activation.unsqueeze(2), grad.unsqueeze(2)
+    compiled.add_convolutions(_plane(geometry), activation, grad, weights.to(grad.dtype), total)
+    return total
 
 
 def _compiled(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from dptrainer.native import Native, threads
 from dptrainer.noise import boxmuller, gaussian, native
 from dptrainer.noise.chacha import keystream
 from dptrainer.noise.gaussian import add_gaussian_, add_gaussians_
@@ -21,21 +25,28 @@ KEY = bytes(range(32))
 
 @pytest.fixture(scope="session")
 def kernel() -> native.Kernel:
-    made, status = native.build()
+    made, status = native.LIBRARY.build()
     if made is None:
         pytest.skip(status)
     return made
 
 
+def library(build: Callable[[], tuple[native.Kernel | None, str]] | None = None) -> Native[native.Kernel]:
+    """A library that nobody asked for yet."""
+    made = Native("noise", native._text, native._FLAGS, native.Kernel, native._agrees)
+    if build is not None:
+        made.build = build  # type: ignore[method-assign]
+    return made
+
+
 @pytest.fixture
-def untried(monkeypatch: pytest.MonkeyPatch) -> native._Once:
-    once = native._Once()
-    monkeypatch.setattr(native, "_ONCE", once)
-    return once
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "LIBRARY", library())
+    monkeypatch.setattr(native, "_asked", 0)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, chosen: native.Kernel | None) -> None:
-    monkeypatch.setattr(native, "kernel", lambda compile_now: chosen)
+    monkeypatch.setattr(native, "kernel_for", lambda values: chosen)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -85,9 +96,9 @@ def test_the_number_of_threads_does_not_matter(kernel: native.Kernel) -> None:
         torch.zeros(n, dtype=d) for n, d in ((500_001, torch.float32), (7, torch.float64), (90_000, torch.float64))
     ]
     found = []
-    for threads in (1, 2, 3):
+    for share in (1, 2, 3):
         tensors = [t.clone() for t in start]
-        kernel.add([(t, position, 16_384 * position + 7) for position, t in enumerate(tensors)], KEY, 2.0, threads)
+        kernel.add([(t, position, 16_384 * position + 7) for position, t in enumerate(tensors)], KEY, 2.0, share)
         found.append(tensors)
     for tensors in found[1:]:
         assert all(map(torch.equal, tensors, found[0]))
@@ -112,14 +123,18 @@ def test_as_many_threads_work_as_torch_uses_where_they_may(
     assert used == [expected]
 
 
-def test_a_forked_child_makes_its_noise_with_its_one_thread(kernel: native.Kernel) -> None:
+def test_a_forked_child_makes_its_noise_with_its_one_thread(
+    kernel: native.Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert threads(90_000, 1) == 2
     expected = torch.zeros(90_000)
     kernel.add([(expected, 0, 0)], KEY, 1.0, 2)
     child = os.fork()
     if child == 0:
         try:
             found = torch.zeros(90_000)
-            kernel.add([(found, 0, 0)], KEY, 1.0, 2)
+            kernel.add([(found, 0, 0)], KEY, 1.0, threads(90_000, 1))
             os._exit(0 if torch.equal(found, expected) else 2)
         finally:
             os._exit(1)
@@ -160,42 +175,82 @@ def test_nothing_of_the_noise_is_left_in_buffers_that_are_kept(monkeypatch: pyte
     assert not bench._integers[:, :, :500].any()
 
 
-def test_small_requests_do_not_compile_and_large_ones_do_once(
-    untried: native._Once, monkeypatch: pytest.MonkeyPatch
+def test_few_small_requests_do_not_compile_and_many_or_large_ones_do_once(
+    untried: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[int] = []
-    monkeypatch.setattr(native, "build", lambda: (built.append(1), (None, "NumPy (a test)"))[1])
-    add_gaussian_(torch.zeros(gaussian.COMPILE_FROM - 1), KEY, 0, 1.0)
+    monkeypatch.setattr(native, "LIBRARY", library(lambda: (built.append(1), (None, "not compiled (a test)"))[1]))
+    for _ in range(native.COMPILE_AFTER // native.LEAST - 1):
+        add_gaussian_(torch.zeros(1), KEY, 0, 1.0)
     assert not built
     assert native.status() == "not compiled yet"
-    for _ in range(2):
-        add_gaussian_(torch.zeros(gaussian.COMPILE_FROM), KEY, 0, 1.0)
+    for _ in range(3):
+        add_gaussian_(torch.zeros(1), KEY, 0, 1.0)
     assert built == [1]
-    assert native.status() == "NumPy (a test)"
+    assert native.status() == "not compiled (a test)"
+    monkeypatch.setattr(native, "LIBRARY", library(lambda: (built.append(2), (None, "not compiled (a test)"))[1]))
+    monkeypatch.setattr(native, "_asked", 0)
+    add_gaussian_(torch.zeros(native.COMPILE_AFTER), KEY, 0, 1.0)
+    assert built == [1, 2]
 
 
 def test_without_a_compiler_noise_is_the_same_and_says_so(
-    untried: native._Once, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    untried: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    expected = add_gaussian_(torch.zeros(gaussian.COMPILE_FROM), KEY, 0, 1.0)
-    monkeypatch.setattr(native, "_ONCE", native._Once())
+    expected = add_gaussian_(torch.zeros(native.COMPILE_AFTER), KEY, 0, 1.0)
+    monkeypatch.setattr(native, "LIBRARY", library())
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    assert torch.equal(add_gaussian_(torch.zeros(gaussian.COMPILE_FROM), KEY, 0, 1.0), expected)
-    assert native.status() == "NumPy (no C compiler found)"
+    assert torch.equal(add_gaussian_(torch.zeros(native.COMPILE_AFTER), KEY, 0, 1.0), expected)
+    assert native.status() == "not compiled (no C compiler found)"
+
+
+def test_the_environment_can_forbid_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPTRAINER_NATIVE", "0")
+    assert library().build() == (None, "not compiled (DPTRAINER_NATIVE=0)")
 
 
 @pytest.mark.parametrize("cc", ["false", "no-such-compiler", "true"])
 def test_a_compiler_that_fails_is_reported_not_raised(cc: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", cc)
-    made, status = native.build()
+    made, status = library().build()
     assert made is None
-    assert status.startswith(f"NumPy ({cc} did not build the kernel")
+    assert status.startswith(f"not compiled ({cc} did not build it")
 
 
 def test_a_variable_that_names_no_command_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "cc '")
-    assert native.build() == (None, "NumPy (CC is not a command)")
+    assert library().build() == (None, "not compiled (CC is not a command)")
+
+
+def test_a_compiler_without_threads_is_asked_for_code_without_them(
+    kernel: native.Kernel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec {shutil.which("cc")} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    made, status = library().build()
+    assert made is not None
+    assert status == f"compiled with {compiler} -march=native"
+    found = torch.zeros(90_000)
+    made.add([(found, 0, 0)], KEY, 1.0, 2)
+    assert torch.equal(found, add_gaussian_(torch.zeros(90_000), KEY, 0, 1.0))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_number_that_is_not_finite_is_seen(
+    kernel: native.Kernel, value: float, dtype: torch.dtype, threads: int
+) -> None:
+    largest = torch.finfo(dtype).max
+    tensors = [torch.full((1003,), largest, dtype=dtype), torch.full((5,), -1e38), torch.zeros(0)]
+    assert kernel.all_finite(tensors, threads)
+    for place in (0, 15, 16, 500, 1002):
+        tensors[0][place] = value
+        assert not kernel.all_finite(tensors, threads)
+        tensors[0][place] = 0.0
 
 
 @pytest.mark.parametrize(
@@ -217,9 +272,10 @@ def test_a_library_with_other_bits_is_not_used(
     assert before in text
     (tmp_path / "wrong.c").write_text(text.replace(before, after), encoding="utf-8")
     monkeypatch.setattr(native, "_SOURCES", (tmp_path / "wrong.c",))
-    made, status = native.build()
+    monkeypatch.setattr("dptrainer.native._TUNINGS", (["-fopenmp"],))  # once each
+    made, status = library().build()
     assert made is None
-    assert "other bits" in status
+    assert "other results" in status
 
 
 def test_a_request_for_what_no_stream_has_is_refused(kernel: native.Kernel) -> None:
@@ -242,5 +298,4 @@ def test_code_for_older_processors_gives_the_same_bits(kernel: native.Kernel, tu
     # Without wide vectors 64-bit integers are converted in halves, and fewer blocks are made at a time.
     if tuning and not (Path("/proc/cpuinfo").exists() and "avx2" in Path("/proc/cpuinfo").read_text()):
         pytest.skip("this processor has no AVX2")
-    compiler = native.build()[1].removeprefix("code compiled with ").split()[0]
-    assert native._agrees(native._compile([compiler, *native._FLAGS, *tuning]))
+    assert native._agrees(native.LIBRARY.compiled(["cc", *tuning]))
