@@ -5,6 +5,7 @@
  */
 #define TALL 8                /* rows of a tile of the product; a tile is two vectors wide */
 #define PATCH_FLOATS 65536    /* of a block of patches: a quarter of a MiB, in the second-level cache */
+#define LEAST_PLACES 128      /* of a block: of a tile, 16 KiB of patches are in the first-level cache for all rows */
 
 struct convolution {
     int64_t batch, groups, channels, outs; /* channels and outs of one group */
@@ -140,7 +141,7 @@ static int set_up(const struct convolution *c, struct work *w, int copies_image)
     int64_t plane = (c->height + 2 * c->pad_y) * (c->width + 2 * c->pad_x);
     w->patch = c->channels * c->kernel_height * c->kernel_width;
     w->patch_row = (w->patch + 2 * WIDE - 1) / (2 * WIDE) * (2 * WIDE);
-    w->block = PATCH_FLOATS / w->patch_row < 1 ? 1 : PATCH_FLOATS / w->patch_row;
+    w->block = PATCH_FLOATS / w->patch_row < LEAST_PLACES ? LEAST_PLACES : PATCH_FLOATS / w->patch_row;
     w->block = w->block < places ? w->block : places;
     w->image = copies_image ? calloc((size_t)(c->groups * c->channels * plane), sizeof(float)) : NULL;
     w->patches = calloc((size_t)(w->block * w->patch_row), sizeof(float)); /* the end of every row stays zero */

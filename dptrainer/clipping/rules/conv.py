@@ -33,7 +33,6 @@ from dptrainer.clipping.rules.conv_methods import (
     by_patches,
     compiled_rows,
     positions,
-    weighted_sum,
 )
 
 
@@ -72,7 +71,7 @@ def _rows(method: Method, geometry: Geometry, activation: Tensor, grad: Tensor) 
 
 def _ghost(by: Norms, geometry: Geometry, activation: Tensor, grad: Tensor) -> PerExample:
     """Norms alone, a few examples at a time; the sum without rows."""
-    gram = by is BY_GRAM
+    gram = by in BY_GRAM
     step = max(1, CHUNK_ELEMENTS // positions(geometry, activation) ** 2) if gram else max(1, len(grad))
 
     def norms() -> tuple[Tensor, Tensor]:
@@ -83,7 +82,7 @@ def _ghost(by: Norms, geometry: Geometry, activation: Tensor, grad: Tensor) -> P
         return joined([squares for squares, _ in found]), joined([sizes for _, sizes in found])
 
     def total(weights: Tensor) -> Tensor:
-        return weighted_sum(geometry, activation, grad, weights)
+        return by.total(geometry, activation, grad, weights)
 
     def rows(chosen: Tensor) -> Tensor:
         return by_loop(geometry, activation[chosen], grad[chosen])

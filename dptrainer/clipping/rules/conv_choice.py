@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 
 import torch
@@ -30,7 +30,6 @@ from dptrainer.clipping.rules.conv_methods import (
     compiled_for,
     compiled_rows,
     positions,
-    weighted_sum,
 )
 
 #: Examples of the synthetic batches on which the methods are timed: all of them on the first, those that come near the
@@ -39,7 +38,8 @@ _PROBE, _LARGER, _SECONDS, _NEAR = 8, 64, 0.02, 2.0
 #: Largest Gram matrix of input positions of one example, in elements.
 _MOST_GRAM = 1 << 18
 
-_CHOICES: dict[tuple[object, ...], Method | Norms] = {}
+Choice = Method | Norms
+_CHOICES: dict[tuple[object, ...], Choice] = {}
 
 
 def methods(geometry: Geometry, activation: Tensor, grad: Tensor) -> list[Method]:
@@ -54,20 +54,26 @@ def methods(geometry: Geometry, activation: Tensor, grad: Tensor) -> list[Method
     return found
 
 
-def _seconds(action: Callable[[], object], device: torch.device) -> float:
-    """Best processor time of three runs after a warm-up."""
-    best = float("inf")
-    cuda = device.type == "cuda"
+def _seconds(actions: Mapping[Choice, Callable[[], object]], device: torch.device) -> dict[Choice, float]:
+    """Best processor time of each, of three rounds in which they take turns, after a warm-up."""
+    best = dict.fromkeys(actions, float("inf"))
     for attempt in range(4):
-        if cuda:
-            torch.cuda.synchronize(device)
-        start = time.perf_counter() if cuda else time.process_time()
-        action()
-        if cuda:
-            torch.cuda.synchronize(device)
-        spent = (time.perf_counter() if cuda else time.process_time()) - start
-        best = min(best, spent) if attempt else best
+        for name, action in actions.items():
+            spent = _once(action, device)
+            best[name] = min(best[name], spent) if attempt else best[name]
     return best
+
+
+def _once(action: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.process_time()
+        action()
+        return time.process_time() - start
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    action()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def _instantiated(method: Method, times: int, geometry: Geometry, activation: Tensor, grad: Tensor) -> None:
@@ -84,22 +90,21 @@ def _instantiated(method: Method, times: int, geometry: Geometry, activation: Te
     Dense(rows, owned=True).weighted_sum(weights)
 
 
-def _by_norms(norms: Norms, geometry: Geometry, activation: Tensor, grad: Tensor) -> None:
-    norms.of(geometry, activation, grad)
-    weighted_sum(geometry, activation, grad, torch.ones(len(grad), device=grad.device))
+def _by_norms(way: Norms, geometry: Geometry, activation: Tensor, grad: Tensor) -> None:
+    way.of(geometry, activation, grad)
+    way.total(geometry, activation, grad, torch.ones(len(grad), device=grad.device))
 
 
 def norms(geometry: Geometry, activation: Tensor, grad: Tensor) -> list[Norms]:
     """The ways to norms alone that apply: Gram matrices of bearable size, without groups, and compiled code."""
     found: list[Norms] = []
+    compiled = compiled_for(activation, grad) is not None
     if geometry.groups == 1 and positions(geometry, activation) ** 2 <= _MOST_GRAM:
-        found.append(BY_GRAM)
-    if compiled_for(activation, grad) is not None:
-        found.append(BY_PATCH_NORMS)
-    return found
+        found += BY_GRAM if compiled else BY_GRAM[:1]
+    return found + list(BY_PATCH_NORMS) if compiled else found
 
 
-def cheapest(geometry: Geometry, activation: Tensor, grad: Tensor) -> Method | Norms:
+def cheapest(geometry: Geometry, activation: Tensor, grad: Tensor) -> Choice:
     """The fastest for this geometry and per-example shape, of :func:`methods` and :func:`norms`."""
     key = (geometry, activation.shape[1:], grad.shape[1:], activation.dtype, activation.device, torch.get_num_threads())
     if key not in _CHOICES:
@@ -114,8 +119,8 @@ def cheapest(geometry: Geometry, activation: Tensor, grad: Tensor) -> Method | N
 
 
 def _timed(
-    geometry: Geometry, activation: Tensor, grad: Tensor, examples: int, among: list[Method | Norms] | None
-) -> dict[Method | Norms, float]:
+    geometry: Geometry, activation: Tensor, grad: Tensor, examples: int, among: list[Choice] | None
+) -> dict[Choice, float]:
     """Seconds of every choice, or of those named, for so many synthetic examples of the shape of these."""
     # linspace and not randn: the probe must not move the random streams of the training program.
     probe = [
@@ -126,15 +131,15 @@ def _timed(
     ]
     keeps = fits(geometry.weight, sum(t.shape[1:].numel() for t in probe))
     pages = _page_seconds() * examples * geometry.weight.numel() * grad.element_size() / mmap.PAGESIZE
-    found: dict[Method | Norms, float] = {}
-    for method in methods(geometry, *probe):
-        if among is None or method in among:
-            action = partial(_instantiated, method, 1 if keeps else 2, geometry, *probe)
-            found[method] = _seconds(action, grad.device) + (pages if keeps and grad.device.type == "cpu" else 0.0)
-    for way in norms(geometry, *probe):
-        if among is None or way in among:
-            found[way] = _seconds(partial(_by_norms, way, geometry, *probe), grad.device)
-    return found
+    times = 1 if keeps else 2
+    actions: dict[Choice, Callable[[], object]] = {
+        **{method: partial(_instantiated, method, times, geometry, *probe) for method in methods(geometry, *probe)},
+        **{way: partial(_by_norms, way, geometry, *probe) for way in norms(geometry, *probe)},
+    }
+    chosen = {name: action for name, action in actions.items() if among is None or name in among}
+    found = _seconds(chosen, grad.device)
+    kept = pages if keeps and grad.device.type == "cpu" else 0.0
+    return {name: seconds + (0.0 if isinstance(name, Norms) else kept) for name, seconds in found.items()}
 
 
 @cache

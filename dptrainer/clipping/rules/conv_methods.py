@@ -44,9 +44,15 @@ Method = Callable[[Geometry, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Norms:
-    """A way to ([B] squared norms, [B] sum over places of ||patch|| ||gradient||), float64, without rows."""
+    """A way without rows.
+
+    Attributes:
+        of: -> ([B] squared norms, [B] sum over places of ||patch|| ||gradient||), float64.
+        total: also of weights [B] -> the weighted sum; NaN and inf count as 0, whose examples have weight 0.
+    """
 
     of: Callable[[Geometry, Tensor, Tensor], tuple[Tensor, Tensor]]
+    total: Callable[[Geometry, Tensor, Tensor, Tensor], Tensor]
 
 
 def summed_over_examples(geometry: Geometry, activation: Tensor, grad: Tensor) -> Tensor:
@@ -75,6 +81,13 @@ def compiled_for(activation: Tensor, grad: Tensor) -> Kernels | None:
     return kernels(activation, grad) if grad.dim() < 5 else None
 
 
+def _compiled_for(activation: Tensor, grad: Tensor) -> Kernels:
+    compiled = compiled_for(activation, grad)
+    if compiled is None:
+        raise NotImplementedError("compiled code takes contiguous float32 on the CPU, of one or two dimensions")
+    return compiled
+
+
 def compiled_rows(geometry: Geometry, activation: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """([B, *weight], [B] float64 squared norms) by ``patches.c``; see :func:`compiled_for`."""
     rows, squares = _compiled(Kernels.convolution_rows, geometry, activation, grad)
@@ -86,15 +99,18 @@ def patch_norms(geometry: Geometry, activation: Tensor, grad: Tensor) -> tuple[T
     return _compiled(Kernels.convolution_norms, geometry, activation, grad)
 
 
-def weighted_sum(geometry: Geometry, activation: Tensor, grad: Tensor, weights: Tensor) -> Tensor:
-    """[*weight]: sum_i weights[i] (gradient of example i); NaN and inf count as 0, whose examples have weight 0."""
-    compiled = compiled_for(activation, grad)
-    if compiled is None:
-        scaled = finite(grad).mul_(weights.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))
-        return summed_over_examples(geometry, finite(activation), scaled)
-    total = grad.new_zeros(geometry.weight)
+def library_sum(geometry: Geometry, activation: Tensor, grad: Tensor, weights: Tensor) -> Tensor:
+    """[*weight]: sum_i weights[i] (gradient of example i), by the library's weight gradient of the whole batch."""
+    scaled = finite(grad).mul_(weights.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))
+    return summed_over_examples(geometry, finite(activation), scaled)
+
+
+def patch_sum(geometry: Geometry, activation: Tensor, grad: Tensor, weights: Tensor) -> Tensor:
+    """As :func:`library_sum`, by ``patches.c``, without copies of the batch; see :func:`compiled_for`."""
+    compiled = _compiled_for(activation, grad)
     if grad.dim() == 3:
         activation, grad = activation.unsqueeze(2), grad.unsqueeze(2)
+    total = grad.new_zeros(geometry.weight)
     compiled.add_convolutions(_plane(geometry), activation, grad, weights.to(grad.dtype), total)
     return total
 
@@ -105,9 +121,7 @@ def _compiled(
     activation: Tensor,
     grad: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    compiled = compiled_for(activation, grad)
-    if compiled is None:
-        raise NotImplementedError("compiled code takes contiguous float32 on the CPU, of one or two dimensions")
+    compiled = _compiled_for(activation, grad)
     if grad.dim() == 3:
         activation, grad = activation.unsqueeze(2), grad.unsqueeze(2)
     return function(compiled, _plane(geometry), activation, grad)
@@ -246,4 +260,5 @@ def _windows(geometry: Geometry, places: torch.Size) -> Iterator[tuple[slice, ..
         )
 
 
-BY_GRAM, BY_PATCH_NORMS = Norms(gram_norms), Norms(patch_norms)
+BY_GRAM = (Norms(gram_norms, library_sum), Norms(gram_norms, patch_sum))
+BY_PATCH_NORMS = (Norms(patch_norms, library_sum), Norms(patch_norms, patch_sum))

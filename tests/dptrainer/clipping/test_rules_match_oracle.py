@@ -76,14 +76,16 @@ METHODS = {
     "windows": conv_methods.by_windows,
     "channels last": conv_methods.by_channels_last,
     "patches": conv_methods.by_patches,
-    "gram": conv_methods.BY_GRAM,
-    "patch norms": conv_methods.BY_PATCH_NORMS,
+    "gram": conv_methods.BY_GRAM[0],
+    "gram, patch sum": conv_methods.BY_GRAM[1],
+    "patch norms": conv_methods.BY_PATCH_NORMS[0],
+    "patch norms and sum": conv_methods.BY_PATCH_NORMS[1],
 }
 
 
 def cases(options, without=()):
     """Every method with every option that it is for."""
-    one_group = ("gram", "channels last")
+    one_group = ("gram", "gram, patch sum", "channels last")
     return [
         pytest.param(option, method, id=f"{method}-{option}")
         for option in options
@@ -92,7 +94,7 @@ def cases(options, without=()):
     ]
 
 
-COMPILED = ("patches", "patch norms")  # for float32 in one or two dimensions
+COMPILED = ("patches", "gram, patch sum", "patch norms", "patch norms and sum")  # for float32 in one or two dimensions
 
 
 def assert_equal_by(method, monkeypatch, model, inputs):
@@ -108,7 +110,7 @@ def assert_equal_by(method, monkeypatch, model, inputs):
         return METHODS[method]
 
     monkeypatch.setattr(conv, "cheapest", chosen)
-    assert_equal_to_the_oracle(model, inputs, single=2e-4 if method in ("gram", "patch norms") else 1e-6)
+    assert_equal_to_the_oracle(model, inputs, single=2e-4 if isinstance(METHODS[method], conv_methods.Norms) else 1e-6)
     assert used
 
 
@@ -218,7 +220,12 @@ def test_the_method_is_chosen_without_moving_the_random_stream():
 def test_the_choice_knows_neither_the_batch_size_nor_the_data(monkeypatch):
     """The batch size is private, and a method that it decided would show in the time of a step."""
     seen = []
-    monkeypatch.setattr(conv_choice, "_seconds", lambda action, _: seen.append(action.args[-2:]) or len(seen))
+
+    def timed(actions, _device):
+        seen.extend(action.args[-2:] for action in actions.values())
+        return {name: 1.0 + at for at, name in enumerate(actions)}
+
+    monkeypatch.setattr(conv_choice, "_seconds", timed)
     geometry = conv_methods.Geometry(torch.Size((2, 1, 3, 3)), (1, 1), (0, 0), (1, 1), 1)
     conv_choice._CHOICES.clear()
     for batch in (1, 2, 999):
