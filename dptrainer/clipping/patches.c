@@ -1,4 +1,4 @@
-/* Weight gradients of a convolution, example by example, with their squared norms: patches times gradients in the cache.
+/* Weight gradients of a convolution, example by example, with their squared norms: products that stay in the cache.
  *
  * Compiled after rows.c. A one-dimensional convolution has height 1. Sums over positions are taken in blocks, each from
  * zero, so that their rounding grows with the length of a block and the number of blocks, not with the product.
@@ -13,10 +13,10 @@ struct convolution {
     int64_t stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x;
 };
 
-/* out[r][0 .. 2 WIDE) += sum_t grads[r * grads_row + t] patches[t * patch_row + 0 .. 2 WIDE) */
+/* out[r][0 .. 2 WIDE) = or += sum_t grads[r * grads_row + t] patches[t * patch_row + 0 .. 2 WIDE) */
 static inline __attribute__((always_inline)) void add_tile(
     const float *grads, int64_t grads_row, const float *patches, int64_t patch_row, int64_t places,
-    float *out, int64_t out_row, int tall)
+    float *out, int64_t out_row, int fresh, int tall)
 {
     floats sums[TALL][2];
     memset(sums, 0, sizeof sums);
@@ -28,22 +28,23 @@ static inline __attribute__((always_inline)) void add_tile(
             sums[r][1] += factor * right;
         }
     }
-    for (int r = 0; r < tall; r++) {
-        store(out + r * out_row, load(out + r * out_row) + sums[r][0]);
-        store(out + r * out_row + WIDE, load(out + r * out_row + WIDE) + sums[r][1]);
-    }
+    for (int r = 0; r < tall; r++)
+        for (int k = 0; k < 2; k++) {
+            float *to = out + r * out_row + k * WIDE;
+            store(to, fresh ? sums[r][k] : load(to) + sums[r][k]);
+        }
 }
 
 static void add_tiles(const float *grads, int64_t grads_row, const float *patches, int64_t patch_row, int64_t places,
-                      float *out, int64_t out_row, int64_t rows)
+                      float *out, int64_t out_row, int fresh, int64_t rows)
 {
     int64_t o = 0; /* heights are constants, so that the sums stay in registers */
     for (; o + TALL <= rows; o += TALL)
-        add_tile(grads + o * grads_row, grads_row, patches, patch_row, places, out + o * out_row, out_row, TALL);
+        add_tile(grads + o * grads_row, grads_row, patches, patch_row, places, out + o * out_row, out_row, fresh, TALL);
     for (; o + 3 <= rows; o += 3)
-        add_tile(grads + o * grads_row, grads_row, patches, patch_row, places, out + o * out_row, out_row, 3);
+        add_tile(grads + o * grads_row, grads_row, patches, patch_row, places, out + o * out_row, out_row, fresh, 3);
     for (; o < rows; o++)
-        add_tile(grads + o * grads_row, grads_row, patches, patch_row, places, out + o * out_row, out_row, 1);
+        add_tile(grads + o * grads_row, grads_row, patches, patch_row, places, out + o * out_row, out_row, fresh, 1);
 }
 
 static inline __attribute__((always_inline)) void copy_patches(
@@ -56,8 +57,12 @@ static inline __attribute__((always_inline)) void copy_patches(
         for (int64_t channel = 0; channel < c->channels; channel++)
             for (int64_t y = 0; y < c->kernel_height; y++) {
                 const float *from = corner + (channel * rows + y * c->dilation_y) * columns;
-                for (int64_t x = 0; x < kernel_width; x++)
-                    *to++ = from[x * dilation_x];
+                if (dilation_x == 1)
+                    memcpy(to, from, (size_t)kernel_width * sizeof(float));
+                else
+                    for (int64_t x = 0; x < kernel_width; x++)
+                        to[x] = from[x * dilation_x];
+                to += kernel_width;
             }
     }
 }
@@ -90,11 +95,15 @@ static double sizes_of(const float *grads, int64_t outs, const float *patches, i
     return total;
 }
 
-struct work { float *image, *patches, *grads, *product; double *room; int64_t patch, patch_row, block; double squared, size; };
+struct work {
+    float *image, *patches, *grads, *product;
+    double *room, squared, size;
+    int64_t patch, patch_row, block;
+};
 
-/* Adds the gradients [outs, patch] of one group of one example to product; w->grads is room for a block of grads. */
+/* Adds the gradients [outs, patch] of one group of one example to product, or puts them there if it is fresh. */
 static void add_group(const struct convolution *c, const float *image, const float *grads, float weight, int sizes,
-                      struct work *w, float *product)
+                      struct work *w, float *product, int fresh)
 {
     int64_t rows = c->height + 2 * c->pad_y, columns = c->width + 2 * c->pad_x;
     int64_t places = c->out_height * c->out_width, row = w->patch_row;
@@ -105,7 +114,7 @@ static void add_group(const struct convolution *c, const float *image, const flo
             for (int64_t t = 0; t < count; t++)
                 w->grads[o * count + t] = weight * grads[o * places + start + t];
         for (int64_t k = 0; k < row; k += 2 * WIDE)
-            add_tiles(w->grads, count, w->patches + k, row, count, product + k, row, c->outs);
+            add_tiles(w->grads, count, w->patches + k, row, count, product + k, row, fresh && start == 0, c->outs);
         if (sizes)
             w->size += sizes_of(w->grads, c->outs, w->patches, row, count, w->room);
     }
@@ -183,8 +192,7 @@ int convolution_rows(const struct convolution *c, const float *input, const floa
             w.squared = w.size = 0;
             for (int64_t g = 0; g < c->groups; g++) {
                 int64_t at = (i * c->groups + g) * c->outs;
-                memset(w.product, 0, (size_t)(c->outs * w.patch_row) * sizeof(float));
-                add_group(c, from + g * c->channels * plane, grads + at * places, 1, sizes != NULL, &w, w.product);
+                add_group(c, from + g * c->channels * plane, grads + at * places, 1, sizes != NULL, &w, w.product, 1);
                 for (int64_t o = 0; o < c->outs; o++)
                     w.squared += squares(w.product + o * w.patch_row, w.patch);
                 if (found)
@@ -220,7 +228,7 @@ int convolution_sum(const struct convolution *c, const float *input, const float
                 clean[t] = cleaned_one(grads[i * elements + t]);
             for (int64_t g = 0; g < c->groups; g++)
                 add_group(c, w.image + g * c->channels * plane, clean + g * c->outs * places, weights[i], 0, &w,
-                          w.product + g * c->outs * w.patch_row);
+                          w.product + g * c->outs * w.patch_row, 0);
         }
 #pragma omp ordered
         for (int64_t o = 0; done && o < outs; o++)

@@ -117,7 +117,7 @@ void weighted_sum(const float *rows, const float *weights, int64_t count, int64_
             out[j] += weights[i] * cleaned_one(rows[i * width + j]);
 }
 
-/* Adds up the rows with equal (example, index), in the order in which pairs come first; returns how many pairs there are.
+/* Adds up the rows with equal (example, index), in the order in which pairs come first; returns how many there are.
  *
  * slots: 2^bits numbers, at least twice as many as rows. Places in it follow from factor, an odd random number.
  * found: [rows] of example, index and values.

@@ -268,7 +268,7 @@ CHANGES = [
     "float weight = weights[example[t]] -> float weight = weights[0]",
     "sums[r][1] += factor * right -> sums[r][1] += factor * left",
     "c->dilation_y) * columns -> c->stride_y) * columns",
-    "(size_t)(c->outs * w.patch_row) -> (size_t)(w.patch_row)",
+    "fresh && start == 0 -> 0",
     "total[o * w.patch + k] += -> total[o * w.patch + k] =",
     "sqrt(room[t] -> (room[t]",
 ]
