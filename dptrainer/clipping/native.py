@@ -51,7 +51,7 @@ class _Convolution(ctypes.Structure):
 _PTR, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _FUNCTIONS: dict[str, Sequence[type]] = {
     "row_squares": (_PTR, _LONG, _LONG, _PTR, _INT),
-    "weighted_sum": (_PTR, _PTR, _LONG, _LONG, _PTR, _INT),
+    "weighted_sum": (_PTR, _PTR, _LONG, _LONG, _PTR, _INT, _INT),
     "scaled": (_PTR, _PTR, _LONG, _LONG, _PTR, _INT),
     "add_equal": (_PTR, _PTR, _PTR, _LONG, _LONG, _PTR, _INT, ctypes.c_uint64, _PTR, _PTR, _PTR),
     "add_squares": (_PTR, _PTR, _LONG, _LONG, _PTR),
@@ -82,10 +82,11 @@ class Kernels:
         self._library.row_squares(rows.data_ptr(), *rows.shape, found.data_ptr(), share)
         return found
 
-    def add_weighted(self, rows: Tensor, weights: Tensor, total: Tensor) -> None:
-        """``total`` [d] += sum_i weights[i] rows[i], of [B, d]; NaN and inf count as 0."""
+    def weighted_sum(self, rows: Tensor, weights: Tensor, total: Tensor, *, add: bool) -> None:
+        """``total`` [d] = or += sum_i weights[i] rows[i], of [B, d]; NaN and inf count as 0."""
         share = threads(rows.numel(), _NUMBERS)
-        self._library.weighted_sum(rows.data_ptr(), weights.data_ptr(), *rows.shape, total.data_ptr(), share)
+        addresses = (rows.data_ptr(), weights.data_ptr(), *rows.shape, total.data_ptr())
+        self._library.weighted_sum(*addresses, int(not add), share)
 
     def scaled(self, rows: Tensor, weights: Tensor | None) -> Tensor:
         """``rows`` [B, d] times ``weights`` [B], or as they are, with 0 in place of NaN and inf."""
@@ -179,8 +180,9 @@ def _described(plane: Plane, activation: Tensor, grad: Tensor) -> tuple[_Convolu
 def _agrees(kernels: Kernels) -> bool:
     """Whether the library gives PyTorch's results on a few shapes."""
     rows = torch.linspace(-1.0, 2.0, 7 * 331).view(7, 331)
-    weights, total = torch.linspace(0.0, 1.0, 7), torch.zeros(331)
-    kernels.add_weighted(rows, weights, total)
+    weights, total = torch.linspace(0.0, 1.0, 7), torch.full((331,), 7.0)
+    for add in (False, True):
+        kernels.weighted_sum(rows, weights, total, add=add)
     example, index = torch.tensor([0, 0, 1, 1, 1, 0]), torch.tensor([2, 2, 2, 0, 0, 1])
     added = kernels.add_equal(example, index, rows[:6])
     table, squares = torch.zeros(3, 331), torch.zeros(2, dtype=torch.float64)
@@ -190,7 +192,7 @@ def _agrees(kernels: Kernels) -> bool:
     pairs = [
         (kernels.row_squares(rows), rows.double().square().sum(1)),
         (kernels.row_sums(rows), rows.sum(1)),
-        (total, weights @ rows),
+        (total, 2.0 * weights @ rows),
         (kernels.scaled(rows, weights), rows * weights.unsqueeze(1)),
         (kernels.scaled(rows, None), rows),
         (torch.stack(added[:2]), torch.tensor([[0, 1, 1, 0], [2, 2, 0, 1]])),

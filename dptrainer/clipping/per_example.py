@@ -8,7 +8,7 @@ its norm and its sum from the same numbers, so that cancellation in one cannot m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -138,15 +138,15 @@ class Dense(PerExample):
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See :class:`PerExample`."""
-        total = self.pieces[0].new_zeros(self.pieces[0].shape[1:].numel())
+        total = self.pieces[0].new_empty(self.pieces[0].shape[1:].numel())
         factors = torch.split(weights.to(total.dtype), [len(piece) for piece in self.pieces])
-        for factor, piece in zip(factors, self.pieces, strict=True):
+        for at, (factor, piece) in enumerate(zip(factors, self.pieces, strict=True)):
             rows = piece.reshape(len(piece), -1)
             compiled = kernels(rows)
-            if compiled is None:
-                total.addmv_(finite(rows, owned=self._owned).t(), factor)
+            if compiled is not None:
+                compiled.weighted_sum(rows, factor, total, add=at > 0)
             else:
-                compiled.add_weighted(rows, factor, total)
+                total.addmv_(finite(rows, owned=self._owned).t(), factor, beta=float(at > 0))
         return self._arranged(total.view(1, *self.pieces[0].shape[1:]))[0].contiguous()
 
     def _arranged(self, rows: Tensor) -> Tensor:
@@ -351,15 +351,19 @@ def instantiate(
     """
     if not fits(shape, operand_elements):
         return Lazy(batch_size, shape, rows)
-    return kept([rows(part) for part in chunks(batch_size, shape)])
+    if shape.numel() <= _SHORT:
+        return Dense(rows(slice(0, batch_size)), owned=True)  # whose norms wait for those of other parameters
+    return kept(rows(part) for part in chunks(batch_size, shape))
 
 
-def kept(pieces: Sequence[Tensor], arrange: Callable[[Tensor], Tensor] | None = None) -> Dense:
-    """Rows that were just computed, with their norms taken at once, while they are in the cache."""
-    found = Dense(pieces, owned=True, arrange=arrange)
-    if not found.plain:  # short ones wait for those of other parameters
-        found.squared_norms()
-    return found
+def kept(pieces: Iterable[Tensor], arrange: Callable[[Tensor], Tensor] | None = None) -> Dense:
+    """Rows that are just computed, with the norms of each piece taken at once, while it is in the cache."""
+    found: list[Tensor] = []
+    squares: list[Tensor] = []
+    for piece in pieces:
+        found.append(piece)
+        squares.append(row_squares(piece))
+    return Dense(found, owned=True, arrange=arrange, squares=joined(squares))
 
 
 #: Parameters that share a form, with their shapes, in the order of its elements.

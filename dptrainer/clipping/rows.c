@@ -96,8 +96,9 @@ void scaled(const float *rows, const float *weights, int64_t count, int64_t widt
 
 #define COLUMNS (8 * WIDE)
 
-/* out[j] += sum_i weights[i] cleaned(rows[i][j]) */
-void weighted_sum(const float *rows, const float *weights, int64_t count, int64_t width, float *out, int threads)
+/* out[j] = or, unless fresh, += sum_i weights[i] cleaned(rows[i][j]) */
+void weighted_sum(const float *rows, const float *weights, int64_t count, int64_t width, float *out, int fresh,
+                  int threads)
 {
     int64_t whole = width / COLUMNS * COLUMNS;
     (void)threads;
@@ -105,13 +106,15 @@ void weighted_sum(const float *rows, const float *weights, int64_t count, int64_
     for (int64_t first = 0; first < whole; first += COLUMNS) {
         floats sums[8];
         for (int k = 0; k < 8; k++)
-            sums[k] = load(out + first + k * WIDE);
+            sums[k] = fresh ? (floats){0} : load(out + first + k * WIDE);
         for (int64_t i = 0; i < count; i++)
             for (int k = 0; k < 8; k++)
                 sums[k] += weights[i] * cleaned(load(rows + i * width + first + k * WIDE));
         for (int k = 0; k < 8; k++)
             store(out + first + k * WIDE, sums[k]);
     }
+    for (int64_t j = whole; j < width; j++)
+        out[j] = fresh ? 0 : out[j];
     for (int64_t i = 0; i < count; i++)
         for (int64_t j = whole; j < width; j++)
             out[j] += weights[i] * cleaned_one(rows[i * width + j]);

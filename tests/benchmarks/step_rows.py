@@ -20,6 +20,7 @@ from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dpbudget.ledger.signing import Ed25519Signer
 from dptrainer.clipping import add_clipped, make_engine
+from dptrainer.noise import native
 from dptrainer.noise.source import SecureNoise
 from dptrainer.sampling import PoissonSampler
 from dptrainer.update import release
@@ -82,6 +83,7 @@ class Ours:
 
     def __init__(self, case: Case, pieces: int = 1, records: int = 0, poisson: bool = False) -> None:
         self.case, self.pieces, self.poisson, self.records = case, pieces, poisson, records
+        native.LIBRARY.get()  # which a run does by itself within its first requests
         self.model, self.noise = case.make(), TimedNoise()
         self.x, self.y = case.data(records or case.batch)
         self.run = make_run(records, case.batch) if poisson else make_run()

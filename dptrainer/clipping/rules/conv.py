@@ -55,7 +55,7 @@ def _per_example(geometry: Geometry, activation: Tensor, grad: Tensor) -> PerExa
     if isinstance(method, Norms):
         return _ghost(method, geometry, activation, grad)
     if method is by_channels_last and fits(shape, operands):
-        pieces = [by_channels_last(geometry, activation[part], grad[part]) for part in chunks(batch, shape)]
+        pieces = (by_channels_last(geometry, activation[part], grad[part]) for part in chunks(batch, shape))
         return kept(pieces, lambda rows: rows.movedim(-1, 2))
     if method is by_patches and fits(shape, operands):
         found = [compiled_rows(geometry, activation[part], grad[part]) for part in chunks(batch, shape)]

@@ -58,7 +58,7 @@ def _over_positions(shape: torch.Size, activation: Tensor, grad: Tensor) -> PerE
         return Ghost(batch, shape, norms, total, rows, dtype=grad.dtype, terms=terms, depth=max(shape))
     if fits(shape, operands) and shape[0] > shape[1]:
         # Transposed, since the library is up to five times as fast where its rows are long.
-        pieces = [torch.bmm(activation[part].transpose(1, 2), grad[part]) for part in chunks(batch, shape)]
+        pieces = (torch.bmm(activation[part].transpose(1, 2), grad[part]) for part in chunks(batch, shape))
         return kept(pieces, lambda found: found.transpose(1, 2))
     return instantiate(batch, shape, rows, operands)
 

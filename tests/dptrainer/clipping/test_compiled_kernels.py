@@ -47,11 +47,13 @@ class TestRows:
         rows = torch.randn(count, width)
         torch.testing.assert_close(kernels.row_sums(rows), rows.double().sum(1).float(), rtol=2e-7, atol=1e-12)
 
-    def test_weighted_sums(self, kernels, count, width):
-        rows, weights, total = torch.randn(count, width), torch.rand(count), torch.randn(width)
-        expected = total.double() + weights.double() @ rows.double()
-        kernels.add_weighted(rows, weights, total)
+    def test_weighted_sums_in_place_of_what_was_there_or_added_to_it(self, kernels, count, width):
+        rows, weights, total = torch.randn(count, width), torch.rand(count), torch.full((width,), float("nan"))
+        expected = weights.double() @ rows.double()
+        kernels.weighted_sum(rows, weights, total, add=False)
         torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5)
+        kernels.weighted_sum(rows, weights, total, add=True)
+        torch.testing.assert_close(total.double(), 2 * expected, rtol=1e-5, atol=1e-5)
 
     def test_scaled_rows(self, kernels, count, width):
         rows, weights = torch.randn(count, width), torch.rand(count)
@@ -69,7 +71,7 @@ def test_what_is_not_finite_shows_in_the_norm_and_nowhere_else(kernels, bad, pla
     squares = kernels.row_squares(rows)
     assert not squares[1].isfinite()
     assert squares[[0, 2, 3]].isfinite().all()
-    kernels.add_weighted(rows, weights, total)
+    kernels.weighted_sum(rows, weights, total, add=True)
     torch.testing.assert_close(total, weights @ clean)
     scaled = kernels.scaled(rows, None)
     assert scaled.isfinite().all()
