@@ -1,6 +1,6 @@
 /* Noise in place from keystream words: the operations of boxmuller.py, one IEEE 754 binary64 rounding each.
  *
- * Compiled by native.py, which puts the constants and chacha.c before this text. Both files state the same sequence of operations;
+ * Compiled by native.py, which puts the constants and chacha.c before this text. Both state the same operations;
  * contraction to fused multiply-add is off, so that their results have the same bits. Loops over LANES pairs have no
  * branches and no calls: compilers turn them into vector code.
  */
@@ -60,11 +60,14 @@ static void gather(struct tile *t, const char *words, int blocks)
     }
 }
 
-/* Noise of `count` elements of a stream, from the one `skip` after the start of `block` on. */
+/* Noise of `count` elements of a stream, from the one `skip` after the start of `block` on; how many sums x it was
+ * added to are not finite: of those x - x is not 0. */
 #define ADD(NAME, REAL)                                                                                           \
-    static void NAME(const struct cipher *c, uint64_t block, int64_t skip, int64_t count, double std, REAL *out)  \
+    static int64_t NAME(const struct cipher *c, uint64_t block, int64_t skip, int64_t count, double std,          \
+                        REAL *out)                                                                                \
     {                                                                                                             \
         struct tile t;                                                                                            \
+        int64_t bad = 0;                                                                                          \
         memset(t.k, 0, sizeof t.k + sizeof t.a); /* the rest of the last tile */                                  \
         for (int64_t done = -skip; done < count; done += 2 * LANES) { /* the tile's place in out */               \
             int64_t left = (count - done + 9) / 10;                                                               \
@@ -75,10 +78,16 @@ static void gather(struct tile *t, const char *words, int blocks)
             box_muller(&t);                                                                                       \
             int from = done < 0 ? (int)-done : 0;                                                                 \
             int to = count - done < 2 * LANES ? (int)(count - done) : 2 * LANES;                                  \
-            for (int i = from; i < to; i++)                                                                       \
-                out[done + i] = (REAL)((double)out[done + i] + t.z[i] * std);                                     \
+            int32_t found = 0;                                                                                    \
+            for (int i = from; i < to; i++) {                                                                     \
+                REAL x = out[done + i];                                                                           \
+                found |= x - x != 0;                                                                              \
+                out[done + i] = (REAL)((double)x + t.z[i] * std);                                                 \
+            }                                                                                                     \
+            bad += found;                                                                                         \
         }                                                                                                         \
         erase(&t, sizeof t);                                                                                      \
+        return bad;                                                                                               \
     }
 
 ADD(add_float, float)
@@ -88,29 +97,13 @@ struct piece { void *out; int64_t count; uint64_t block; int64_t skip; uint32_t 
 
 #define SHARE 16384 /* elements that a thread takes at a time: some 50 microseconds */
 
-/* Whether no element of any piece is NaN or infinite: of those x - x is not 0. */
-int all_finite(const struct piece *pieces, int64_t pieces_count, int threads)
+/* Noise for every piece; 0 if one of the sums was not finite, which must not be released then. What is added depends
+ * on addresses alone, so threads take shares as they come. */
+int add_noise(const char *key, const struct piece *pieces, int64_t pieces_count, double std, int threads)
 {
     int64_t bad = 0;
-    (void)threads;
-#pragma omp parallel num_threads(threads) if (threads > 1) reduction(+ : bad)
-    for (int64_t i = 0; i < pieces_count; i++) {
-        const float *x = (const float *)pieces[i].out;
-        const double *y = (const double *)pieces[i].out;
-        int32_t found = 0;
-#pragma omp for schedule(static) nowait
-        for (int64_t j = 0; j < pieces[i].count; j++)
-            found |= pieces[i].doubles ? y[j] - y[j] != 0 : x[j] - x[j] != 0;
-        bad += found;
-    }
-    return bad == 0;
-}
-
-/* Noise for every piece. What is added depends on addresses alone, so threads take shares as they come. */
-void add_noise(const char *key, const struct piece *pieces, int64_t pieces_count, double std, int threads)
-{
     (void)threads; /* a compiler without OpenMP */
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(+ : bad)
     for (int64_t i = 0; i < pieces_count; i++) {
         struct piece p = pieces[i];
         struct cipher c;
@@ -120,13 +113,12 @@ void add_noise(const char *key, const struct piece *pieces, int64_t pieces_count
             int64_t start = share * SHARE, count = p.count - start < SHARE ? p.count - start : SHARE;
             uint64_t block = p.block + (uint64_t)((start + p.skip) / 10);
             int64_t skip = (start + p.skip) % 10;
-            if (p.doubles)
-                add_double(&c, block, skip, count, std, (double *)p.out + start);
-            else
-                add_float(&c, block, skip, count, std, (float *)p.out + start);
+            bad += p.doubles ? add_double(&c, block, skip, count, std, (double *)p.out + start)
+                             : add_float(&c, block, skip, count, std, (float *)p.out + start);
         }
         erase(&c, sizeof c);
     }
+    return bad == 0;
 }
 
 /* The 10 * blocks values of given words: for the test of the arithmetic on words that no key is known for. */

@@ -1,7 +1,7 @@
 /* The ChaCha20 keystream of RFC 8439, as many blocks at a time as a vector register has 32-bit lanes.
  *
- * Compiled by native.py in front of boxmuller.c. Addressing is that of chacha.py: counter and third nonce word are the
- * halves of the block index, the second nonce word is the stream. Lane b of every vector belongs to block b of the batch.
+ * Compiled by native.py in front of boxmuller.c. Addressing is that of chacha.py: counter and second nonce word are the
+ * halves of the block index, the first nonce word is the stream. Lane b of every vector belongs to block b of a batch.
  */
 #include <stdint.h>
 #include <string.h>

@@ -58,13 +58,16 @@ def add_gaussian_(tensor: torch.Tensor, key: bytes, param_id: int, std: float, *
     return tensor
 
 
-def add_gaussians_(tensors: Iterable[torch.Tensor], key: bytes, std: float) -> None:
+def add_gaussians_(tensors: Iterable[torch.Tensor], key: bytes, std: float) -> bool:
     """:func:`add_gaussian_` for every tensor, its position being its ``param_id``; the threads share all of them.
+
+    Returns:
+        Whether all values were finite before; if not, nothing of this may be released.
 
     Raises:
         ValueError: a type or range is wrong; nothing was changed.
     """
-    _add([_Piece(tensor, position, 0) for position, tensor in enumerate(tensors)], key, std)
+    return _add([_Piece(tensor, position, 0) for position, tensor in enumerate(tensors)], key, std)
 
 
 def standard_gaussian(key: bytes, param_id: int, count: int, *, offset: int = 0) -> torch.Tensor:
@@ -91,7 +94,8 @@ class _Piece:
         return self.tensor.detach().reshape(-1)
 
 
-def _add(pieces: Sequence[_Piece], key: bytes, std: float) -> None:
+def _add(pieces: Sequence[_Piece], key: bytes, std: float) -> bool:
+    """Adds the noise of every piece; whether all values were finite before."""
     if not 0.0 <= std < math.inf:
         raise ValueError(f"standard deviation {std!r} is out of range")
     for piece in pieces:
@@ -101,12 +105,19 @@ def _add(pieces: Sequence[_Piece], key: bytes, std: float) -> None:
     kernel = native.kernel_for(count)
     work = [(flat, piece.param_id, piece.offset) for piece, flat in zip(pieces, flats, strict=True)]
     if kernel is not None and all(flat.device.type == "cpu" for flat in flats):
-        kernel.add(work, key, std, threads(count, PER_THREAD) if _disjoint(flats) else 1)
+        finite = kernel.add(work, key, std, threads(count, PER_THREAD) if _disjoint(flats) else 1)
     else:
+        finite = all(map(_finite, flats))
         _add_by_tiles(work, key, std, kernel)
     for piece, flat in zip(pieces, flats, strict=True):
         if flat.data_ptr() != piece.tensor.data_ptr():
             piece.tensor.detach().copy_(flat.view(piece.tensor.shape))
+    return finite
+
+
+def _finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite: both reach the extremes, and no tensor is allocated."""
+    return values.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values))
 
 
 def _disjoint(flats: Sequence[torch.Tensor]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from fractions import Fraction
 from typing import Protocol
 
@@ -13,7 +12,6 @@ from dpbudget.errors import PrivacyViolation
 from dpbudget.ledger.receipt import Receipt
 from dptrainer.noise.gaussian import add_gaussians_
 from dptrainer.noise.keys import Purpose, step_key
-from dptrainer.noise.native import all_finite
 from dptrainer.values import ClippedSum, NoisySum
 
 
@@ -37,14 +35,20 @@ class SecureNoise:
         """Add the noise of ``receipt``, in place, to ``clipped``, whose tensors become those of the result.
 
         Raises:
-            PrivacyViolation: the sum is not finite or of a wrong type (DP019), its sensitivity is above the plan's
-                clipping norm (DP031), or it has more elements than the plan allows (DP018). No noise is drawn.
+            PrivacyViolation: the sum is of a wrong type or not finite (DP019; in the second case the receipt is spent
+                and the sum destroyed), its sensitivity is above the plan's clipping norm (DP031), or it has more
+                elements than the plan allows (DP018). Nothing is released.
             ReceiptSpent: the receipt was used before (DP077) or in a forked process (DP076).
         """
         _check(clipped, receipt)
         std = noise_scale(receipt.noise_multiplier, receipt.clip_norm)
         key = step_key(receipt, Purpose.GRAD_NOISE)
-        add_gaussians_((*clipped.grads.values(), *clipped.statistics.values()), key, std)
+        if not add_gaussians_((*clipped.grads.values(), *clipped.statistics.values()), key, std):
+            raise PrivacyViolation(
+                "the clipped sum is not finite; nothing was released",
+                code="DP019",
+                hint="a clipping engine gives examples with non-finite gradients the factor 0",
+            )
         return NoisySum(clipped.grads, clipped.statistics)
 
 
@@ -63,18 +67,6 @@ def noise_scale(noise_multiplier: float, clip_norm: float) -> float:
         )
     exact = Fraction(noise_multiplier) * Fraction(clip_norm)
     return scale if Fraction(scale) >= exact else math.nextafter(scale, math.inf)
-
-
-def _finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite: both reach the extremes, and no tensor is allocated."""
-    return values.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values))
-
-
-def _not_finite(released: Mapping[str, torch.Tensor]) -> str | None:
-    """The first name whose values are not all finite."""
-    if all_finite(list(released.values())):
-        return None
-    return next((name for name, values in released.items() if not _finite(values)), None)
 
 
 def _check(clipped: ClippedSum, receipt: Receipt) -> None:
@@ -101,10 +93,3 @@ def _check(clipped: ClippedSum, receipt: Receipt) -> None:
                 code="DP019",
                 hint="accumulate clipped gradients in float32",
             )
-    unusable = _not_finite(released)
-    if unusable is not None:
-        raise PrivacyViolation(
-            f"the clipped sum of {unusable} is not finite; nothing was released",
-            code="DP019",
-            hint="a clipping engine gives examples with non-finite gradients the factor 0",
-        )

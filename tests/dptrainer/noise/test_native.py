@@ -244,13 +244,13 @@ def test_a_compiler_without_threads_is_asked_for_code_without_them(
 def test_every_number_that_is_not_finite_is_seen(
     kernel: native.Kernel, value: float, dtype: torch.dtype, threads: int
 ) -> None:
-    largest = torch.finfo(dtype).max
-    tensors = [torch.full((1003,), largest, dtype=dtype), torch.full((5,), -1e38), torch.zeros(0)]
-    assert kernel.all_finite(tensors, threads)
-    for place in (0, 15, 16, 500, 1002):
-        tensors[0][place] = value
-        assert not kernel.all_finite(tensors, threads)
-        tensors[0][place] = 0.0
+    largest = torch.finfo(dtype).max / 2
+    for place in (None, 0, 15, 16, 20_000, 40_002):
+        tensors = [torch.full((5,), -1e38), torch.full((40_003,), largest, dtype=dtype), torch.zeros(0)]
+        if place is not None:
+            tensors[1][place] = value
+        pieces = [(tensor, stream, 7) for stream, tensor in enumerate(tensors)]
+        assert kernel.add(pieces, KEY, 1.0, threads) == (place is None)
 
 
 @pytest.mark.parametrize(
