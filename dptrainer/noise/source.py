@@ -39,7 +39,7 @@ class SecureNoise:
                 clipping norm (DP031), or it has more elements than the plan allows (DP018). No noise is drawn.
             ReceiptSpent: the receipt was used before (DP077) or in a forked process (DP076).
         """
-        _check(clipped, receipt)
+        check_releasable(clipped, receipt)
         std = noise_scale(receipt.noise_multiplier, receipt.clip_norm)
         key = step_key(receipt, Purpose.GRAD_NOISE)
         add_gaussians_((*clipped.grads.values(), *clipped.statistics.values()), key, std)
@@ -68,7 +68,12 @@ def _finite(values: torch.Tensor) -> bool:
     return values.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values))
 
 
-def _check(clipped: ClippedSum, receipt: Receipt) -> None:
+def check_releasable(clipped: ClippedSum, receipt: Receipt) -> None:
+    """Refuse a sum that the receipt does not cover.
+
+    Raises:
+        PrivacyViolation: as :meth:`SecureNoise.privatise`.
+    """
     if not 0.0 < clipped.sensitivity <= receipt.clip_norm:
         raise PrivacyViolation(
             f"gradients were clipped to {clipped.sensitivity!r}, but the plan's clipping norm is {receipt.clip_norm!r}",
