@@ -59,7 +59,8 @@ class TrainingResult:
 class TrainerBase:
     """Set-up and clipping of every trainer: tests the model on synthetic records, and clips the records it is given.
 
-    It draws no record and adds no noise; the arguments are those of :class:`~dptrainer.trainer.PrivateTrainer`.
+    It draws no record and adds no noise; the arguments are those of :class:`~dptrainer.trainer.PrivateTrainer`, and
+    ``batches``: into how many steps the records that a receipt draws are divided.
 
     Raises:
         PrivacyViolation: model, optimizer or dataset cannot be trained privately; nothing was charged or changed.
@@ -81,6 +82,7 @@ class TrainerBase:
         replay: Sequence[nn.Module] = (),
         record_outputs: bool = False,
         note: Callable[[str], None] | None = None,
+        batches: int = 1,
     ) -> None:
         checked_size(physical_batch_size)
         check(model, optimizer)
@@ -97,7 +99,7 @@ class TrainerBase:
             tell_untested("model and loss could not be run on synthetic records, so nobody tested for mixing.", note)
         self._model, self._optimizer, self._run = model, optimizer, run
         self._engine: BookKeeping = make_engine(model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note)
-        self._physical = physical_size(physical_batch_size, model, self._records, run.plan, replay)
+        self._physical = physical_size(physical_batch_size, model, self._records, run.plan, replay, batches=batches)
         self._record_outputs = record_outputs
         self._callbacks = tuple(callbacks)
         self._stopped = False

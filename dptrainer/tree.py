@@ -103,7 +103,7 @@ class TreeTrainer(TrainerBase):
         super().__init__(
             model, optimizer, loss_fn, dataset, run, physical_batch_size=physical_batch_size, collate_fn=collate_fn,
             callbacks=callbacks, clipping=clipping, views=views, replay=replay, record_outputs=record_outputs,
-            note=note,
+            note=note, batches=steps_per_pass,
         )  # fmt: skip
         self._steps = steps_per_pass
         self._allocation: UniformAllocation = UniformAllocation()

@@ -34,7 +34,16 @@ import dpbudget
 from dpbudget.curve import Bounds
 from dpbudget.errors import DPBudgetError, PlanExhausted, ReceiptSpent
 from dpbudget.ledger.receipt import Receipt
-from dptrainer import DPAdamBC, PrivateTrainer, QuantileClipping, TreeTrainer, UserDataset
+from dptrainer import (
+    DPAdamBC,
+    MemoryBound,
+    PrivateTrainer,
+    QuantileClipping,
+    TreeTrainer,
+    UserDataset,
+    load_checkpoint,
+    save_checkpoint,
+)
 from dptrainer.allocation import UniformAllocation
 from dptrainer.clipping import NormalisedClipping
 from dptrainer.noise import source as source_module
@@ -551,6 +560,27 @@ def test_a_tree_that_the_plan_is_too_small_for_is_refused_and_the_number_it_name
     with refused("DP018"):
         trainer(run=passes_run(max_parameters=number - 1), steps_per_pass=8)
     assert trainer(run=passes_run(max_parameters=number), steps_per_pass=8).fit().steps == 8
+
+
+def test_a_physical_batch_from_a_memory_bound_is_for_a_step_and_not_for_a_pass() -> None:
+    sizes = []
+    for steps in (1, 1000):
+        run = passes_run(nominal_size=4000)
+        sizes.append(trainer(run=run, steps_per_pass=steps, physical_batch_size=MemoryBound(1 << 30))._physical)
+    assert sizes == [8192, 32]  # the first power of two from twice the expected batch, and 16 more
+
+
+def test_a_checkpoint_from_within_a_pass_goes_on_with_the_next(tmp_path: Path) -> None:
+    model, run = linear_model(), passes_run(2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    trainer(model, run, optimizer=optimizer, callbacks=[lambda step, epsilon: step < 3]).fit()
+    save_checkpoint(tmp_path / "kept", model, optimizer, run=run)
+    again = linear_model(seed=1)
+    resumed = torch.optim.SGD(again.parameters(), lr=0.1, momentum=0.9)
+    assert load_checkpoint(tmp_path / "kept", again, resumed, run=run).steps == 1
+    assert torch.equal(again.weight, model.weight)
+    result = trainer(again, run, optimizer=resumed).fit()
+    assert (result.steps, result.charged) == (5, 2)
 
 
 # ---------------------------------------------------------------------- the ledger
