@@ -26,8 +26,6 @@ from dptrainer.noise.tree import (
     TreeNoise,
     check_tree_size,
     check_unsampled,
-    node_scale,
-    step_scale,
 )
 from dptrainer.sampling import Indices
 from dptrainer.update import check_parameters, check_run, hand_over, output_digest
@@ -71,7 +69,7 @@ class TreeTrainer(TrainerBase):
         views: as for ``PrivateTrainer``.
         replay: likewise.
         record_outputs: settle every pass with a hash of the hashes of its noisy sums.
-        noise: adds the noise.
+        noise: adds the noise; ``SecureTreeNoise(averaged=True)`` for less of it in prefix sums, at more draws.
         note: as for ``PrivateTrainer``.
 
     Raises:
@@ -139,9 +137,9 @@ class TreeTrainer(TrainerBase):
         outputs = hashlib.sha256()
         noise = self._noise.open(receipt, self._steps)
         try:
-            for step, indices in enumerate(self._allocation.draw(receipt, self._steps, self._records.population), 1):
+            for indices in self._allocation.draw(receipt, self._steps, self._records.population):
                 check_step(self._model, self._optimizer)  # a callback may have changed it
-                outputs.update(self._release(indices, receipt, noise, step))
+                outputs.update(self._release(indices, receipt, noise))
                 self._optimizer.step()
                 steps += 1
                 self._tell(steps)
@@ -153,14 +151,14 @@ class TreeTrainer(TrainerBase):
             self._run.settle(receipt, outputs.hexdigest())
         return steps
 
-    def _release(self, indices: Indices, receipt: Receipt, noise: PassNoise, step: int) -> bytes:
+    def _release(self, indices: Indices, receipt: Receipt, noise: PassNoise) -> bytes:
         """Clip, add the step's share of the tree's noise, and hand over; the hash of the noisy sum if it is wanted."""
         clipped = self._clip(indices)
         check_parameters(self._model, clipped)
         noisy = noise.privatise(clipped)
         digest = bytes.fromhex(output_digest(noisy)) if self._record_outputs else b""
-        std = step_scale(node_scale(receipt.noise_multiplier, receipt.clip_norm, self._steps), step)
-        hand_over(self._model, noisy, receipt.nominal_size / self._steps / clipped.unit, std, self._optimizer)
+        divisor = receipt.nominal_size / self._steps / clipped.unit
+        hand_over(self._model, noisy, divisor, noise.std, self._optimizer)
         return digest
 
 

@@ -25,26 +25,11 @@ from dpbudget.mechanisms import Adjacency, Charge, TreeAggregated
 from dptrainer.noise import tree
 from dptrainer.noise.gaussian import standard_gaussian
 from dptrainer.noise.keys import Purpose
-from dptrainer.noise.tree import SecureTreeNoise, check_tree_size, levels, node_scale, replaced_nodes, step_scale
+from dptrainer.noise.nodes import averaged_nodes, levels, plain_nodes
+from dptrainer.noise.tree import SecureTreeNoise, check_tree_size, node_scale
 from dptrainer.values import ClippedSum
 
 NewReceipt = Callable[..., Receipt]
-PASSES = [1, 2, 3, 7, 8, 9, 31, 32, 33, 100]
-
-
-def decomposition(step: int) -> set[int]:
-    """Nodes of the prefix of ``step``, straight from its binary digits, the largest first."""
-    found, end = set(), 0
-    for bit in reversed(range(step.bit_length())):
-        if step >> bit & 1:
-            end += 1 << bit
-            found.add(end)
-    return found
-
-
-def covered(node: int) -> range:
-    """The steps whose sum a node holds."""
-    return range(node - (node & -node) + 1, node + 1)
 
 
 def zeros(*sizes: int, dtype: torch.dtype = torch.float64) -> ClippedSum:
@@ -68,71 +53,57 @@ def fixed_key(monkeypatch: pytest.MonkeyPatch) -> bytes:
     return secret
 
 
-# ---------------------------------------------------------------------- the tree
-
-
-@pytest.mark.parametrize("steps", PASSES)
-def test_the_nodes_of_a_prefix_cover_its_steps_once(steps: int) -> None:
-    for step in range(1, steps + 1):
-        held = [one for node in decomposition(step) for one in covered(node)]
-        assert sorted(held) == list(range(1, step + 1))
-        assert len(decomposition(step)) == step.bit_count()
-
-
-@pytest.mark.parametrize("steps", PASSES)
-def test_a_step_adds_its_own_node_and_drops_those_that_it_takes_in(steps: int) -> None:
-    for step in range(1, steps + 1):
-        before, now = decomposition(step - 1), decomposition(step)
-        assert now - before == {step}
-        assert set(replaced_nodes(step)) == before - now
-        assert len(list(replaced_nodes(step))) == len(before - now)
-
-
-@pytest.mark.parametrize("steps", PASSES)
-def test_a_step_is_in_at_most_l_nodes_and_the_first_in_exactly_l(steps: int) -> None:
-    most = {one: sum(one in covered(node) for node in range(1, steps + 1)) for one in range(1, steps + 1)}
-    assert levels(steps) == math.floor(math.log2(steps)) + 1
-    assert max(most.values()) == most[1] == levels(steps)
-
-
-@pytest.mark.parametrize("steps", [64, 100, 1000])
-def test_two_draws_a_step_are_enough(steps: int) -> None:
-    assert sum(1 + len(list(replaced_nodes(step))) for step in range(1, steps + 1)) < 2 * steps
-
-
 # ---------------------------------------------------------------------- the noise
 
 
-def test_the_noise_of_prefix_sums_is_that_of_their_nodes(new_receipt: NewReceipt, fixed_key: bytes) -> None:
+@pytest.mark.parametrize("averaged", [False, True])
+def test_the_noise_of_prefix_sums_is_that_of_their_nodes(
+    new_receipt: NewReceipt, fixed_key: bytes, averaged: bool
+) -> None:
     """Telescoping: what steps hand out adds up to the nodes of the prefix, drawn here from their addresses."""
-    noise = SecureTreeNoise().open(new_receipt(**whole(noise_multiplier=0.7, clip_norm=3.0)), 20)
-    sizes, std = (23, 4, 1), node_scale(0.7, 3.0, 20)
-    rooms = (30, 10, 10)
+    noise = SecureTreeNoise(averaged=averaged).open(new_receipt(**whole(noise_multiplier=0.7, clip_norm=3.0)), 20)
+    sizes, rooms, std = (23, 4, 1), (30, 10, 10), node_scale(0.7, 3.0, 20)
     total = [torch.zeros(n, dtype=torch.float64) for n in sizes]
+    weights: dict[int, float] = {}
     for step in range(1, 21):
         for part, released in zip(total, noise.privatise(zeros(*sizes)).grads.values(), strict=True):
             part += released
+        for number, weight in (averaged_nodes if averaged else plain_nodes)(step):
+            weights[number] = weights.get(number, 0.0) + weight
         for param_id, (size, room, part) in enumerate(zip(sizes, rooms, total, strict=True)):
             nodes = [
-                std * standard_gaussian(fixed_key, param_id, size, offset=(node - 1) * room)
-                for node in decomposition(step)
+                weight * std * standard_gaussian(fixed_key, param_id, size, offset=number * room)
+                for number, weight in weights.items()
             ]
             torch.testing.assert_close(part, torch.stack(nodes).sum(0), rtol=0, atol=1e-12)
 
 
-def test_the_variance_of_a_prefix_is_the_nodes_variance_times_the_bits_of_its_length(
-    new_receipt: NewReceipt, fixed_key: bytes
+@pytest.mark.parametrize("averaged", [False, True])
+def test_the_variance_of_a_prefix_is_the_nodes_variance_times_that_of_its_bits(
+    new_receipt: NewReceipt, fixed_key: bytes, averaged: bool
 ) -> None:
-    count, noise = 20_000, SecureTreeNoise().open(new_receipt(**whole(noise_multiplier=1.3, clip_norm=1.5)), 16)
+    """One for each bit of its length that is set, or 1 / (2 - 2^-l) for bit l where nodes are averaged."""
+    count = 20_000
+    facts = whole(noise_multiplier=1.3, clip_norm=1.5)
+    noise = SecureTreeNoise(averaged=averaged).open(new_receipt(**facts), 16)
     prefix = torch.zeros(count, dtype=torch.float64)
     node = math.sqrt(5) * 1.3 * 1.5  # 16 steps have 5 levels
     for step in range(1, 17):
         one = noise.privatise(zeros(count)).grads["p0"]
         prefix += one
-        for found, std in ((prefix, node * math.sqrt(step.bit_count())), (one, step_scale(node, step))):
+        bits = [bit for bit in range(5) if step >> bit & 1]
+        variance = sum(1 / (2 - 2.0**-bit) for bit in bits) if averaged else len(bits)
+        for found, std in ((prefix, node * math.sqrt(variance)), (one, noise.std)):
             squares = float((found / std).square().sum())
             assert abs(squares - count) < 6 * math.sqrt(2 * count), step
-    assert [round(step_scale(1.0, step) ** 2) for step in range(1, 9)] == [1, 2, 1, 3, 1, 2, 1, 4]
+
+
+def test_the_noise_of_a_step_is_that_of_its_node_and_those_it_takes_in(new_receipt: NewReceipt) -> None:
+    noise, found = SecureTreeNoise().open(new_receipt(**whole()), 8), []
+    for _ in range(8):
+        noise.privatise(zeros(1))
+        found.append((noise.std / node_scale(1.0, 1.0, 8)) ** 2)
+    assert found == [pytest.approx(k) for k in (1, 2, 1, 3, 1, 2, 1, 4)]
 
 
 def test_the_noises_of_nodes_are_independent(new_receipt: NewReceipt, fixed_key: bytes) -> None:
@@ -154,8 +125,9 @@ def test_a_sum_in_float32_is_rounded_once(new_receipt: NewReceipt, fixed_key: by
         assert torch.equal(released, (grad.double() + noise).float())
 
 
+@pytest.mark.parametrize(("averaged", "nodes"), [(False, 13), (True, 13 + 6 + 3 + 1)])
 def test_no_word_is_used_for_two_nodes_two_parameters_or_two_passes(
-    new_receipt: NewReceipt, monkeypatch: pytest.MonkeyPatch
+    new_receipt: NewReceipt, monkeypatch: pytest.MonkeyPatch, averaged: bool, nodes: int
 ) -> None:
     blocks: dict[tuple[bytes, int, int], tuple[int, int, float]] = {}
     real = tree.add_gaussian_
@@ -170,11 +142,12 @@ def test_no_word_is_used_for_two_nodes_two_parameters_or_two_passes(
     monkeypatch.setattr(tree, "add_gaussian_", watched)
     shared, fresh = new_receipt().key, os.urandom(16)
     for passes in range(3):
-        noise = SecureTreeNoise().open(new_receipt(**whole(key=shared, step=passes, fresh=fresh)), 13)
+        facts = whole(key=shared, step=passes, fresh=fresh)
+        noise = SecureTreeNoise(averaged=averaged).open(new_receipt(**facts), 13)
         for _ in range(13):
             noise.privatise(zeros(1, 9, 10, 11, 40))
     owners = set(blocks.values())
-    assert len(owners) == 3 * 5 * 13  # every node of every parameter of every pass, each with blocks of its own
+    assert len(owners) == 3 * 5 * nodes  # every node of every parameter of every pass, each with blocks of its own
 
 
 def test_a_pass_of_one_step_is_one_gaussian_release(new_receipt: NewReceipt, fixed_key: bytes) -> None:
