@@ -53,6 +53,7 @@ CODES: dict[str, str] = {
     "DP023": "A batch is not the one that the private sampler drew for this step.",
     "DP024": "Poisson sampling picks records by index, so it needs a map-style dataset.",
     "DP025": "The plan protects one example and the records of the dataset are users, or the other way round.",
+    "DP026": "The plan samples records; a pass (DP-FTRL) samples none, but gives every record to one of its steps.",
     "DP030": "The loss does not give one value per example, or its reduction is not the declared one.",
     "DP031": "A backward pass ran outside the private step, or twice within it; its gradients are not clipped.",
     "DP032": "A private model was stepped by an optimizer that is not under the run's control; nothing was updated.",

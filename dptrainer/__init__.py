@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dptrainer.base import TrainingResult
     from dptrainer.checkpoint import load_checkpoint, save_checkpoint
     from dptrainer.clipping import (
         BookKeeping,
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
     from dptrainer.inspection import per_example_gradients, per_example_norms
     from dptrainer.memory import MemoryBound
     from dptrainer.noise.source import SecureNoise
+    from dptrainer.noise.tree import SecureTreeNoise
     from dptrainer.optim import DPAdamBC
     from dptrainer.private import PrivateLoader, make_private
     from dptrainer.sampling import PoissonSampler
-    from dptrainer.trainer import PrivateTrainer, TrainingResult
+    from dptrainer.trainer import PrivateTrainer
+    from dptrainer.tree import TreeTrainer
     from dptrainer.users import UserDataset
     from dptrainer.validation import Change, Problem, fix, validate
     from dptrainer.values import ClippedSum, NoisySum
@@ -47,7 +50,9 @@ _HOMES = {
     "Problem": "dptrainer.validation",
     "QuantileClipping": "dptrainer.clipping",
     "SecureNoise": "dptrainer.noise.source",
-    "TrainingResult": "dptrainer.trainer",
+    "SecureTreeNoise": "dptrainer.noise.tree",
+    "TrainingResult": "dptrainer.base",
+    "TreeTrainer": "dptrainer.tree",
     "UserDataset": "dptrainer.users",
     "VmapEngine": "dptrainer.clipping",
     "fix": "dptrainer.validation",
@@ -78,7 +83,9 @@ __all__ = [
     "Problem",
     "QuantileClipping",
     "SecureNoise",
+    "SecureTreeNoise",
     "TrainingResult",
+    "TreeTrainer",
     "UserDataset",
     "VmapEngine",
     "WeightAverage",

@@ -70,7 +70,13 @@ def checked_size(wanted: PhysicalSize) -> PhysicalSize:
 
 
 def physical_size(
-    wanted: PhysicalSize, model: nn.Module, records: Records, plan: Plan, replay: Sequence[nn.Module] = ()
+    wanted: PhysicalSize,
+    model: nn.Module,
+    records: Records,
+    plan: Plan,
+    replay: Sequence[nn.Module] = (),
+    *,
+    batches: int = 1,
 ) -> int | None:
     """The largest number of records in one physical batch; None for no limit.
 
@@ -84,6 +90,7 @@ def physical_size(
         records: where the shapes come from. Records of different lengths are judged by the first.
         plan: the run's.
         replay: as for :class:`~dptrainer.clipping.BookKeeping`.
+        batches: into how many the records that a receipt draws are divided.
 
     Raises:
         InvalidParameter: the model cannot be run on synthetic records, or a single record does not fit (DP009).
@@ -92,7 +99,7 @@ def physical_size(
         return wanted
     device = next(model.parameters()).device
     bound = wanted.bytes if isinstance(wanted, MemoryBound) else _installed(device) // 2
-    expected = max(phase.rate for phase in plan.phases) * (plan.nominal_size or 1)
+    expected = max(phase.rate for phase in plan.phases) * (plan.nominal_size or 1) / batches
     size, peak, enough = 1, _peak_of(model, records, 1, replay, device), 2.0 * expected + 16
     if peak > _SHARE * bound:
         raise InvalidParameter(

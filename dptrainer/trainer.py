@@ -3,60 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from dpbudget.curve import Bounds
-from dpbudget.errors import PrivacyViolation
 from dpbudget.ledger.run import Run
-from dptrainer.clipping import BookKeeping, Clipping, add_clipped, make_engine
-from dptrainer.data import Collate, Records, check_rows, check_unit, split_batch, to_device
-from dptrainer.loop import detach_earlier
-from dptrainer.losses import Loss, PerExampleLoss
-from dptrainer.memory import PhysicalSize, checked_size, physical_size
+from dptrainer.base import Callback, TrainerBase, TrainingResult
+from dptrainer.clipping import Clipping
+from dptrainer.data import Collate
+from dptrainer.losses import Loss
+from dptrainer.memory import PhysicalSize
 from dptrainer.noise.source import NoiseSource, SecureNoise
-from dptrainer.outside import refuse_trainable_criterion, refuse_trainable_loss
-from dptrainer.probe import probe, probe_loss, tell_untested
-from dptrainer.sampling import Indices, PoissonSampler, physical_batches
-from dptrainer.update import check_run, release
-from dptrainer.validation import check, check_step
-from dptrainer.values import ClippedSum
+from dptrainer.sampling import PoissonSampler
+from dptrainer.update import release
+from dptrainer.validation import check_step
 
-#: Called after each step with (steps released by this call, live epsilon or None); returning False stops the training.
-Callback = Callable[[int, Bounds | None], object]
+__all__ = ["Callback", "PrivateTrainer", "TrainingResult"]
 
 
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a call of :meth:`PrivateTrainer.fit` did; every field is public.
-
-    The guarantee is that of the run's plan, however many steps were taken.
-
-    Attributes:
-        run_id: the run in the ledger.
-        steps: steps released by this call.
-        charged, planned: steps charged to the ledger for this run so far, and planned.
-        stopped: whether a callback ended it before the plan did.
-        epsilon: live epsilon of the charged steps, *if stopping there had been planned*; None without a meter.
-        claim: the plan's epsilon, which is what holds.
-        delta: the delta of both.
-    """
-
-    run_id: str
-    steps: int
-    charged: int
-    planned: int
-    stopped: bool
-    epsilon: Bounds | None
-    claim: float
-    delta: float
-
-
-class PrivateTrainer:
+class PrivateTrainer(TrainerBase):
     """Trains a model under a run: one charged receipt, one Poisson batch, one noisy update at a time.
 
     Guarantee: the model's parameters, and everything the callbacks see, are (epsilon, delta)-DP with the plan's claim,
@@ -106,30 +73,12 @@ class PrivateTrainer:
         noise: NoiseSource | None = None,
         note: Callable[[str], None] | None = None,
     ) -> None:
-        checked_size(physical_batch_size)
-        check(model, optimizer)
-        check_run(model, run)
-        check_unit(dataset, run)
-        detach_earlier(model, optimizer)
-        self._records = Records(dataset, collate_fn, views=views)
-        refuse_trainable_criterion(loss_fn, model)
-        self._loss = PerExampleLoss(loss_fn)
-        inputs, named, target = split_batch(self._records.synthetic())
-        tested = probe(model, inputs, replay, named=named, note=note)
-        tested = tested and probe_loss(model, self._loss, inputs, named, target)
-        if not tested:
-            tell_untested("model and loss could not be run on synthetic records, so nobody tested for mixing.", note)
-        self._model, self._optimizer, self._run = model, optimizer, run
-        self._engine: BookKeeping = make_engine(model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note)
+        super().__init__(
+            model, optimizer, loss_fn, dataset, run, physical_batch_size=physical_batch_size, collate_fn=collate_fn,
+            callbacks=callbacks, clipping=clipping, views=views, replay=replay, record_outputs=record_outputs,
+            note=note,
+        )  # fmt: skip
         self._sampler, self._noise = PoissonSampler(), SecureNoise() if noise is None else noise
-        self._physical = physical_size(physical_batch_size, model, self._records, run.plan, replay)
-        self._record_outputs = record_outputs
-        self._callbacks = tuple(callbacks)
-        self._stopped = False
-
-    def stop(self) -> None:
-        """End :meth:`fit` after the step that is running; the rest of the plan stays charged or unspent as it is."""
-        self._stopped = True
 
     def fit(self) -> TrainingResult:
         """Take every step that the run has left, or those until a callback stops.
@@ -161,43 +110,3 @@ class PrivateTrainer:
             self._engine.detach()
             self._optimizer.zero_grad(set_to_none=True)
         return self._result(steps)
-
-    def _clip(self, indices: Indices) -> ClippedSum:
-        """The clipped sum of one drawn batch, a physical batch at a time; zeros for an empty one."""
-        total: ClippedSum | None = None
-        for piece in physical_batches(indices, self._physical):
-            part = self._clip_piece(piece)
-            total = part if total is None else add_clipped(total, part)
-        assert total is not None  # noqa: S101 - an empty draw is one empty piece
-        return total
-
-    def _clip_piece(self, indices: Indices) -> ClippedSum:
-        size = len(indices)
-        if size == 0:
-            self._engine.begin(0)
-            return self._engine.finish()
-        if not self._model.training:
-            raise PrivacyViolation(
-                "the model is in eval mode", code="DP014", hint="call model.train() after evaluating in a callback"
-            )
-        batch, grouping = self._records.drawn(indices)
-        rows = size if grouping is None else grouping.rows
-        check_rows(batch, rows)
-        device = next(self._model.parameters()).device
-        inputs, named, target = split_batch(to_device(batch, device))
-        with torch.enable_grad(), self._engine.record(rows, grouping=grouping):
-            losses = self._loss(self._model(*inputs, **named), target, rows)
-            refuse_trainable_loss(losses, self._model)
-        return self._engine.backward(losses)
-
-    def _tell(self, steps: int) -> None:
-        epsilon = self._run.epsilon()
-        for callback in self._callbacks:
-            if callback(steps, epsilon) is False:
-                self._stopped = True
-
-    def _result(self, steps: int) -> TrainingResult:
-        run, claim = self._run, self._run.plan.claim
-        return TrainingResult(
-            run.run_id, steps, run.charged, run.planned, self._stopped, run.epsilon(), claim.epsilon, claim.delta
-        )

@@ -68,27 +68,51 @@ def release(
         PrivacyViolation: the sum does not belong to this model (DP031), or the noise source refuses it.
         ReceiptSpent: the receipt was used before (DP077).
     """
-    parameters = dict(model.named_parameters())
-    if list(clipped.grads) != [name for name, parameter in parameters.items() if parameter.requires_grad]:
+    check_parameters(model, clipped)
+    noisy = noise.privatise(clipped, receipt)
+    digest = output_digest(noisy) if with_digest else None
+    divisor = receipt.expected_batch_size / clipped.unit
+    hand_over(model, noisy, divisor, noise_scale(receipt.noise_multiplier, receipt.clip_norm), optimizer)
+    if clipping is not None:
+        clipping.released(noisy, receipt)
+    return digest
+
+
+def check_parameters(model: nn.Module, clipped: ClippedSum) -> None:
+    """Refuse a sum that is not over the model's trainable parameters; nothing is charged or changed.
+
+    Raises:
+        PrivacyViolation: parameters were frozen, added or renamed since the forward pass (DP031).
+    """
+    if list(clipped.grads) != list(trainable_parameters(model)):
         raise PrivacyViolation(
             "parameters were frozen, added or renamed between the forward pass and the step",
             code="DP031",
             hint="change requires_grad between steps",
         )
-    noisy = noise.privatise(clipped, receipt)
-    digest = output_digest(noisy) if with_digest else None
+
+
+def hand_over(
+    model: nn.Module, noisy: NoisySum, divisor: float, std: float, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Write ``noisy / divisor`` to ``.grad`` of the parameters, and nothing to those that are not in the sum.
+
+    Args:
+        model: has the parameters of the sum.
+        noisy: its tensors are used up: they become the gradients.
+        divisor: public.
+        std: standard deviation of the noise in the sum.
+        optimizer: is told the standard deviation of the noise in ``.grad`` if it has a method ``gradient_noise``.
+    """
+    parameters = dict(model.named_parameters())
     for parameter in parameters.values():
         parameter.grad = None
-    divisor = receipt.expected_batch_size / clipped.unit
     for name, total in noisy.grads.items():
         parameter = parameters[name]
         parameter.grad = total.div_(divisor).to(parameter.dtype)
     told = getattr(optimizer, "gradient_noise", None)
     if told is not None:
-        told(noise_scale(receipt.noise_multiplier, receipt.clip_norm) / divisor)
-    if clipping is not None:
-        clipping.released(noisy, receipt)
-    return digest
+        told(std / divisor)
 
 
 def output_digest(noisy: NoisySum) -> str:

@@ -31,7 +31,8 @@ class TreeAggregated(Mechanism):
     Guarantee: a record is in one node of each of floor(log2(steps)) + 1 levels, so that the tree is one Gaussian
     release of sensitivity sqrt(levels) C (Kairouz et al. 2021, Theorem 4.1), also when gradients are adaptive (Denisov
     et al. 2022, Theorem 2.1). Zero-out adjacency, or replace-one with half the noise multiplier; under add-remove the
-    steps of the other records would have to stay, which is zero-out.
+    steps of the other records would have to stay, which is zero-out, or be drawn by each record for itself: such a pass
+    costs the same and is planned as a Gaussian of rate 1 (docs/mechanisms.md, "Trees").
     """
 
     kind: Literal["tree-aggregated"] = "tree-aggregated"

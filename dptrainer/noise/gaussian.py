@@ -107,7 +107,7 @@ def _add(pieces: Sequence[_Piece], key: bytes, std: float) -> bool:
     if kernel is not None and all(flat.device.type == "cpu" for flat in flats):
         finite = kernel.add(work, key, std, threads(count, PER_THREAD) if _disjoint(flats) else 1)
     else:
-        finite = all(map(_finite, flats))
+        finite = all(map(all_finite, flats))
         _add_by_tiles(work, key, std, kernel)
     for piece, flat in zip(pieces, flats, strict=True):
         if flat.data_ptr() != piece.tensor.data_ptr():
@@ -115,7 +115,7 @@ def _add(pieces: Sequence[_Piece], key: bytes, std: float) -> bool:
     return finite
 
 
-def _finite(values: torch.Tensor) -> bool:
+def all_finite(values: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite: both reach the extremes, and no tensor is allocated."""
     return values.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values))
 

@@ -40,7 +40,7 @@ class SecureNoise:
                 elements than the plan allows (DP018). Nothing is released.
             ReceiptSpent: the receipt was used before (DP077) or in a forked process (DP076).
         """
-        _check(clipped, receipt)
+        check_releasable(clipped, receipt)
         std = noise_scale(receipt.noise_multiplier, receipt.clip_norm)
         key = step_key(receipt, Purpose.GRAD_NOISE)
         if not add_gaussians_((*clipped.grads.values(), *clipped.statistics.values()), key, std):
@@ -69,7 +69,12 @@ def noise_scale(noise_multiplier: float, clip_norm: float) -> float:
     return scale if Fraction(scale) >= exact else math.nextafter(scale, math.inf)
 
 
-def _check(clipped: ClippedSum, receipt: Receipt) -> None:
+def check_releasable(clipped: ClippedSum, receipt: Receipt) -> None:
+    """Refuse a sum that the receipt does not cover.
+
+    Raises:
+        PrivacyViolation: as :meth:`SecureNoise.privatise`.
+    """
     if not 0.0 < clipped.sensitivity <= receipt.clip_norm:
         raise PrivacyViolation(
             f"gradients were clipped to {clipped.sensitivity!r}, but the plan's clipping norm is {receipt.clip_norm!r}",

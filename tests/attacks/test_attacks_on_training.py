@@ -42,7 +42,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from trainkit import begin, new_model, same, some_data, train
 
-import dptrainer.trainer
+import dptrainer.base
 from dpbudget.errors import PlanExhausted, PrivacyViolation, Tampered
 from dpbudget.ledger.receipt import Receipt, commitment_matches
 from dpbudget.ledger.store.jsonl import read_export
@@ -127,7 +127,7 @@ def test_attack_21_a_trainer_that_clips_at_twice_the_norm_of_the_plan_releases_n
 ) -> None:
     ledger, run = begin(tmp_path / "ledger")
     monkeypatch.setattr(
-        dptrainer.trainer,
+        dptrainer.base,
         "make_engine",
         lambda model, clip_norm, **options: make_engine(model, 2 * clip_norm, **options),
     )

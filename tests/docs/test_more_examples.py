@@ -17,6 +17,7 @@ EXAMPLES = {
     "breast_cancer": (1.0, 0.93, 0.96),
     "char_lstm": (3.0, 0.45, 0.46),
     "digits_cnn": (3.0, 0.945, 0.97),
+    "digits_ftrl": (3.0, 0.90, 0.95),
     "lora": (3.0, 0.87, 0.95),
 }
 #: What each may use beside the standard library: the public names of the two packages, and the data.
