@@ -12,7 +12,7 @@ from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dptrainer.clipping.engine import trainable_parameters
 from dptrainer.clipping.policy import Clipping
-from dptrainer.noise.source import NoiseSource, noise_scale
+from dptrainer.noise.source import NoiseSource, check_size, noise_scale
 from dptrainer.values import ClippedSum, NoisySum
 
 
@@ -28,13 +28,7 @@ def check_run(model: nn.Module, run: Run) -> None:
             code="DP081",
             hint="run = dpbudget.start(ledger, run_id)",
         )
-    count = sum(parameter.numel() for parameter in trainable_parameters(model).values())
-    if not 0 < count <= run.plan.max_parameters:
-        raise PrivacyViolation(
-            f"the model has {count} trainable parameters, but the plan allows 1 to {run.plan.max_parameters}",
-            code="DP018",
-            hint="freeze parameters, or make a plan with max_parameters of at least the model's",
-        )
+    check_size(trainable_parameters(model).values(), run.plan.max_parameters)
 
 
 def release(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable
 from fractions import Fraction
 from typing import Protocol
 
@@ -69,6 +70,27 @@ def noise_scale(noise_multiplier: float, clip_norm: float) -> float:
     return scale if Fraction(scale) >= exact else math.nextafter(scale, math.inf)
 
 
+def drawn_values(tensors: Iterable[torch.Tensor]) -> int:
+    """How many values the noise of a sum draws: in pairs, for each tensor by itself."""
+    return sum(tensor.numel() + tensor.numel() % 2 for tensor in tensors)
+
+
+def check_size(tensors: Collection[torch.Tensor], max_parameters: int) -> None:
+    """Refuse a sum whose noise has more pairs than the plan's tail is charged for, or none.
+
+    Raises:
+        PrivacyViolation: (DP018).
+    """
+    elements, drawn = sum(tensor.numel() for tensor in tensors), drawn_values(tensors)
+    if not elements or drawn > max_parameters + max_parameters % 2:
+        raise PrivacyViolation(
+            f"{elements} trainable parameters take {drawn} values of noise, drawn in pairs for each tensor, but the "
+            f"plan allows 1 to {max_parameters}",
+            code="DP018",
+            hint=f"plan with max_parameters={drawn} or more" if elements else "requires_grad_(True) on what to train",
+        )
+
+
 def check_releasable(clipped: ClippedSum, receipt: Receipt) -> None:
     """Refuse a sum that the receipt does not cover.
 
@@ -84,13 +106,7 @@ def check_releasable(clipped: ClippedSum, receipt: Receipt) -> None:
     released = {**clipped.grads, **clipped.statistics}
     if len(released) != len(clipped.grads) + len(clipped.statistics):
         raise PrivacyViolation("a statistic has the name of a parameter", code="DP019", hint="rename the parameter")
-    elements = sum(values.numel() for values in released.values())
-    if not 0 < elements <= receipt.max_parameters:
-        raise PrivacyViolation(
-            f"{elements} trainable parameters, but the plan allows 1 to {receipt.max_parameters}",
-            code="DP018",
-            hint="plan with max_parameters of at least the model's",
-        )
+    check_size(released.values(), receipt.max_parameters)
     for name, grad in released.items():
         if grad.dtype not in (torch.float32, torch.float64) or grad.requires_grad:
             raise PrivacyViolation(

@@ -20,7 +20,7 @@ from dptrainer.noise.boxmuller import BLOCK_ELEMENTS
 from dptrainer.noise.gaussian import add_gaussian_, all_finite
 from dptrainer.noise.keys import Purpose, step_key
 from dptrainer.noise.nodes import Weighted, averaged_nodes, levels, norm, plain_nodes
-from dptrainer.noise.source import check_releasable, noise_scale
+from dptrainer.noise.source import check_releasable, drawn_values, noise_scale
 from dptrainer.values import ClippedSum, NoisySum
 
 
@@ -210,7 +210,7 @@ def check_tree_size(tensors: Mapping[str, Tensor], steps: int, max_parameters: i
     Raises:
         PrivacyViolation: L times that number is above ``max_parameters`` (DP018).
     """
-    values = sum(tensor.numel() + tensor.numel() % 2 for tensor in tensors.values())
+    values = drawn_values(tensors.values())
     if levels(steps) * values > max_parameters:
         raise PrivacyViolation(
             f"one record is in {levels(steps)} nodes of {values} values in a pass of {steps} steps, but the plan "

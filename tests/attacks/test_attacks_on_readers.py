@@ -390,7 +390,7 @@ def test_attack_34_no_option_and_no_variable_takes_a_secret() -> None:
         for path in _sources("dpbudget", "dptrainer", "cli")
         for found in re.findall(r"environ(?:\.get\(|\[)\"(\w+)\"", path.read_text(encoding="utf-8"))
     }
-    assert read == {"DPBUDGET_STATE", "XDG_STATE_HOME", "NO_COLOR", "DPBUDGET_TRACEBACK", "CC"}
+    assert read == {"DPBUDGET_STATE", "XDG_STATE_HOME", "NO_COLOR", "DPBUDGET_TRACEBACK", "CC", "DPTRAINER_NATIVE"}
 
 
 def test_attack_34_no_key_reaches_a_log_a_message_or_a_pickle(

@@ -184,8 +184,8 @@ def test_noise_that_leaves_the_bits_out_is_refused_and_moves_nothing() -> None:
 
 def test_elements_of_the_bits_count_against_the_plan() -> None:
     model, optimizer, loader = private(
-        run=make_run(1, max_parameters=18), clipping=QuantileClipping()
-    )  # 18 parameters and no room for a bit
+        run=make_run(1, max_parameters=20), clipping=QuantileClipping()
+    )  # ten pairs for 15 + 3 parameters, and no room for a bit
     with refused("DP018"):
         for batch in loader:
             step(model, optimizer, batch)

@@ -73,6 +73,8 @@ def test_a_sum_clipped_more_tightly_still_gets_the_full_noise(new_receipt: NewRe
         (zeros(3, sensitivity=math.nan), {}, "DP031"),
         (zeros(3, sensitivity=0.0), {}, "DP031"),
         (zeros(6, 5), {"max_parameters": 10}, "DP018"),
+        (zeros(5, 5), {"max_parameters": 10}, "DP018"),  # six pairs, where the plan's tail is charged for five
+        (zeros(1, 1, 1), {"max_parameters": 3}, "DP018"),
         (zeros(), {}, "DP018"),
         (ClippedSum({"w": torch.zeros(2, dtype=torch.bfloat16)}, 1.0), {}, "DP019"),
         (ClippedSum({"w": torch.zeros(2, requires_grad=True)}, 1.0), {}, "DP019"),
@@ -88,6 +90,13 @@ def test_what_the_plan_does_not_cover_is_refused_before_noise(
     assert caught.value.code == code
     assert not receipt.was_used("grad-noise")
     assert all(torch.equal(before[n], g) for n, g in clipped.grads.items())
+
+
+@pytest.mark.parametrize(("sizes", "most"), [((5, 5), 11), ((5, 5), 12), ((3,), 3), ((1, 1, 1), 5), ((4, 6), 10)])
+def test_as_many_pairs_as_the_plan_is_charged_for_are_drawn(
+    new_receipt: NewReceipt, sizes: tuple[int, ...], most: int
+) -> None:
+    assert len(SecureNoise().privatise(zeros(*sizes), new_receipt(max_parameters=most)).grads) == len(sizes)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
