@@ -69,7 +69,7 @@ class TreeTrainer(TrainerBase):
         views: as for ``PrivateTrainer``.
         replay: likewise.
         record_outputs: settle every pass with a hash of the hashes of its noisy sums.
-        noise: adds the noise; ``SecureTreeNoise(averaged=True)`` for less of it in prefix sums, at more draws.
+        noise: adds the noise; ``SecureTreeNoise(averaged=False)`` for the plain tree, with more of it and fewer draws.
         note: as for ``PrivateTrainer``.
 
     Raises:

@@ -10,8 +10,8 @@ line is what a verifier recomputes for both together.
 
 Settings. scikit-learn's digits (1,797 images of 8 x 8 pixels), a linear model, pixels scaled by public constants; eight
 steps a pass, a power of two, because then a single node of the tree is left in the weights at its end; momentum, which
-averages noise that cancels a few steps later; ``averaged`` noise, whose smaller variance costs nothing but draws; a
-small clipping norm. They were tried out on these public data, for both trainers alike.
+averages noise that cancels a few steps later; a small clipping norm. They were tried out on these public data, for
+both trainers alike.
 
 The guarantee is for one record, here one image: adding or removing it. The data set and its held-out fifth are declared
 public, which is why accuracies may be printed.
@@ -109,8 +109,7 @@ def with_privacy(train: TensorDataset, passes: int, steps: int, folder: Path) ->
     runs = [ledger.sign_plan(plan, owner=owner) for plan in (whole, sampled)]
     ftrl, beside, loss_fn = linear_model(), linear_model(), nn.CrossEntropyLoss()
     with dpbudget.start(ledger, runs[0]) as run:
-        noise = dptrainer.SecureTreeNoise(averaged=True)
-        result = dptrainer.TreeTrainer(ftrl, sgd(ftrl), loss_fn, train, run, steps_per_pass=steps, noise=noise).fit()
+        result = dptrainer.TreeTrainer(ftrl, sgd(ftrl), loss_fn, train, run, steps_per_pass=steps).fit()
     with dpbudget.start(ledger, runs[1]) as run:
         dptrainer.PrivateTrainer(beside, sgd(beside), loss_fn, train, run).fit()
     ledger.close()

@@ -54,11 +54,11 @@ class SecureTreeNoise:
     (docs/mechanisms.md, "Trees"). Randomness as for :class:`~dptrainer.noise.source.SecureNoise`.
 
     Args:
-        averaged: compute prefix sums from all nodes, with up to half of the variance at the same cost in privacy. It
-            takes about L draws a step instead of 2, up to 2 T in the last one.
+        averaged: compute prefix sums from all nodes, with up to half of the variance at the same cost in privacy, at
+            about L draws a step, up to 2 T in the last one. Without it 2 a step.
     """
 
-    def __init__(self, *, averaged: bool = False) -> None:
+    def __init__(self, *, averaged: bool = True) -> None:
         self._averaged = averaged
 
     def open(self, receipt: Receipt, steps: int) -> SecurePass:

@@ -364,7 +364,8 @@ def test_optimizers_are_told_the_noise_of_each_step() -> None:
 
     model = linear_model()
     optimizer = Listening(model.parameters(), lr=0.1)
-    trainer(model, passes_run(sigma=1.5, clip_norm=2.0), optimizer=optimizer, steps_per_pass=8).fit()
+    run, noise = passes_run(sigma=1.5, clip_norm=2.0), SecureTreeNoise(averaged=False)
+    trainer(model, run, optimizer=optimizer, steps_per_pass=8, noise=noise).fit()
     node = node_scale(1.5, 2.0, 8) / (40 / 8)
     assert told == [pytest.approx(node * math.sqrt(k)) for k in (1, 2, 1, 3, 1, 2, 1, 4)]
 

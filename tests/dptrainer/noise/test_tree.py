@@ -99,7 +99,7 @@ def test_the_variance_of_a_prefix_is_the_nodes_variance_times_that_of_its_bits(
 
 
 def test_the_noise_of_a_step_is_that_of_its_node_and_those_it_takes_in(new_receipt: NewReceipt) -> None:
-    noise, found = SecureTreeNoise().open(new_receipt(**whole()), 8), []
+    noise, found = SecureTreeNoise(averaged=False).open(new_receipt(**whole()), 8), []
     for _ in range(8):
         noise.privatise(zeros(1))
         found.append((noise.std / node_scale(1.0, 1.0, 8)) ** 2)
@@ -108,7 +108,7 @@ def test_the_noise_of_a_step_is_that_of_its_node_and_those_it_takes_in(new_recei
 
 def test_the_noises_of_nodes_are_independent(new_receipt: NewReceipt, fixed_key: bytes) -> None:
     count, steps = 20_000, 8
-    noise = SecureTreeNoise().open(new_receipt(**whole()), steps)
+    noise = SecureTreeNoise(averaged=False).open(new_receipt(**whole()), steps)
     prefixes = torch.stack([noise.privatise(zeros(count)).grads["p0"] for _ in range(steps)]).cumsum(0)
     nodes = [prefixes[t - 1] - (prefixes[(t & (t - 1)) - 1] if t & (t - 1) else 0) for t in range(1, steps + 1)]
     off_diagonal = torch.corrcoef(torch.stack(nodes)) - torch.eye(steps, dtype=torch.float64)
