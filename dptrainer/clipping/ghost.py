@@ -33,7 +33,8 @@ class Ghost(PerExample):
         total: weights [B] -> weighted sum, with finite numbers in place of those that are not.
         rows: indices of examples -> their gradients [b, *shape].
         dtype: in which the weighted sum is taken.
-        terms: T, positions that are summed in one element.
+        terms: T, positions that are summed in one element; [B] where only some of an example's are not zero. Zeros
+            are added without rounding, and a bound that counted padding would follow the longest record of the batch.
         depth: length of the longest inner product in the Gram matrices.
     """
 
@@ -46,7 +47,7 @@ class Ghost(PerExample):
         rows: Callable[[Tensor], Tensor],
         *,
         dtype: torch.dtype,
-        terms: int,
+        terms: int | Tensor,
         depth: int,
     ) -> None:
         self.batch_size, self.shape = batch_size, shape

@@ -55,7 +55,8 @@ def _over_positions(shape: torch.Size, activation: Tensor, grad: Tensor) -> PerE
         return scaled.flatten(0, 1).t() @ finite(activation).flatten(0, 1)
 
     if not fits(shape, operands) and 4 * operands <= shape.numel():
-        return Ghost(batch, shape, norms, total, rows, dtype=grad.dtype, terms=terms, depth=max(shape))
+        used = (torch.linalg.vector_norm(grad, float("inf"), dim=2) > 0).sum(1)
+        return Ghost(batch, shape, norms, total, rows, dtype=grad.dtype, terms=used, depth=max(shape))
     if fits(shape, operands) and shape[0] > shape[1]:
         # Transposed, since the library is up to five times as fast where its rows are long.
         pieces = [torch.bmm(activation[part].transpose(1, 2), grad[part]) for part in chunks(batch, shape)]
