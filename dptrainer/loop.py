@@ -28,7 +28,7 @@ from dptrainer.data import check_rows, check_unit
 from dptrainer.given import GivenBatch
 from dptrainer.noise.source import NoiseSource, SecureNoise
 from dptrainer.outside import OutsideWatch
-from dptrainer.probe import probe_batch
+from dptrainer.probe import probe_again, probe_batch
 from dptrainer.update import check_run, release
 from dptrainer.validation import check, check_step
 from dptrainer.values import ClippedSum
@@ -95,7 +95,8 @@ class PrivateLoop:
         probe_batch(model, synthetic, replay, note=note)
         self.run, self.step_complete = run, True
         self._model, self._optimizer = model, optimizer
-        self._engine = make_engine(model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note)
+        again = partial(probe_again, model, optimizer, partial(probe_batch, model, synthetic, replay, note=note))
+        self._engine = make_engine(model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note, test=again)
         self._reduction: Reduction = reduction
         self._discard_outside, self._given, self._reused = discard_outside, GivenBatch(), False
         self._record_outputs, self._noise = record_outputs, SecureNoise() if noise is None else noise

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from dpbudget.errors import PrivacyViolation
-from dptrainer.clipping.recording import backward_task
+from dptrainer.clipping.recording import Hook, backward_task
 
 
 class OutsideWatch:
@@ -48,7 +48,7 @@ class OutsideWatch:
         """Begin to watch for one private batch of ``model``."""
         self.stop()
         self._own = {id(module) for module in model.modules()}
-        self._handles[0] = register_module_forward_pre_hook(self._enter)
+        self._handles[0] = register_module_forward_pre_hook(Hook(self._enter))
         own = {id(parameter) for parameter in model.parameters()}
         for other in self._others:
             parameter = other()
