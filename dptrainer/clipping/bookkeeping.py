@@ -129,6 +129,11 @@ class BookKeeping:
         """Identity of the open batch's backward pass, as autograd numbers them; None before it ran."""
         return None if self._session is None else self._session.task
 
+    @property
+    def latest(self) -> float:
+        """When the last gradient of the open batch came, as ``time.perf_counter`` counts; 0 before."""
+        return 0.0 if self._session is None else self._session.latest
+
     # ------------------------------------------------------------------ one physical batch
 
     def begin(self, batch_size: int, *, grouping: Grouping | None = None) -> None:
