@@ -364,8 +364,8 @@ class BookKeeping:
         if not torch.is_grad_enabled() or not self._model.training:
             return
         refuse_batch_norm(self._model)
+        self._restore()  # what a recomputation left
         self._refuse_changes(session)
-        self._stack.clear()
         self._watch = BufferWatch(self._model)
         self._guard = ParameterGuard(session.trainable, self._model.buffers())
         self._switch_off(session.trainable.values())
@@ -404,7 +404,7 @@ class BookKeeping:
             PrivacyViolation: (DP031) a parameter was frozen; (DP019) a module, ``forward`` or hook was exchanged.
         """
         for name, parameter in session.trainable.items():
-            if not parameter.requires_grad and id(parameter) not in self._off:
+            if not parameter.requires_grad:
                 raise PrivacyViolation(
                     f'parameter "{name}" was frozen while a private batch is open.',
                     hint="change requires_grad between steps, before the next batch is taken from the loader.",

@@ -220,21 +220,19 @@ def every_module(model: nn.Module) -> list[nn.Module]:
 
 
 class BufferWatch:
-    """Notices buffers that a forward pass replaced or wrote: running statistics are a release without noise."""
+    """Notices buffers and frozen parameters that a forward pass replaced or wrote: statistics without noise."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         #: Referred to, so that no other tensor can take the identity of one that is replaced.
-        self._alive = [buffer for module in every_module(model) for buffer in module._buffers.values()]
+        self._alive = [held for module in every_module(model) for _, held in _untrained(module)]
         self._before = self._state()
 
     def _state(self) -> dict[tuple[int, str], tuple[int, int]]:
         return {
-            (id(module), name): (id(buffer), 0 if buffer.is_inference() else buffer._version)
+            (id(module), name): (id(held), 0 if held.is_inference() else held._version)
             for module in every_module(self._model)
-            if module._buffers
-            for name, buffer in module._buffers.items()
-            if buffer is not None
+            for name, held in _untrained(module)
         }
 
     def _full_name(self, module: int, local: str) -> str:
@@ -245,19 +243,29 @@ class BufferWatch:
         """Compares with the state at construction.
 
         Raises:
-            PrivacyViolation: (DP013) a buffer changed, appeared or vanished.
+            PrivacyViolation: (DP013) one changed, appeared or vanished.
         """
         after = self._state()
         if after == self._before:
             return
         changed = [place for place in {**self._before, **after} if self._before.get(place) != after.get(place)]
         if changed:
+            name = self._full_name(*changed[0])
+            kind = "frozen parameter" if name in dict(self._model.named_parameters()) else "buffer"
             raise PrivacyViolation(
-                f'buffer "{self._full_name(*changed[0])}" was updated during forward, from private data and without '
+                f'{kind} "{name}" was updated during forward, from private data and without '
                 "noise" + (f" (and {len(changed) - 1} more)." if len(changed) > 1 else "."),
                 hint="call .eval() on that layer, or replace it by one that keeps no statistics.",
                 code="DP013",
             )
+
+
+def _untrained(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers and frozen parameters of its own."""
+    found = [(name, held) for name, held in module._buffers.items() if held is not None] if module._buffers else []
+    if module._parameters:
+        found += [(name, p) for name, p in module._parameters.items() if p is not None and not p.requires_grad]
+    return found
 
 
 @contextmanager

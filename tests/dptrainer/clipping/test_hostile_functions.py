@@ -101,3 +101,23 @@ def test_a_parameter_that_is_frozen_within_a_forward_pass_is_refused() -> None:
             return self.fc(x)
 
     refused("DP019", lambda: clipped(Freezes(), (torch.randn(4, 6),), 1.0))
+
+
+def test_a_frozen_parameter_that_keeps_statistics_is_refused_when_it_moves() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.centre = nn.Linear(6, 3), nn.Parameter(torch.zeros(6), requires_grad=False)
+            self.moves = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.moves:
+                with torch.no_grad():
+                    self.centre.mul_(0.9).add_(0.1 * x.mean(0))
+            return self.fc(x - self.centre)
+
+    model = Centred()
+    assert_equal_to_the_oracle(model, (torch.randn(4, 6),))
+    model = model.float()
+    model.moves = True  # on a path that set-up did not take
+    assert 'frozen parameter "centre"' in refused("DP013", lambda: clipped(model, (torch.randn(4, 6),), 1.0))
