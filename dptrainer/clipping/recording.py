@@ -74,6 +74,15 @@ def refuse_batch_norm(model: nn.Module) -> None:
             )
 
 
+def nested_rows(name: str) -> PrivacyViolation:
+    """What is said of a layer that works on nested tensors, whose examples are of different shapes."""
+    return PrivacyViolation(
+        f'layer "{name}" is given a nested tensor, which no rule answers for.',
+        hint="pad the records to one length, and mask what was added.",
+        code="DP019",
+    )
+
+
 class Session:
     """One open physical batch.
 
@@ -446,7 +455,12 @@ def _first(inputs: tuple[Any, Mapping[str, Any]]) -> Tensor | None:
 def _one_row(module: nn.Module, inputs: tuple[Any, Mapping[str, Any]]) -> bool:
     """Whether a layer is given one row; that of a flat list of bags is no row."""
     first = _first(inputs)
-    if first is None or first.dim() == 0 or (first.dim() == 1 and isinstance(module, nn.EmbeddingBag)):
+    if (
+        first is None
+        or first.is_nested
+        or first.dim() == 0
+        or (first.dim() == 1 and isinstance(module, nn.EmbeddingBag))
+    ):
         return False
     return first.shape[0] == 1
 
@@ -471,6 +485,8 @@ def _per_example_output(
     session: Session, layer: Layer, inputs: tuple[Any, Mapping[str, Any]], output: Tensor, *, expand: bool
 ) -> Tensor:
     """The output, expanded where one row serves all examples (position ids of shape [1, T])."""
+    if output.is_nested:
+        raise nested_rows(layer.name)
     first = _first(inputs)
     if first is None or first.dim() == 0 or output.dim() == 0:
         return output

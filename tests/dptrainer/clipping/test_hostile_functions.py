@@ -11,6 +11,9 @@ from clipping_oracle import assert_equal_to_the_oracle, clipped, refused
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dptrainer.clipping import BookKeeping
+from dptrainer.isolation import isolation_test
+
 
 class Product(torch.autograd.Function):
     @staticmethod
@@ -121,3 +124,23 @@ def test_a_frozen_parameter_that_keeps_statistics_is_refused_when_it_moves() -> 
     model = model.float()
     model.moves = True  # on a path that set-up did not take
     assert 'frozen parameter "centre"' in refused("DP013", lambda: clipped(model, (torch.randn(4, 6),), 1.0))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_are_refused_in_words(layout: torch.layout) -> None:
+    model, rows = nn.Linear(6, 3), [torch.randn(1 + i, 6) for i in range(3)]
+    engine = BookKeeping(model, clip_norm=1.0)
+    engine.begin(3)
+    refused("DP019", lambda: model(torch.nested.nested_tensor(rows, layout=layout)))
+    engine.detach()
+
+    class Nests(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(torch.nested.as_nested_tensor(list(x.unsqueeze(1)), layout=layout)).to_padded_tensor(0.0)
+
+    refused("DP019", lambda: isolation_test(Nests(), [torch.randn(3, 6)]))
