@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -38,10 +40,13 @@ def _parts(model: nn.Module) -> list[object]:
     modules = every_module(model)
     parts: list[object] = [*modules]
     for module in modules:
-        own = module.__dict__
-        parts.append(type(module).forward)
-        if "forward" in own:
+        own, forward = module.__dict__, type(module).forward
+        parts.append(forward)
+        # Libraries that wrap a forward for one call leave the plain method behind, bound to its module.
+        if "forward" in own and own["forward"] != MethodType(forward, module):
             parts.append(own["forward"])
+        if own.get("_compiled_call_impl") is not None:
+            parts.append(own["_compiled_call_impl"])
         for name in _HOOKS:
             if name in own:  # a module from an old pickle may lack some
                 for hook in own[name].values():

@@ -137,6 +137,24 @@ def test_a_later_hook_that_uses_a_parameter_is_refused_wherever_it_stands(place:
         next(iter(loader))
 
 
+def test_a_forward_that_was_wrapped_and_put_back_is_no_change() -> None:
+    model = small()
+    _, optimizer, loader = private(model, run=make_run(2, rate=1.0))
+    for x, y in loader:
+        model[1].forward = model[1].forward  # type: ignore[method-assign]  # as transformers leaves it behind
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert not loader._loop.run.remaining
+
+
+def test_a_layer_that_is_compiled_in_place_after_set_up_is_refused() -> None:
+    model = small()
+    _, _, loader = private(model, run=make_run(2, rate=1.0))
+    model[0].compile(backend="eager")
+    with unchanged(model), refused("DP019"):
+        next(iter(loader))
+
+
 def test_hooks_that_are_taken_off_are_missed() -> None:
     model = small()
     _, _, loader = private(model, run=make_run(3, rate=1.0))
