@@ -147,7 +147,7 @@ def positions(geometry: Geometry, activation: Tensor) -> int:
 
 
 def gram_norms(geometry: Geometry, activation: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """([B] squared norms, [B] sum over places of ||patch|| ||gradient||), both float64. Without groups.
+    """([B] squared norms, [B, places] ||patch|| ||gradient||), both float64. Without groups.
 
     The squared norm is sum_ts <patch_t, patch_s> <g_t, g_s>. Inner products of patches are sums, over the kernel, of
     inner products of input positions, so patches are never built. Float64 throughout: the terms may cancel.
@@ -166,7 +166,7 @@ def gram_norms(geometry: Geometry, activation: Tensor, grad: Tensor) -> tuple[Te
     patches = patches.view(len(grad), places.numel(), -1)
     grads = torch.bmm(flat.transpose(1, 2), flat)
     sizes = (patches.diagonal(dim1=1, dim2=2) * grads.diagonal(dim1=1, dim2=2)).sqrt()
-    return torch.linalg.vecdot(patches.flatten(1), grads.flatten(1)), sizes.sum(1)
+    return torch.linalg.vecdot(patches.flatten(1), grads.flatten(1)), sizes
 
 
 def _windows(geometry: Geometry, places: torch.Size) -> Iterator[tuple[slice, ...]]:
