@@ -116,7 +116,7 @@ class ParameterGuard(TorchFunctionMode):
         if self.functions and func in self.functions:
             return self.functions[func](*args, **kwargs)  # answers for the parameters among its arguments itself
         if func is _SET_GRAD_MODE:
-            self._note_grad_mode(*args)
+            self._note_grad_mode(*args, **kwargs)
         result = func(*args, **kwargs)
         if not isinstance(result, _HOLDERS):
             if func is torch.Tensor.__setitem__:  # data may be what was written
