@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from dptrainer.loop import detach_earlier
 from dptrainer.losses import Loss, PerExampleLoss
 from dptrainer.memory import PhysicalSize, checked_size, physical_size
 from dptrainer.outside import refuse_trainable_criterion, refuse_trainable_loss
-from dptrainer.probe import probe, probe_loss, tell_untested
+from dptrainer.probe import probe, probe_again, probe_loss, tell_untested
 from dptrainer.sampling import Indices, physical_batches
 from dptrainer.update import check_run
 from dptrainer.validation import check
@@ -92,13 +93,13 @@ class TrainerBase:
         self._records = Records(dataset, collate_fn, views=views)
         refuse_trainable_criterion(loss_fn, model)
         self._loss = PerExampleLoss(loss_fn)
-        inputs, named, target = split_batch(self._records.synthetic())
-        tested = probe(model, inputs, replay, named=named, note=note)
-        tested = tested and probe_loss(model, self._loss, inputs, named, target)
-        if not tested:
-            tell_untested("model and loss could not be run on synthetic records, so nobody tested for mixing.", note)
+        test = partial(_test, model, self._loss, self._records.synthetic(), replay, note)
+        test()
         self._model, self._optimizer, self._run = model, optimizer, run
-        self._engine: BookKeeping = make_engine(model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note)
+        again = partial(probe_again, model, optimizer, test)
+        self._engine: BookKeeping = make_engine(
+            model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note, test=again
+        )
         self._physical = physical_size(physical_batch_size, model, self._records, run.plan, replay, batches=batches)
         self._record_outputs = record_outputs
         self._callbacks = tuple(callbacks)
@@ -147,3 +148,12 @@ class TrainerBase:
         return TrainingResult(
             run.run_id, steps, run.charged, run.planned, self._stopped, run.epsilon(), claim.epsilon, claim.delta
         )
+
+
+def _test(
+    model: nn.Module, loss: PerExampleLoss, batch: Any, replay: Sequence[nn.Module], note: Callable[[str], None] | None
+) -> None:
+    """Model and loss on synthetic records, and a word where that was not possible."""
+    inputs, named, target = split_batch(batch)
+    if not (probe(model, inputs, replay, named=named, note=note) and probe_loss(model, loss, inputs, named, target)):
+        tell_untested("model and loss could not be run on synthetic records, so nobody tested for mixing.", note)

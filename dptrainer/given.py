@@ -1,36 +1,38 @@
-"""Whether tensors are those of the private batch that was given out last."""
+"""Whether tensors are those of the private batch that was given out last, or of what was computed from it."""
 
 from __future__ import annotations
 
-import weakref
-
+import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 
 class GivenBatch:
-    """Recognises the tensors of one batch and views of them, and keeps none of them alive.
+    """Recognises the tensors of one batch and views of them by their storage, and keeps none of them alive.
 
     A copy, on another device for example, is not recognised: this finds a mistake, it proves nothing.
     """
 
     def __init__(self) -> None:
-        self._tensors: list[weakref.ref[Tensor]] = []
+        #: By identity, which no other storage can take while it is referred to.
+        self._storages: dict[int, StorageWeakRef] = {}
 
     def remember(self, batch: object) -> None:
         """This batch was given out; the one before is forgotten."""
-        self._tensors = [weakref.ref(leaf) for leaf in _tensors(batch)]
+        self._storages = {}
+        self.add(batch)
+
+    def add(self, values: object) -> None:
+        """These belong to it too."""
+        for tensor in _tensors(values):
+            reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # of torch
+            self._storages[reference.cdata] = reference
 
     def is_among(self, values: object) -> bool:
         """Whether one of the tensors among ``values`` shares its memory with the batch."""
-        alive = [tensor for reference in self._tensors if (tensor := reference()) is not None]
-        places = {_place(tensor) for tensor in alive}
-        return any(_place(tensor) in places for tensor in _tensors(values))
+        return bool(self._storages) and any(t.untyped_storage()._cdata in self._storages for t in _tensors(values))
 
 
 def _tensors(values: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.numel()]
-
-
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.layout is torch.strided and t.numel()]

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from dpbudget.errors import PrivacyViolation
 from dptrainer.clipping.factory import deterministic_copy, synthetic_like
 from dptrainer.clipping.guard import buffer_guard
+from dptrainer.clipping.recording import nested_rows
 from dptrainer.draws import without_dropout
 
 
@@ -91,6 +92,8 @@ def _trace(model: nn.Module, inputs: Sequence[Tensor], batch: int) -> list[tuple
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.is_nested:
+                raise nested_rows(name)
             seen.extend(
                 (name, leaf.detach().clone())
                 for leaf in tree_leaves(output, is_leaf=_is_packed)  # whose rows are not examples

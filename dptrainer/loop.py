@@ -28,7 +28,7 @@ from dptrainer.data import check_rows, check_unit
 from dptrainer.given import GivenBatch
 from dptrainer.noise.source import NoiseSource, SecureNoise
 from dptrainer.outside import OutsideWatch
-from dptrainer.probe import probe_batch
+from dptrainer.probe import probe_again, probe_batch
 from dptrainer.update import check_run, release
 from dptrainer.validation import check, check_step
 from dptrainer.values import ClippedSum
@@ -95,7 +95,8 @@ class PrivateLoop:
         probe_batch(model, synthetic, replay, note=note)
         self.run, self.step_complete = run, True
         self._model, self._optimizer = model, optimizer
-        self._engine = make_engine(model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note)
+        again = partial(probe_again, model, optimizer, partial(probe_batch, model, synthetic, replay, note=note))
+        self._engine = make_engine(model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note, test=again)
         self._reduction: Reduction = reduction
         self._discard_outside, self._given, self._reused = discard_outside, GivenBatch(), False
         self._record_outputs, self._noise = record_outputs, SecureNoise() if noise is None else noise
@@ -148,7 +149,7 @@ class PrivateLoop:
         for parameter in self._model.parameters():
             parameter.grad = None
         self._engine.begin(rows, grouping=grouping)
-        self._outside.start(self._model)
+        self._outside.start(self._model, batch)
         step.open, step.empty, step.last = True, size == 0, last
 
     def end(self, step: Step) -> None:
@@ -231,8 +232,8 @@ class PrivateLoop:
                     hint="call backward() yourself, then optimizer.step() without arguments",
                 )
             check_step(self._model, self._optimizer)
-            self._outside.check(self._engine.task)
-            self._outside.stop()
+            self._outside.check(self._engine.task, self._engine.latest)
+            self._outside.close()
             self._finish(step)
         except BaseException:
             self.drop()
@@ -271,6 +272,15 @@ class PrivateLoop:
             self.run.settle(step.receipt, digest)
 
     # ------------------------------------------------------------------ guards
+
+    def check_other(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer, another than this loop's, that would train something else on the open batch (DP031)."""
+        if optimizer is not self._optimizer:
+            self._outside.check_optimizer(optimizer)
+
+    def check_outside(self) -> None:
+        """Refuse to go on where something else was trained on the batch that was given out last (DP031)."""
+        self._outside.check(None, 0.0)
 
     def _watch_parameters(self) -> None:
         """Hook every trainable parameter: under the engine no gradient ever accumulates in one."""
@@ -335,8 +345,11 @@ def _refuse_other_optimizers(optimizer: torch.optim.Optimizer, args: object, kwa
     """Hook of every optimizer of the process.
 
     Raises:
-        PrivacyViolation: it is about to step parameters of a private model that is not its own (DP032).
+        PrivacyViolation: it is about to step parameters of a private model that is not its own (DP032), or what was
+            trained on a private batch beside the private model (DP031).
     """
+    for loop in list(_attached):
+        loop.check_other(optimizer)
     if any(loop.guards(optimizer) for loop in _attached):
         raise PrivacyViolation(
             f"this {type(optimizer).__name__} holds parameters of a private model, but is not the optimizer that "

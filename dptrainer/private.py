@@ -113,6 +113,7 @@ class PrivateLoader:
                 batch, groups = self._records.drawn(piece) if len(piece) else (self._records.synthetic(), None)
                 self._loop.open(step, batch, len(piece), last=number + 1 == len(pieces), grouping=groups)
                 yield batch
+                self._loop.check_outside()
                 if not step.took(number):
                     return
         finally:

@@ -19,6 +19,7 @@ from dptrainer.clipping.factory import deterministic_copy, learn_arguments, self
 from dptrainer.draws import ConstantDraws, without_dropout
 from dptrainer.isolation import isolation_test, seeded
 from dptrainer.state_probe import probe_state
+from dptrainer.validation import check
 from dptrainer.validation.problem import a_few
 
 # What a model raises when it is not called in the way that the probe guesses.
@@ -71,6 +72,18 @@ def probe_batch(
         return True
     tell_untested(UNTESTED, note)
     return False
+
+
+def probe_again(model: nn.Module, optimizer: torch.optim.Optimizer, test: Callable[[], object]) -> None:
+    """Look at a model as at set-up, after a module, ``forward`` or hook of it was exchanged.
+
+    Raises:
+        PrivacyViolation: as at set-up.
+    """
+    check(model, optimizer)
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
+        test()
 
 
 def _calls(batch: object) -> Iterator[Call]:

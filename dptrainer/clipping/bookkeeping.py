@@ -11,9 +11,10 @@ behaves as if it had no hooks.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from dptrainer.clipping.engine import (
     trainable_parameters,
     zero_sums,
 )
+from dptrainer.clipping.form import Form
 from dptrainer.clipping.grouping import Grouping, grouped
 from dptrainer.clipping.guard import BufferWatch, ParameterGuard
 from dptrainer.clipping.layout import Layer, layout
@@ -65,6 +67,7 @@ class BookKeeping:
         replay: modules to differentiate as a whole, one example at a time, for example because they use the weight of
             one of their layers directly. Modules with parameters but without a rule are found by themselves.
         clipping: how gradients are brought below C; flat unless given.
+        test: is called, and may refuse, before a batch of a model whose modules, ``forward`` or hooks were exchanged.
 
     Raises:
         InvalidParameter: (DP007) clip_norm out of range.
@@ -78,6 +81,7 @@ class BookKeeping:
         clip_norm: float,
         replay: Sequence[nn.Module] = (),
         clipping: Clipping | None = None,
+        test: Callable[[], object] | None = None,
     ) -> None:
         if clipping is not None and not isinstance(clipping, Clipping):
             raise InvalidParameter(
@@ -100,6 +104,9 @@ class BookKeeping:
         self._busy = False
         self._stack: list[Entered] = []
         self._recomputing: list[tuple[nn.Module, ParameterGuard]] = []
+        self._off: dict[int, nn.Parameter] = {}
+        self._places: list[tuple[nn.Module, int, int]] = []
+        self._test, self._form = test, Form(model)
         self._refresh(trainable_parameters(model))
 
     @property
@@ -122,6 +129,11 @@ class BookKeeping:
         """Identity of the open batch's backward pass, as autograd numbers them; None before it ran."""
         return None if self._session is None else self._session.task
 
+    @property
+    def latest(self) -> float:
+        """When the last gradient of the open batch came, as ``time.perf_counter`` counts; 0 before."""
+        return 0.0 if self._session is None else self._session.latest
+
     # ------------------------------------------------------------------ one physical batch
 
     def begin(self, batch_size: int, *, grouping: Grouping | None = None) -> None:
@@ -133,13 +145,18 @@ class BookKeeping:
 
         Raises:
             InvalidParameter: (DP009) not an integer >= 0, or not the number of rows of the grouping.
-            PrivacyViolation: (DP018) nothing is trainable.
+            PrivacyViolation: (DP018) nothing is trainable; what the test of a changed model refuses.
         """
         checked_batch_size(batch_size)
         if grouping is not None and grouping.rows != batch_size:
             raise InvalidParameter("the grouping has another number of rows than the batch.", code="DP009")
         self.abort()
         self._grouping = grouping
+        form = Form(self._model)
+        if form != self._form:
+            if self._test is not None:
+                self._test()
+            self._form, self._signature = form, ()
         trainable = trainable_parameters(self._model)
         self._refresh(trainable)
         self._session = Session(batch_size, trainable, self._parts_of)
@@ -310,7 +327,7 @@ class BookKeeping:
         self.abort()
         for handle in self._handles:
             handle.remove()
-        self._handles, self._signature = [], ()
+        self._handles, self._places, self._signature = [], [], ()
 
     def _refresh(self, trainable: dict[str, nn.Parameter]) -> None:
         """Finds the layers again and hooks them, if parameters were frozen, unfrozen, added or replaced."""
@@ -328,9 +345,12 @@ class BookKeeping:
         add = self._handles.append
         add(root.register_forward_pre_hook(Hook(self._enter_model), with_kwargs=True, prepend=True))
         for module, layer in self._layers.items():
-            add(module.register_forward_pre_hook(Hook(self._enter_layer), with_kwargs=True))
-            # First among the forward hooks: the gradient is that of the layer's own output.
-            add(module.register_forward_hook(Hook(self._leave_layer), with_kwargs=True, prepend=True))
+            # Last before the layer's own forward and first after it: what is recorded is what that forward was given,
+            # and the gradient of its own output.
+            enter = module.register_forward_pre_hook(Hook(self._enter_layer), with_kwargs=True)
+            leave = module.register_forward_hook(Hook(self._leave_layer), with_kwargs=True, prepend=True)
+            self._handles += [enter, leave]
+            self._places.append((module, enter.id, leave.id))
             if layer.rule is not None and layer.rule.traced:
                 add(module.register_forward_hook(Hook(self._recomputed), with_kwargs=True, always_call=True))
         add(root.register_forward_hook(Hook(self._leave_model), with_kwargs=True))
@@ -344,11 +364,11 @@ class BookKeeping:
         if not torch.is_grad_enabled() or not self._model.training:
             return
         refuse_batch_norm(self._model)
-        self._stack.clear()
+        self._restore()  # what a recomputation left
+        self._refuse_changes(session)
         self._watch = BufferWatch(self._model)
         self._guard = ParameterGuard(session.trainable, self._model.buffers())
-        for parameter in session.trainable.values():
-            parameter.requires_grad_(False)
+        self._switch_off(session.trainable.values())
         self._guard.__enter__()  # type: ignore[no-untyped-call]  # torch does not annotate it
 
     def _leave_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -367,9 +387,38 @@ class BookKeeping:
         if guard is not None:
             guard.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch does not annotate it
         self._stack.clear()
-        if self._session is not None:
-            for parameter in self._session.trainable.values():
-                parameter.requires_grad_(True)
+        for parameter in self._off.values():
+            parameter.requires_grad_(True)
+        self._off.clear()
+
+    def _switch_off(self, parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
+            if parameter.requires_grad:  # what the program froze is not ours to give back
+                parameter.requires_grad_(False)
+                self._off[id(parameter)] = parameter
+
+    def _refuse_changes(self, session: Session) -> None:
+        """Before a forward pass: the model must be as it was when the batch was opened, and our hooks in their places.
+
+        Raises:
+            PrivacyViolation: (DP031) a parameter was frozen; (DP019) a module, ``forward`` or hook was exchanged.
+        """
+        for name, parameter in session.trainable.items():
+            if not parameter.requires_grad:
+                raise PrivacyViolation(
+                    f'parameter "{name}" was frozen while a private batch is open.',
+                    hint="change requires_grad between steps, before the next batch is taken from the loader.",
+                    code="DP031",
+                )
+        places = all(_in_place(*place) for place in self._places)
+        if not places or Form(self._model) != self._form:
+            raise PrivacyViolation(
+                "a module, forward or hook of the model was exchanged while a private batch is open, so nobody tested "
+                "what runs now.",
+                hint="change the model between steps, before the next batch is taken from the loader; it is then "
+                "tested again.",
+                code="DP019",
+            )
 
     def _inside_unit(self) -> bool:
         return any(entered.active and self._layers[entered.module].rule is None for entered in self._stack)
@@ -388,8 +437,7 @@ class BookKeeping:
                 guard.allowed = guard.allowed | layer.ids
         elif in_backward():
             # Recomputation for gradient checkpointing must build the graph that was built first.
-            for parameter in layer.parameters.values():
-                parameter.requires_grad_(False)
+            self._switch_off(layer.parameters.values())
             if self._traces(layer):
                 keep = module in self._session.recomputed
                 again = Trace(self._session, module, layer, (args, kwargs), keep=keep).guard()
@@ -421,8 +469,8 @@ class BookKeeping:
             return None if self._traces(layer) else tap(session, module, layer, (args, kwargs), output, keep=True)
         if in_backward() and torch.is_grad_enabled():
             self._recomputed(module, args, kwargs, output)  # its guard must not see what follows
-            for parameter in layer.parameters.values():
-                parameter.requires_grad_(True)
+            for identity in layer.ids & self._off.keys():
+                self._off.pop(identity).requires_grad_(True)
             if self._traces(layer):
                 return None
             return tap(session, module, layer, (args, kwargs), output, keep=module in session.recomputed)
@@ -436,3 +484,17 @@ class BookKeeping:
             if entered.module is module:
                 return entered.active
         return False
+
+
+def _in_place(module: nn.Module, enter: int, leave: int) -> bool:
+    """Moves our two hooks next to the forward of ``module``; false if they were taken off."""
+    # Torch annotates them as plain dicts.
+    before = cast("OrderedDict[int, object]", module._forward_pre_hooks)
+    after = cast("OrderedDict[int, object]", module._forward_hooks)
+    if enter not in before or leave not in after:
+        return False
+    if next(reversed(before)) != enter:
+        before.move_to_end(enter)
+    if next(iter(after)) != leave:
+        after.move_to_end(leave, last=False)
+    return True

@@ -37,6 +37,7 @@ def make_engine(
     clipping: Clipping | None = None,
     example: Sequence[Tensor] | None = None,
     note: Callable[[str], None] | None = None,
+    test: Callable[[], object] | None = None,
 ) -> BookKeeping:
     """The clipping engine for a model: book-keeping, with modules that have no rule replayed one example at a time.
 
@@ -47,12 +48,13 @@ def make_engine(
         clipping: how gradients are brought below C; flat unless given.
         example: public or synthetic positional inputs [B, ...] of the model; with them :func:`self_test` is run.
         note: is told once which modules are replayed, because that is slower.
+        test: see :class:`BookKeeping`.
 
     Raises:
         InvalidParameter: (DP007) clip_norm out of range.
         PrivacyViolation: (DP018, DP019) the model cannot be trained privately; (DP019) the self-test failed.
     """
-    engine = BookKeeping(model, clip_norm=clip_norm, replay=replay, clipping=clipping)
+    engine = BookKeeping(model, clip_norm=clip_norm, replay=replay, clipping=clipping, test=test)
     if note is not None and engine.replayed:
         names = ", ".join(f'"{name}"' if name else "the whole model" for name in engine.replayed)
         note(f"no rule for {names}: replayed one example at a time, which is slower (register one with @rule).")
@@ -186,7 +188,14 @@ def _compare(found: Mapping[str, Tensor], rows: Mapping[str, Tensor], factors: T
 
 def deterministic_copy(model: nn.Module) -> nn.Module:
     """A copy in train mode with dropout off; layers that are kept in eval mode inside a training model stay there."""
-    twin = copy.deepcopy(model).train()
+    try:
+        twin = copy.deepcopy(model).train()
+    except Exception as error:  # whatever the attributes of a model raise that do not like to be copied
+        raise PrivacyViolation(
+            f"the model cannot be copied, and tests run on a copy: {error}",
+            hint="keep activations, locks and scripted functions out of the attributes of modules.",
+            code="DP019",
+        ) from error
     for original, copied in zip(model.modules(), twin.modules(), strict=True):
         if isinstance(copied, nn.modules.dropout._DropoutNd) or (model.training and not original.training):
             copied.eval()

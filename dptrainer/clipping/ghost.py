@@ -23,18 +23,21 @@ class Ghost(PerExample):
     The terms of a norm may cancel, in the Gram sum and in the weighted sum. With S = sum_t |a_t| |g_t|, n the norm, u
     the rounding unit of the sum and u' that of float64, the Gram sum is within depth u' S^2 of n^2, and an example's
     part of the weighted sum within (T + 4) u S of its exact value (Higham, 2002, 3.1). Both are added to the norm.
+    A norm that comes from a gradient summed in the same precision is itself off by as much, which is added again.
+    T counts the positions whose term is not zero: zeros are added without rounding, and a bound that counted padding
+    would follow the longest record of the batch.
     Where that makes the square more than 1.01 times as large, the gradient of that example is instantiated and its norm
     and its part of the sum come from the same numbers; nothing is ever clamped at zero.
 
     Args:
         batch_size: B.
         shape: of the parameter.
-        norms: -> ([B] squared norms, [B] S), float64, from float64 products.
+        norms: -> ([B] squared norms, [B, T] |a_t| |g_t|), float64, from float64 products unless ``direct``.
         total: weights [B] -> weighted sum, with finite numbers in place of those that are not.
         rows: indices of examples -> their gradients [b, *shape].
         dtype: in which the weighted sum is taken.
-        terms: T, positions that are summed in one element.
         depth: length of the longest inner product in the Gram matrices.
+        direct: whether the norms are those of gradients that were summed in ``dtype``, like the weighted sum.
     """
 
     def __init__(
@@ -46,21 +49,22 @@ class Ghost(PerExample):
         rows: Callable[[Tensor], Tensor],
         *,
         dtype: torch.dtype,
-        terms: int,
         depth: int,
+        direct: bool = False,
     ) -> None:
         self.batch_size, self.shape = batch_size, shape
         self._norms, self._total, self._rows = norms, total, rows
-        self._dtype, self._terms, self._depth = dtype, terms, depth
+        self._dtype, self._depth, self._roundings = dtype, depth, 2 if direct else 1
         self._squares: Tensor | None = None
         self._instantiated = torch.zeros(0, dtype=torch.long)
 
     def squared_norms(self) -> Tensor:
         """See :class:`PerExample`; never below the square of the norm of what :meth:`weighted_sum` adds."""
         if self._squares is None:
-            squares, sizes = self._norms()
-            gram = (self._depth + self._terms + 4) * 2.0**-53 * sizes.square()
-            part = (self._terms + 4) * torch.finfo(self._dtype).eps / 2 * sizes
+            squares, each = self._norms()
+            sizes, terms = each.sum(1), (each > 0).sum(1)
+            gram = (self._depth + terms + 4) * 2.0**-53 * sizes.square()
+            part = self._roundings * (terms + 4) * torch.finfo(self._dtype).eps / 2 * sizes
             bounds = ((squares + gram).sqrt() + part).square()
             # False for NaN, whose examples have weight 0 in any case.
             self._instantiated = (bounds > _DOUBTFUL * squares).nonzero().flatten()

@@ -25,6 +25,10 @@ _POSITIONS = {torch.arange, torch.linspace, torch.range}
 #: One row of these (or a number) is the same for all examples; several rows may well be examples.
 _CONSTANTS = {torch.zeros, torch.ones, torch.full, torch.tensor}
 _MARK = "_dptrainer_positions"
+_SET_GRAD_MODE = torch._C._set_grad_enabled
+_FREEZE = vars(torch._C.TensorBase)["requires_grad"].__set__
+#: With these a kernel of one's own reads a parameter; what it computes is no torch operation.
+_READS = {torch.Tensor.data_ptr, torch.Tensor.numpy, torch.Tensor.__dlpack__, torch.Tensor.untyped_storage}
 _HOLDERS = (Tensor, list, tuple)
 #: Copies of one row for all examples. Were they for positions, there would hardly ever be as many as examples, and the
 #: number of rows is checked.
@@ -92,6 +96,7 @@ class ParameterGuard(TorchFunctionMode):
         super().__init__()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._fixed = {id(buffer) for buffer in buffers}
+        self._off, self._before_on = False, list[bool]()
         self.allowed: frozenset[int] = frozenset()
         self.functions: Mapping[Callable[..., Any], Callable[..., Any]] = {}
 
@@ -110,10 +115,14 @@ class ParameterGuard(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.functions and func in self.functions:
             return self.functions[func](*args, **kwargs)  # answers for the parameters among its arguments itself
+        if func is _SET_GRAD_MODE:
+            self._note_grad_mode(*args, **kwargs)
         result = func(*args, **kwargs)
         if not isinstance(result, _HOLDERS):
             if func is torch.Tensor.__setitem__:  # data may be what was written
                 now_examples(args[0])
+            elif func == _FREEZE or (func in _READS and self._in_function()):
+                self._refuse_outside(args[0], func)
             return result  # shapes, types and numbers of elements carry no gradient
         inputs = list(tensors(args))
         if kwargs:
@@ -122,7 +131,7 @@ class ParameterGuard(TorchFunctionMode):
         for tensor in inputs:
             key = id(tensor)
             if key in self._names:
-                if key not in self.allowed and torch.is_grad_enabled() and self._carries(func, result):
+                if key not in self.allowed and self._recorded() and self._carries(func, result):
                     raise self._refusal(self._names[key], func)
             elif key not in self._fixed and not hasattr(tensor, _MARK):
                 frozen = frozen or isinstance(tensor, nn.Parameter)
@@ -142,6 +151,26 @@ class ParameterGuard(TorchFunctionMode):
         for tensor in tensors:
             if id(tensor) in self._names:
                 raise self._refusal(self._names[id(tensor)], compiled_part)
+
+    def _note_grad_mode(self, enabled: bool) -> None:
+        """Follows what the program asks for, to tell ``no_grad`` from the forward of an ``autograd.Function``."""
+        before = torch.is_grad_enabled()
+        if before and not enabled:
+            self._off = self._before_on.pop() if self._before_on else True
+        elif enabled and not before:
+            self._before_on.append(self._off)
+            self._off = False
+
+    def _in_function(self) -> bool:
+        """Whether grad mode is off although the program did not turn it off: in an ``autograd.Function``, that is."""
+        return not (torch.is_grad_enabled() or self._off or torch.is_inference_mode_enabled())
+
+    def _recorded(self) -> bool:
+        return torch.is_grad_enabled() or self._in_function()
+
+    def _refuse_outside(self, tensor: Tensor, func: Callable[..., Any]) -> None:
+        if id(tensor) in self._names and id(tensor) not in self.allowed:
+            raise self._refusal(self._names[id(tensor)], func)
 
     @staticmethod
     def _carries(func: Callable[..., Any], result: Any) -> bool:
@@ -191,21 +220,19 @@ def every_module(model: nn.Module) -> list[nn.Module]:
 
 
 class BufferWatch:
-    """Notices buffers that a forward pass replaced or wrote: running statistics are a release without noise."""
+    """Notices buffers and frozen parameters that a forward pass replaced or wrote: statistics without noise."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         #: Referred to, so that no other tensor can take the identity of one that is replaced.
-        self._alive = [buffer for module in every_module(model) for buffer in module._buffers.values()]
+        self._alive = [held for module in every_module(model) for _, held in _untrained(module)]
         self._before = self._state()
 
     def _state(self) -> dict[tuple[int, str], tuple[int, int]]:
         return {
-            (id(module), name): (id(buffer), 0 if buffer.is_inference() else buffer._version)
+            (id(module), name): (id(held), 0 if held.is_inference() else held._version)
             for module in every_module(self._model)
-            if module._buffers
-            for name, buffer in module._buffers.items()
-            if buffer is not None
+            for name, held in _untrained(module)
         }
 
     def _full_name(self, module: int, local: str) -> str:
@@ -216,19 +243,29 @@ class BufferWatch:
         """Compares with the state at construction.
 
         Raises:
-            PrivacyViolation: (DP013) a buffer changed, appeared or vanished.
+            PrivacyViolation: (DP013) one changed, appeared or vanished.
         """
         after = self._state()
         if after == self._before:
             return
         changed = [place for place in {**self._before, **after} if self._before.get(place) != after.get(place)]
         if changed:
+            name = self._full_name(*changed[0])
+            kind = "frozen parameter" if name in dict(self._model.named_parameters()) else "buffer"
             raise PrivacyViolation(
-                f'buffer "{self._full_name(*changed[0])}" was updated during forward, from private data and without '
+                f'{kind} "{name}" was updated during forward, from private data and without '
                 "noise" + (f" (and {len(changed) - 1} more)." if len(changed) > 1 else "."),
                 hint="call .eval() on that layer, or replace it by one that keeps no statistics.",
                 code="DP013",
             )
+
+
+def _untrained(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers and frozen parameters of its own."""
+    found = [(name, held) for name, held in module._buffers.items() if held is not None] if module._buffers else []
+    if module._parameters:
+        found += [(name, p) for name, p in module._parameters.items() if p is not None and not p.requires_grad]
+    return found
 
 
 @contextmanager

@@ -137,12 +137,13 @@ class Kernels:
         return rows, squared
 
     def convolution_norms(self, plane: Plane, activation: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """([B] squared norms of the same, [B] sum over groups and places of ||patch|| ||gradient||), float64.
+        """([B] squared norms of the same, [B, T] sums over groups of ||patch|| ||gradient|| at T places), float64.
 
         Raises:
             MemoryError: the work space of a thread could not be had.
         """
-        squared, sizes = torch.empty(2, len(grad), dtype=torch.float64)
+        squared = torch.empty(len(grad), dtype=torch.float64)
+        sizes = torch.empty(len(grad), grad.shape[2:].numel(), dtype=torch.float64)
         self._convolution(plane, activation, grad, (None, squared.data_ptr(), sizes.data_ptr()))
         return squared, sizes
 
@@ -233,7 +234,7 @@ def _one(plane: Plane, activation: Tensor, grad: Tensor) -> Tensor:
 def _sizes(plane: Plane, activation: Tensor, grad: Tensor) -> Tensor:
     patches = F.unfold(activation, plane.kernel, plane.dilation, plane.padding, plane.stride)
     parts = zip(patches.double().chunk(plane.groups, 1), grad.double().flatten(2).chunk(plane.groups, 1), strict=True)
-    return torch.stack([(p.norm(dim=1) * g.norm(dim=1)).sum(1) for p, g in parts]).sum(0)
+    return torch.stack([p.norm(dim=1) * g.norm(dim=1) for p, g in parts]).sum(0)
 
 
 def _text() -> str:

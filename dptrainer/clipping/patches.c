@@ -81,28 +81,26 @@ static void patches_of(const struct convolution *c, const float *image, int64_t 
     }
 }
 
-/* sum_t |patch_t| |g_t| over a block of places; room for one number a place. */
-static double sizes_of(const float *grads, int64_t outs, const float *patches, int64_t patch_row, int64_t places,
-                       double *room)
+/* sizes[t] += |patch_t| |g_t| over a block of places; room for one number a place. */
+static void add_sizes(const float *grads, int64_t outs, const float *patches, int64_t patch_row, int64_t places,
+                      double *room, double *sizes)
 {
-    double total = 0;
     memset(room, 0, (size_t)places * sizeof(double));
     for (int64_t o = 0; o < outs; o++)
         for (int64_t t = 0; t < places; t++)
             room[t] += (double)grads[o * places + t] * grads[o * places + t];
     for (int64_t t = 0; t < places; t++)
-        total += sqrt(room[t] * squares(patches + t * patch_row, patch_row));
-    return total;
+        sizes[t] += sqrt(room[t] * squares(patches + t * patch_row, patch_row));
 }
 
 struct work {
     float *image, *patches, *grads, *product;
-    double *room, squared, size;
+    double *room, squared;
     int64_t patch, patch_row, block;
 };
 
 /* Adds the gradients [outs, patch] of one group of one example to product, or puts them there if it is fresh. */
-static void add_group(const struct convolution *c, const float *image, const float *grads, float weight, int sizes,
+static void add_group(const struct convolution *c, const float *image, const float *grads, float weight, double *sizes,
                       struct work *w, float *product, int fresh)
 {
     int64_t rows = c->height + 2 * c->pad_y, columns = c->width + 2 * c->pad_x;
@@ -116,7 +114,7 @@ static void add_group(const struct convolution *c, const float *image, const flo
         for (int64_t k = 0; k < row; k += 2 * WIDE)
             add_tiles(w->grads, count, w->patches + k, row, count, product + k, row, fresh && start == 0, c->outs);
         if (sizes)
-            w->size += sizes_of(w->grads, c->outs, w->patches, row, count, w->room);
+            add_sizes(w->grads, c->outs, w->patches, row, count, w->room, sizes + start);
     }
 }
 
@@ -169,7 +167,7 @@ static void tear_down(struct work *w)
     free(w->room);
 }
 
-/* found [batch, groups * outs, patch], or sizes [batch], the other NULL; 0 where memory is short. */
+/* found [batch, groups * outs, patch], or sizes [batch, places], the other NULL; 0 where memory is short. */
 int convolution_rows(const struct convolution *c, const float *input, const float *grads, float *found, double *squared,
                      double *sizes, int threads)
 {
@@ -189,18 +187,19 @@ int convolution_rows(const struct convolution *c, const float *input, const floa
                 pad(c, from, w.image, 0);
                 from = w.image;
             }
-            w.squared = w.size = 0;
+            double *size = sizes ? sizes + i * places : NULL;
+            w.squared = 0;
+            if (size)
+                memset(size, 0, (size_t)places * sizeof(double));
             for (int64_t g = 0; g < c->groups; g++) {
                 int64_t at = (i * c->groups + g) * c->outs;
-                add_group(c, from + g * c->channels * plane, grads + at * places, 1, sizes != NULL, &w, w.product, 1);
+                add_group(c, from + g * c->channels * plane, grads + at * places, 1, size, &w, w.product, 1);
                 for (int64_t o = 0; o < c->outs; o++)
                     w.squared += squares(w.product + o * w.patch_row, w.patch);
                 if (found)
                     copy_rows(found + at * w.patch, w.patch, w.product, w.patch_row, w.patch, c->outs);
             }
             squared[i] = w.squared;
-            if (sizes)
-                sizes[i] = w.size;
         }
         tear_down(&w);
     }
@@ -227,7 +226,7 @@ int convolution_sum(const struct convolution *c, const float *input, const float
             for (int64_t t = 0; t < elements; t++)
                 clean[t] = cleaned_one(grads[i * elements + t]);
             for (int64_t g = 0; g < c->groups; g++)
-                add_group(c, w.image + g * c->channels * plane, clean + g * c->outs * places, weights[i], 0, &w,
+                add_group(c, w.image + g * c->channels * plane, clean + g * c->outs * places, weights[i], NULL, &w,
                           w.product + g * c->outs * w.patch_row, 0);
         }
 #pragma omp ordered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -73,6 +74,15 @@ def refuse_batch_norm(model: nn.Module) -> None:
             )
 
 
+def nested_rows(name: str) -> PrivacyViolation:
+    """What is said of a layer that works on nested tensors, whose examples are of different shapes."""
+    return PrivacyViolation(
+        f'layer "{name}" is given a nested tensor, which no rule answers for.',
+        hint="pad the records to one length, and mask what was added.",
+        code="DP019",
+    )
+
+
 class Session:
     """One open physical batch.
 
@@ -99,6 +109,9 @@ class Session:
         self._found: dict[str, list[PerExample]] = {}
         self._failure: PrivacyViolation | None = None
         self._task: int | None = None
+        self._within: dict[int, int] = {}
+        #: When the last gradient came, by :func:`time.perf_counter`.
+        self.latest = 0.0
         self._before = {name: (p.grad, 0 if p.grad is None else p.grad._version) for name, p in trainable.items()}
 
     def close(self) -> None:
@@ -167,8 +180,12 @@ class Session:
                 found |= {name: settled(found[name]) for name in call.layer.names.values() if name in found}
         return {name: settled(parts) for name, parts in found.items()}  # tied parameters may have been joined again
 
-    def note_backward(self, recomputed: bool) -> None:
+    def note_backward(self, recomputed_in: int | None) -> None:
         """Called for each gradient that arrives.
+
+        Args:
+            recomputed_in: the backward pass in which the call was recomputed; its gradient comes in a pass of its own
+                within that one (reentrant checkpointing).
 
         Raises:
             PrivacyViolation: (DP031) the batch is closed, or this is its second backward pass.
@@ -179,10 +196,12 @@ class Session:
                 hint="call backward() once, before the step.",
                 code="DP031",
             )
-        task = backward_task()
+        self.latest, task = time.perf_counter(), backward_task()
+        if recomputed_in is not None and recomputed_in != task:
+            self._within[task] = recomputed_in
         if self._task is None:
             self._task = task
-        elif task != self._task and not recomputed:
+        elif self._outermost(task) != self.task:
             raise PrivacyViolation(
                 "backward() ran twice within one private step.",
                 hint="add the losses and call backward() once; to split a batch pass physical_batch_size.",
@@ -192,7 +211,12 @@ class Session:
     @property
     def task(self) -> int | None:
         """Identity of the backward pass that gradients came from; None before there was one."""
-        return self._task
+        return None if self._task is None else self._outermost(self._task)
+
+    def _outermost(self, task: int) -> int:
+        while task in self._within:
+            task = self._within[task]
+        return task
 
     def require_backward(self, training: bool) -> None:
         """Refuses a step without a backward pass.
@@ -274,7 +298,7 @@ class Call:
         ruled: bool = False,
     ) -> None:
         self.module, self.layer = module, layer
-        self.recomputed = in_backward()
+        self.recomputed_in = backward_task() if in_backward() else None
         self._session = session
         args, kwargs = inputs
         tensors = args
@@ -303,7 +327,7 @@ class Call:
 
         def receive(grad: Tensor) -> None:
             session = self._session
-            session.note_backward(self.recomputed)
+            session.note_backward(self.recomputed_in)
             if slot in self._arrived:
                 raise PrivacyViolation(
                     f'backward() reached layer "{self.layer.name}" twice within one private step.',
@@ -431,7 +455,12 @@ def _first(inputs: tuple[Any, Mapping[str, Any]]) -> Tensor | None:
 def _one_row(module: nn.Module, inputs: tuple[Any, Mapping[str, Any]]) -> bool:
     """Whether a layer is given one row; that of a flat list of bags is no row."""
     first = _first(inputs)
-    if first is None or first.dim() == 0 or (first.dim() == 1 and isinstance(module, nn.EmbeddingBag)):
+    if (
+        first is None
+        or first.is_nested
+        or first.dim() == 0
+        or (first.dim() == 1 and isinstance(module, nn.EmbeddingBag))
+    ):
         return False
     return first.shape[0] == 1
 
@@ -456,6 +485,8 @@ def _per_example_output(
     session: Session, layer: Layer, inputs: tuple[Any, Mapping[str, Any]], output: Tensor, *, expand: bool
 ) -> Tensor:
     """The output, expanded where one row serves all examples (position ids of shape [1, T])."""
+    if output.is_nested:
+        raise nested_rows(layer.name)
     first = _first(inputs)
     if first is None or first.dim() == 0 or output.dim() == 0:
         return output

@@ -88,9 +88,7 @@ def _ghost(by: Norms, geometry: Geometry, activation: Tensor, grad: Tensor) -> P
         return by_loop(geometry, activation[chosen], grad[chosen])
 
     depth = max(geometry.weight.numel() // geometry.weight[0], geometry.weight[0])
-    return Ghost(
-        len(grad), geometry.weight, norms, total, rows, dtype=grad.dtype, terms=grad.shape[2:].numel(), depth=depth
-    )  # fmt: skip
+    return Ghost(len(grad), geometry.weight, norms, total, rows, dtype=grad.dtype, depth=depth, direct=by.direct)
 
 
 def _bias(call: LayerCall) -> dict[str, Tensor | PerExample]:

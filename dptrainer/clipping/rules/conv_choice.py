@@ -35,8 +35,9 @@ from dptrainer.clipping.rules.conv_methods import (
 #: Examples of the synthetic batches on which the methods are timed: all of them on the first, those that come near the
 #: fastest on one that is larger where that takes no longer than so many seconds.
 _PROBE, _LARGER, _SECONDS, _NEAR = 8, 64, 0.02, 2.0
-#: Largest Gram matrix of input positions of one example, in elements.
-_MOST_GRAM = 1 << 18
+#: Largest Gram matrix of input positions of one example, in elements; most places of norms alone, whose bound grows
+#: with them until gradients are instantiated after all.
+_MOST_GRAM, _MOST_PLACES = 1 << 18, 1 << 9
 
 Choice = Method | Norms
 _CHOICES: dict[tuple[object, ...], Choice] = {}
@@ -101,7 +102,8 @@ def norms(geometry: Geometry, activation: Tensor, grad: Tensor) -> list[Norms]:
     compiled = compiled_for(activation, grad) is not None
     if geometry.groups == 1 and positions(geometry, activation) ** 2 <= _MOST_GRAM:
         found += BY_GRAM if compiled else BY_GRAM[:1]
-    return found + list(BY_PATCH_NORMS) if compiled else found
+    few = grad.shape[2:].numel() <= _MOST_PLACES
+    return found + list(BY_PATCH_NORMS) if compiled and few else found
 
 
 def cheapest(geometry: Geometry, activation: Tensor, grad: Tensor) -> Choice:

@@ -47,12 +47,14 @@ class Norms:
     """A way without rows.
 
     Attributes:
-        of: -> ([B] squared norms, [B] sum over places of ||patch|| ||gradient||), float64.
+        of: -> ([B] squared norms, [B, T] ||patch|| ||gradient|| at each place), float64.
         total: also of weights [B] -> the weighted sum; NaN and inf count as 0, whose examples have weight 0.
+        direct: whether the norms are those of gradients that were summed in their own type.
     """
 
     of: Callable[[Geometry, Tensor, Tensor], tuple[Tensor, Tensor]]
     total: Callable[[Geometry, Tensor, Tensor, Tensor], Tensor]
+    direct: bool = False
 
 
 def summed_over_examples(geometry: Geometry, activation: Tensor, grad: Tensor) -> Tensor:
@@ -228,7 +230,7 @@ def positions(geometry: Geometry, activation: Tensor) -> int:
 
 
 def gram_norms(geometry: Geometry, activation: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """([B] squared norms, [B] sum over places of ||patch|| ||gradient||), both float64. Without groups.
+    """([B] squared norms, [B, places] ||patch|| ||gradient||), both float64. Without groups.
 
     The squared norm is sum_ts <patch_t, patch_s> <g_t, g_s>. Inner products of patches are sums, over the kernel, of
     inner products of input positions, so patches are never built. Float64 throughout: the terms may cancel.
@@ -247,7 +249,7 @@ def gram_norms(geometry: Geometry, activation: Tensor, grad: Tensor) -> tuple[Te
     patches = patches.view(len(grad), places.numel(), -1)
     grads = torch.bmm(flat.transpose(1, 2), flat)
     sizes = (patches.diagonal(dim1=1, dim2=2) * grads.diagonal(dim1=1, dim2=2)).sqrt()
-    return torch.linalg.vecdot(patches.flatten(1), grads.flatten(1)), sizes.sum(1)
+    return torch.linalg.vecdot(patches.flatten(1), grads.flatten(1)), sizes
 
 
 def _windows(geometry: Geometry, places: torch.Size) -> Iterator[tuple[slice, ...]]:
@@ -261,4 +263,4 @@ def _windows(geometry: Geometry, places: torch.Size) -> Iterator[tuple[slice, ..
 
 
 BY_GRAM = (Norms(gram_norms, library_sum), Norms(gram_norms, patch_sum))
-BY_PATCH_NORMS = (Norms(patch_norms, library_sum), Norms(patch_norms, patch_sum))
+BY_PATCH_NORMS = (Norms(patch_norms, library_sum, direct=True), Norms(patch_norms, patch_sum, direct=True))

@@ -55,7 +55,7 @@ def _over_positions(shape: torch.Size, activation: Tensor, grad: Tensor) -> PerE
         return scaled.flatten(0, 1).t() @ finite(activation).flatten(0, 1)
 
     if not fits(shape, operands) and 4 * operands <= shape.numel():
-        return Ghost(batch, shape, norms, total, rows, dtype=grad.dtype, terms=terms, depth=max(shape))
+        return Ghost(batch, shape, norms, total, rows, dtype=grad.dtype, depth=max(shape))
     if fits(shape, operands) and shape[0] > shape[1]:
         # Transposed, since the library is up to five times as fast where its rows are long.
         pieces = (torch.bmm(activation[part].transpose(1, 2), grad[part]) for part in chunks(batch, shape))
@@ -64,9 +64,9 @@ def _over_positions(shape: torch.Size, activation: Tensor, grad: Tensor) -> PerE
 
 
 def gram_norms(activation: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """([B] squared norms of sum_t g_t a_t^T, [B] sum_t |a_t| |g_t|) of [B, T, d], float64 as the terms may cancel."""
+    """([B] squared norms of sum_t g_t a_t^T, [B, T] |a_t| |g_t|) of [B, T, d], float64 as the terms may cancel."""
     activation, grad = activation.double(), grad.double()
     inputs = torch.bmm(activation, activation.transpose(1, 2))
     grads = torch.bmm(grad, grad.transpose(1, 2))
     sizes = (inputs.diagonal(dim1=1, dim2=2) * grads.diagonal(dim1=1, dim2=2)).sqrt()
-    return torch.linalg.vecdot(inputs.flatten(1), grads.flatten(1)), sizes.sum(1)
+    return torch.linalg.vecdot(inputs.flatten(1), grads.flatten(1)), sizes

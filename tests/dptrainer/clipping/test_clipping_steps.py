@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from clipping_oracle import assert_equal_to_the_oracle, clipped, microbatch, norm, refused, small, step
+from clipping_oracle import assert_equal_to_the_oracle, clipped, losses, microbatch, norm, refused, small, step
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -200,6 +200,51 @@ def test_gradient_checkpointing(reentrant):
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+class Nested(nn.Module):
+    """Reentrant checkpoints up to the output, in each other and one after another."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        def inner(h):
+            return self.last(torch.tanh(h))
+
+        def outer(h):
+            return checkpoint(inner, torch.tanh(self.middle(h)), use_reentrant=True)
+
+        h = checkpoint(torch.tanh, self.first(x), use_reentrant=True)
+        return checkpoint(outer, h, use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # said of the inner one
+def test_a_reentrant_checkpoint_may_be_the_last_block_and_stand_in_another():
+    model = Nested()
+    x, index = torch.randn(4, 6), torch.arange(4)
+    rows = []
+    for i in range(4):  # backward() and not autograd.grad(), which reentrant checkpointing refuses
+        losses(model, [x[i : i + 1]], index[i : i + 1]).sum().backward()
+        rows.append({name: p.grad for name, p in model.named_parameters()})
+        model.zero_grad()
+    expected = {name: sum(row[name] * min(1.0, 0.1 / norm(row)) for row in rows) for name in rows[0]}
+    found = clipped(model, [x], 0.1)
+    assert norm(expected) > 0.1
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # said of the inner one
+def test_two_backward_passes_through_reentrant_checkpoints_are_refused():
+    model = Nested()
+    engine = BookKeeping(model, clip_norm=1.0)
+    engine.begin(4)
+    first, second = model(torch.randn(4, 6)), model(torch.randn(4, 6))
+    first.sum().backward()
+    refused("DP031", lambda: second.sum().backward())
+    engine.detach()
 
 
 def test_checkpointing_of_the_first_layer():

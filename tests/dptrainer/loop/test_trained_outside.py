@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from loopkit import linear_data, linear_model, make_run, private, refused, unchanged
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dptrainer.trainer import PrivateTrainer
 
@@ -99,4 +100,123 @@ def test_a_loss_function_that_trains_something_is_refused_by_the_trainer(kind: s
     )
     with unchanged(model), refused("DP031"):
         trainer.fit()
+    assert scale.grad is None
+
+
+def own_pass(model: nn.Module, other: nn.Module, x: Tensor, y: Tensor) -> None:
+    F.cross_entropy(other(model(x).detach()), y).backward()
+
+
+def own_model(model: nn.Module, other: nn.Module, x: Tensor, y: Tensor) -> None:
+    F.cross_entropy(other[0](other[1](x)), y).backward()
+
+
+def on_features(model: nn.Module, other: nn.Module, x: Tensor, y: Tensor) -> None:
+    with torch.no_grad():
+        features = nn.Flatten()(model(x))
+    F.cross_entropy(other(features), y).backward()
+
+
+def by_hand(model: nn.Module, other: nn.Module, x: Tensor, y: Tensor) -> None:
+    parameters = list(other.parameters())
+    found = torch.autograd.grad(F.cross_entropy(other(model(x)), y), parameters)
+    for parameter, grad in zip(parameters, found, strict=True):
+        parameter.grad = grad
+
+
+def by_keyword(model: nn.Module, other: nn.Module, x: Tensor, y: Tensor) -> None:
+    F.cross_entropy(other(input=model(x).detach()), y).backward()
+
+
+Trains = Callable[[nn.Module, nn.Module, Tensor, Tensor], None]
+BESIDE: dict[str, tuple[Trains, Callable[[], nn.Module]]] = {
+    "a head on detached outputs": (own_pass, lambda: nn.Linear(3, 3)),
+    "a head of several layers": (own_pass, lambda: nn.Sequential(nn.ReLU(), nn.Linear(3, 3))),
+    "a head on features": (on_features, lambda: nn.Linear(3, 3)),
+    "a head given its input by name": (by_keyword, lambda: nn.Linear(3, 3)),
+    "another model": (own_model, lambda: nn.Sequential(nn.Linear(5, 3), nn.Identity())),
+    "autograd.grad": (by_hand, lambda: nn.Linear(3, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_a_loop_trains_beside_the_model_is_refused_before_its_own_optimizer_moves_it(kind: str) -> None:
+    trains, build = BESIDE[kind]
+    model, other = linear_model(), build()
+    mine = torch.optim.SGD(other.parameters(), lr=1.0)
+    _, _, loader = private(model)
+    batches = iter(loader)
+    x, y = next(batches)
+    with unchanged(model), unchanged(other), refused("DP031"):
+        trains(model, other, x, y)
+        mine.step()
+    loader.detach()
+    assert all(p.grad is None for p in other.parameters())
+    assert not torch.nn.modules.module._global_forward_hooks
+
+
+@pytest.mark.parametrize("on", ["outputs", "inputs"])
+def test_training_on_the_batch_after_its_step_is_refused_too(on: str) -> None:
+    model, other = linear_model(), nn.Linear(3 if on == "outputs" else 5, 3)
+    mine = torch.optim.SGD(other.parameters(), lr=1.0)
+    _, optimizer, loader = private(model)
+    batches = iter(loader)
+    x, y = next(batches)
+    outputs = model(x)
+    F.cross_entropy(outputs, y).backward()
+    optimizer.step()
+    with unchanged(other), refused("DP031"):
+        F.cross_entropy(other(outputs.detach() if on == "outputs" else x), y).backward()
+        mine.step()
+
+
+def test_an_update_by_hand_ends_the_loop() -> None:
+    model, other = linear_model(), nn.Linear(5, 3)
+    _, optimizer, loader = private(model)
+    steps = 0
+    with refused("DP031"):
+        for x, y in loader:
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            steps += 1
+            F.cross_entropy(other(x), y).backward()
+    assert steps == 1
+
+
+def test_a_teacher_that_could_be_trained_and_is_not_is_left_alone() -> None:
+    model, teacher, steps = linear_model(), nn.Sequential(nn.Linear(5, 3), nn.ReLU()), 0
+    _, optimizer, loader = private(model)
+    for x, y in loader:
+        target = teacher(x).detach()
+        (F.cross_entropy(model(x), y) + (model(x) - target).square().sum(1).mean()).backward()
+        optimizer.step()
+        steps += 1
+    assert steps == 4
+
+
+def test_another_model_on_other_data_is_left_alone_in_an_open_batch() -> None:
+    model, other = linear_model(), nn.Sequential(nn.Linear(5, 3), nn.Tanh())
+    plain, before = torch.optim.SGD(other.parameters(), lr=1.0), other[0].weight.detach().clone()
+    _, optimizer, loader = private(model)
+    for x, y in loader:
+        other(torch.ones(4, 5)).sum().backward()
+        torch.autograd.grad(other(torch.ones(4, 5)).sum(), list(other.parameters()))
+        plain.step()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        other(torch.ones(4, 5)).sum().backward()
+    assert not torch.equal(before, other[0].weight)
+
+
+@pytest.mark.parametrize("kind", USES)
+def test_what_is_used_within_a_reentrant_checkpoint_is_refused_too(kind: str) -> None:
+    """Its gradients come in a backward pass of their own, within that of the private model."""
+    model = linear_model()
+    _, optimizer, loader = private(model)
+    with unchanged(model), refused("DP031"):
+        for x, y in loader:
+            F.cross_entropy(checkpoint(USES[kind], model(x), use_reentrant=True), y).backward()
+            optimizer.step()
+    loader.detach()
+    assert head.weight.grad is None
     assert scale.grad is None
