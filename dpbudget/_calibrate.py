@@ -25,7 +25,7 @@ from dpbudget._checks import (
     as_rate,
     as_unit,
 )
-from dpbudget._schedule import Schedule, delta_or_default, make_schedule
+from dpbudget._schedule import Schedule, delta_or_default, make_schedule, warn_of_delta
 from dpbudget._search import most_steps, quick_noise, smallest_noise
 from dpbudget.accountants.base import Accountant
 from dpbudget.curve import Bounds, PrivacyCurve
@@ -261,6 +261,9 @@ def calibrate(
         InvalidParameter: not exactly one target (DP064), a value is out of range (DP001 to DP009), or delta is too
             small for the noise mode (DP053).
         NotComputable: no noise multiplier up to 1e6 reaches epsilon (DP004), or the accountant has no answer.
+
+    Warns:
+        DPBudgetWarning: delta is 1 / dataset_size or more (DP003), which protects nobody.
     """
     attack = not (advantage is None and tpr is None and fpr is None)
     if attack == (epsilon is not None) or (attack and beside):
@@ -286,12 +289,15 @@ def calibrate(
             accountant=accountant,
             max_parameters=max_parameters,
         )
-        return plan.replace(unit=as_unit(unit))
-    target = as_epsilon(epsilon)
-    draft = _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters)
-    draft = replace(draft, beside=tuple(beside), unit=as_unit(unit))
-    guess = _first_guess(schedule, target, draft.delta)
-    return _quick_plan(draft, target, guess) or _careful_plan(draft, target, guess)
+        plan = plan.replace(unit=as_unit(unit))
+    else:
+        target = as_epsilon(epsilon)
+        draft = _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters)
+        draft = replace(draft, beside=tuple(beside), unit=as_unit(unit))
+        guess = _first_guess(schedule, target, draft.delta)
+        plan = _quick_plan(draft, target, guess) or _careful_plan(draft, target, guess)
+    warn_of_delta(plan.claim.delta, plan.nominal_size)
+    return plan
 
 
 def _quick_plan(draft: _Draft, target: float, guess: float) -> Plan | None:
@@ -375,14 +381,16 @@ def plan_for(
 ) -> Plan:
     """The plan with a given noise multiplier, and the epsilon that it can claim.
 
-    Arguments and errors are those of :func:`calibrate`.
+    Arguments, errors and warnings are those of :func:`calibrate`.
     """
     sigma = as_noise_multiplier(noise_multiplier)
     schedule = make_schedule(
         sample_rate=sample_rate, steps=steps, dataset_size=dataset_size, batch_size=batch_size, epochs=epochs
     )
     draft = _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters)
-    return replace(draft, unit=as_unit(unit)).plan(sigma)
+    plan = replace(draft, unit=as_unit(unit)).plan(sigma)
+    warn_of_delta(plan.claim.delta, plan.nominal_size)
+    return plan
 
 
 def bounds_of(plan: Plan) -> Bounds:
@@ -405,11 +413,12 @@ def max_steps(
 ) -> int:
     """The largest number of steps, at most 1e9, whose plan claims at most ``epsilon``; 0 if not even one fits.
 
-    Arguments and errors are those of :func:`calibrate`.
+    Arguments, errors and warnings are those of :func:`calibrate`.
     """
     target, sigma = as_epsilon(epsilon), as_noise_multiplier(noise_multiplier)
     schedule = make_schedule(sample_rate=sample_rate, steps=1, dataset_size=dataset_size, batch_size=batch_size)
     draft = _draft(schedule, delta, 1.0, adjacency, accountant, max_parameters)
+    warn_of_delta(draft.delta, schedule.nominal_size)
     guess = (target * sigma / schedule.rate) ** 2 / (2.0 * math.log(1.25 / draft.delta))
     start = min(max(guess, 1.0), float(MAX_STEPS))
     return most_steps(lambda steps: draft.claim(sigma, steps) <= target, int(start))

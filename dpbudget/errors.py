@@ -92,6 +92,13 @@ CODES: dict[str, str] = {
 }
 
 
+class DPBudgetWarning(UserWarning):
+    """What is allowed and probably not meant: a delta that protects nobody, a model or loss that could not be tested.
+
+    ``warnings.simplefilter("error", dpbudget.DPBudgetWarning)`` turns all of it into exceptions.
+    """
+
+
 class DPBudgetError(Exception):
     """Base of all errors: what happened, with its numbers; ``hint`` is the way out.
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dpbudget.errors import DPBudgetError, NotComputable
+from dpbudget.errors import DPBudgetError, DPBudgetWarning, NotComputable
 
 if TYPE_CHECKING:
     from dpbudget._config import Assumed
@@ -50,6 +52,25 @@ def emit_columns(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> No
 def talk(text: str) -> None:
     """A line for people, on standard error."""
     click.echo(clean(text), err=True)
+
+
+@contextmanager
+def warnings_told() -> Iterator[None]:
+    """Within the block a DPBudgetWarning is a line on standard error, each once; other warnings go where they went."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        before = warnings.showwarning
+
+        def tell(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, DPBudgetWarning):
+                before(message, category, *place, **more)
+            elif str(message) not in said:
+                said.add(str(message))
+                talk(f"warning {message}")
+
+        warnings.simplefilter("always", DPBudgetWarning)
+        warnings.showwarning = tell
+        yield
 
 
 def talk_assumed(assumed: Iterable[Assumed]) -> None:

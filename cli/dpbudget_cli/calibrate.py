@@ -64,7 +64,6 @@ def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> No
     ask_schedule(question, solve_steps=solving == "steps", solve_batch=solving == "batch")
     question.need("clip_norm", "max_parameters")
     plan = _solve(question, solving)
-    warning = delta_warning(plan.claim.delta, plan.nominal_size)
     if plot is not None:
         from dpbudget.report.plots import figure_of_plan, save_figure
 
@@ -75,11 +74,10 @@ def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> No
         meaning = meaning_of_plan(plan)
     if as_json:
         more = {"explain": meaning_json(meaning)} if explain else {}
+        warning = delta_warning(plan.claim.delta, plan.nominal_size)
         out.emit_json({**describe(plan, question, [warning] if warning else []), **more})
         return
     out.talk_assumed(question.assumed)
-    if warning:
-        out.talk(f"warning {warning}")
     phase = plan.phases[0]
     out.emit_table(
         [

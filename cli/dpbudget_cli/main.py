@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from dpbudget_cli._output import WANTS_JSON, report_error
+from dpbudget_cli._output import WANTS_JSON, report_error, warnings_told
 
 #: Exit codes, as every page of help states them.
 EXIT_CODES = (
@@ -101,9 +101,10 @@ class Root(LazyGroup):
             raise _ReaderGone from None
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
+        """Run the command, and say what dpbudget warns of meanwhile."""
         try:
-            return super().invoke(ctx)
+            with warnings_told():
+                return super().invoke(ctx)
         except BrokenPipeError:
             raise _ReaderGone from None
 

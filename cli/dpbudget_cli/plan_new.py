@@ -199,14 +199,14 @@ def _report(plan: Plan, question: Question, run_id: str, head: str, as_json: boo
     from dpbudget._schedule import delta_warning
     from dpbudget_cli.calibrate import describe
 
-    warning = delta_warning(plan.claim.delta, plan.nominal_size)
-    warnings = [*([warning] if warning else []), *([f"{_USERS}; {USERS_TRAIN}"] if plan.unit == "user" else [])]
+    users = [f"{_USERS}; {USERS_TRAIN}"] if plan.unit == "user" else []
     if as_json:
-        answer = describe(plan, question, warnings)
+        delta = delta_warning(plan.claim.delta, plan.nominal_size)
+        answer = describe(plan, question, [*([delta] if delta else []), *users])
         out.emit_json({"run": run_id, "plan": plan.digest(), "head": head, **answer})
         return
     out.talk_assumed(question.assumed)
-    for warning in warnings:
+    for warning in users:
         out.talk(f"warning {warning}")
     phase = plan.phases[0]
     out.emit_table(

@@ -114,7 +114,12 @@ class TestCalibrate:
     def test_a_delta_that_publishes_records_is_warned_of(self, run_cli: Cli, empty: Path) -> None:
         talk = run_cli("calibrate", "--epsilon", "3", "--delta", "0.01")
         assert talk.code == 0
-        assert "warning DP003" in talk.err
+        assert talk.err.count("warning DP003") == 1
+        steps = run_cli("calibrate", "--epsilon", "3", "--noise-multiplier", "2", "--delta", "0.01")
+        assert steps.err.count("warning DP003") == 1, "asked twice, said once"
+        facts = ("--dataset-size", "400", "--batch-size", "100", "--epochs", "2", "--noise-multiplier", "2")
+        assert run_cli("epsilon", *facts, "--delta", "0.01").err.count("warning DP003") == 1
+        assert "DP003" not in run_cli("epsilon", *facts, "--delta", "1e-5").err
         assert (
             run_cli("calibrate", "--epsilon", "3", "--delta", "0.01", "--json").json["warnings"][0].startswith("DP003")
         )

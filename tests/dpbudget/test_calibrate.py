@@ -15,7 +15,7 @@ from dpbudget._live import build_meter
 from dpbudget._schedule import default_delta, delta_warning, make_schedule
 from dpbudget._search import most_steps, smallest_noise
 from dpbudget.accountants import get_accountant
-from dpbudget.errors import DPBudgetError, InvalidParameter, NotComputable
+from dpbudget.errors import DPBudgetError, DPBudgetWarning, InvalidParameter, NotComputable
 from dpbudget.mechanisms import Adjacency
 from dpbudget.plan import MAX_STEPS, Phase, Plan, claimed_epsilon
 
@@ -302,7 +302,30 @@ class TestSchedules:
         warning = delta_warning(0.1, 60000)
         assert warning is not None
         assert warning.startswith("DP003")
-        assert "6e+03 of 60000 records" in warning
+        assert "publishing 6000 of 60000 records" in warning
+        assert warning.endswith("well below 1.6e-05"), "1 / 60000, rounded down"
+
+    def test_the_warning_begins_at_one_over_n_and_says_no_less_than_one_record(self) -> None:
+        assert delta_warning(1.0 / 64 - 1e-9, 64) is None
+        assert "publishing 1 of 64 records" in str(delta_warning(1.0 / 64, 64))
+
+    @pytest.mark.parametrize(
+        "ask",
+        [
+            lambda facts: calibrate(epsilon=3.0, **facts),
+            lambda facts: calibrate(advantage=0.3, **facts),
+            lambda facts: plan_for(noise_multiplier=2.0, **facts),
+            lambda facts: max_steps(epsilon=3.0, noise_multiplier=2.0, **{k: facts[k] for k in facts if k != "epochs"}),
+        ],
+    )
+    def test_python_warns_the_line_that_asked(self, ask: Any) -> None:
+        facts = {"dataset_size": 400, "batch_size": 100, "epochs": 2, "delta": 0.01}
+        with pytest.warns(DPBudgetWarning, match=r"^DP003 delta 0\.01 allows publishing 4 of 400 ") as caught:
+            ask(facts)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+        ask({**facts, "delta": 1e-5})  # a warning would be an error here
+        ask({**facts, "delta": None})
 
 
 class TestMeter:

@@ -339,6 +339,30 @@ def test_work_that_is_interrupted_leaves_nothing_behind():
     assert calls == 3
 
 
+def test_the_report_warns_of_a_delta_that_would_let_a_record_be_published(tmp_path):
+    desk = Desk(tmp_path, budget=Budget(epsilon=3.0, delta=0.01))
+    with pytest.warns(dpbudget.DPBudgetWarning, match="DP003"):
+        plan = dpbudget.calibrate(epsilon=1.0, delta=0.01, dataset_size=1000, batch_size=1000, steps=2)
+    desk.ledger.sign_plan(plan, owner=desk.owner)
+    before = desk.verify()
+    assert before.ok
+    assert any("publishing 10 of 1000 records" in line for line in before.warnings), "before anything is spent"
+    with dpbudget.start(desk.ledger) as run:
+        run.next_receipt()
+    after = desk.verify()
+    assert after.ok, "a budget that protects nobody is the owner's to grant"
+    assert "note: DP003 delta 0.01 allows publishing 10 of 1000 records" in after.summary()
+
+
+def test_deltas_that_add_up_to_one_record_are_warned_of_though_each_is_small(tmp_path):
+    desk = Desk(tmp_path, budget=Budget(epsilon=8.0, delta=1.5e-3), whole_budget=False)
+    facts = {"epsilon": 1.0, "dataset_size": 1000, "batch_size": 1000, "steps": 2}
+    for _ in range(2):  # each begins before the next is signed, so that it has a portfolio of its own
+        assert not [line for line in desk.verify().warnings if line.startswith("DP003")]
+        desk.spend(dpbudget.calibrate(delta=desk.ledger.plan_delta, **facts))
+    assert [line for line in desk.verify().warnings if line.startswith("DP003")]
+
+
 def test_the_report_says_whose_presence_is_protected(tmp_path, plan):
     desk = Desk(tmp_path, unit="user")
     with pytest.raises(errors.InvalidParameter, match="one example in a ledger for add-remove neighbours of one user"):
