@@ -191,6 +191,8 @@ class PrivateTrainer:
         return self._engine.backward(losses)
 
     def _tell(self, steps: int) -> None:
+        if not self._callbacks:
+            return
         epsilon = self._run.epsilon()
         for callback in self._callbacks:
             if callback(steps, epsilon) is False:
