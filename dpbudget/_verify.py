@@ -281,10 +281,12 @@ def _warnings(state: LedgerState, delta: float, *, anchored: bool) -> list[str]:
         found.append("unanchored: a cut tail or a re-signed history cannot be seen without an expected head")
     for before, after in zip(state.grants, state.grants[1:], strict=False):
         if after.charged and (after.epsilon > before.epsilon or after.delta > before.delta):
+            pairs = (("epsilon", before.epsilon, after.epsilon), ("delta", before.delta, after.delta))
+            raised = " and ".join(f"{name} {low:.10g} to {high:.10g}" for name, low, high in pairs if high != low)
             found.append(
-                f"the owner raised epsilon {before.epsilon:g} to {after.epsilon:g} and delta {before.delta:g} to "
-                f"{after.delta:g} at record {after.seq}, after {after.charged} steps were charged: what came before "
-                "kept its own total, and the new one is a guarantee only if the raise did not depend on the outputs"
+                f"the owner raised {raised} at record {after.seq}, after {after.charged} steps were charged: what "
+                "came before kept its own total, and the new one is a guarantee only if the raise did not depend on "
+                "the outputs"
             )
     if (protects_nobody := _delta_against_sizes(state, delta)) is not None:
         found.append(protects_nobody)

@@ -221,6 +221,12 @@ def make_private(
             code="DP009",
             hint="leave it out to run to the end of the plan",
         )
+    if loss_fn is not None and not callable(loss_fn):
+        raise InvalidParameter(
+            f"loss_fn is {loss_fn!r:.60}, which cannot be called",
+            code="DP060",
+            hint="pass the criterion itself, such as torch.nn.CrossEntropyLoss()",
+        )
     checked_size(physical_batch_size)
     refuse_trainable_criterion(loss_fn, model)
     records = Records(dataset, collate_fn, views=views)

@@ -39,6 +39,14 @@ class Leaf(click.Command):
         kwargs.setdefault("epilog", EXIT_CODES)
         super().__init__(name, help=text, **kwargs)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments; an error of the parser learns whose they are."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
+
     def get_help_option_names(self, ctx: click.Context) -> list[str]:
         """-h and --help, whoever made the context."""
         return ["-h", "--help"]

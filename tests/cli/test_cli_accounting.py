@@ -15,7 +15,7 @@ import pytest
 
 from dpbudget._calibrate import calibrate, delta_of, epsilon_of
 from dpbudget.curve import Bounds
-from dpbudget.errors import CODES
+from dpbudget.errors import CODES, WAYS_OUT
 from dpbudget_cli._options import parse_number, to_count, to_float
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,8 +134,10 @@ class TestCalibrate:
 class TestExplain:
     def test_every_code_is_explained(self, run_cli: Cli) -> None:
         for code, meaning in CODES.items():
-            assert run_cli("explain", code.lower(), "--json").json == {"code": code, "meaning": meaning}
-        assert run_cli("explain", "--json").json == {"codes": CODES}
+            answer = {"code": code, "meaning": meaning, "way_out": WAYS_OUT[code]}
+            assert run_cli("explain", code.lower(), "--json").json == answer
+        assert run_cli("explain", "--json").json == {"codes": CODES, "ways_out": WAYS_OUT}
+        assert f"Fix    {WAYS_OUT['DP078']}" in run_cli("explain", "DP078").out
 
     def test_an_unknown_code_is_refused_with_the_nearest(self, run_cli: Cli) -> None:
         answer = run_cli("explain", "DP51")

@@ -17,7 +17,7 @@ from dpbudget._live import LiveMeter, build_meter
 from dpbudget._schedule import default_delta, delta_warning, make_schedule
 from dpbudget._search import most_steps, smallest_noise
 from dpbudget.accountants import get_accountant
-from dpbudget.errors import DPBudgetError, DPBudgetWarning, InvalidParameter, NotComputable
+from dpbudget.errors import BudgetExceeded, DPBudgetError, DPBudgetWarning, InvalidParameter, NotComputable
 from dpbudget.mechanisms import Adjacency
 from dpbudget.meter import Meter
 from dpbudget.plan import MAX_STEPS, Phase, Plan, claimed_epsilon
@@ -93,7 +93,7 @@ class TestSmallestNoise:
 
     def test_an_unreachable_epsilon_names_the_smallest_reachable_one(self) -> None:
         with pytest.raises(
-            NotComputable, match=r"epsilon 1e-09 is not reachable .* smallest reachable is 2e-09"
+            NotComputable, match=r"epsilon 1e-09 is not reachable .* smallest reachable is 2e-9"
         ) as info:
             calibrate(epsilon=1e-9, delta=1e-5, sample_rate=0.01, steps=10, accountant="rdp")
         assert info.value.code == "DP004"
@@ -329,6 +329,28 @@ class TestSchedules:
         assert caught[0].filename == __file__
         ask({**facts, "delta": 1e-5})  # a warning would be an error here
         ask({**facts, "delta": None})
+
+
+class TestTargets:
+    @pytest.mark.parametrize(
+        ("given", "said"),
+        [
+            ({}, "no target is given"),
+            ({"epsilon": 3.0, "advantage": 0.1}, "epsilon and advantage are more than one target"),
+            ({"advantage": 0.1, "beside": True}, "plans beside it have no joint advantage"),
+        ],
+    )
+    def test_what_was_given_is_named(self, given: dict[str, Any], said: str) -> None:
+        facts = {"delta": 1e-5, "dataset_size": 400, "batch_size": 400, "epochs": 2}
+        if "beside" in given:
+            given = {**given, "beside": [calibrate(epsilon=1.0, **facts)]}
+        with pytest.raises(InvalidParameter, match=f"DP064 {said}"):
+            calibrate(**given, **facts)
+
+    def test_beside_plans_that_claim_all_of_it_no_plan_of_noise_alone_is_made(self) -> None:
+        facts = {"delta": 1e-5, "dataset_size": 400, "batch_size": 400, "epochs": 2}
+        with pytest.raises(BudgetExceeded, match=r"the plan beside it claims epsilon .* of 1 already"):
+            calibrate(epsilon=1.0, beside=[calibrate(epsilon=1.0, **facts)], **facts)
 
 
 class TestMeter:

@@ -384,6 +384,28 @@ def test_an_unknown_unit_is_refused_with_the_known_ones():
         assert "user" in caught.value.hint
 
 
+def test_a_name_or_a_number_in_place_of_a_key_or_a_plan_is_refused_with_the_line_to_write(desk, plan, tmp_path):
+    budget = Budget(epsilon=3.0, delta=DELTA)
+    with pytest.raises(errors.InvalidParameter, match=r"DP080 owner is a str.*dpbudget\.load_key"):
+        dpbudget.create_ledger(tmp_path / "b.ledger", budget=budget, owner="PRIVATE", writer=desk.writer)
+    with pytest.raises(errors.InvalidParameter, match="DP080 writer is a str") as caught:
+        dpbudget.open_ledger(desk.path, writer="PRIVATE")
+    assert "PRIVATE" not in str(caught.value)
+    with pytest.raises(errors.InvalidParameter, match="DP080 owner is a str"):
+        desk.ledger.sign_plan(plan, owner="owner.key")
+    with pytest.raises(errors.InvalidParameter, match="DP060 plan is a int, not a Plan"):
+        desk.ledger.sign_plan(3, owner=desk.owner)
+    with pytest.raises(errors.InvalidParameter, match="DP060 a budget has epsilon and delta, and no 'delt'"):
+        Budget(epsilon=3.0, delta=DELTA, delt=1)
+
+
+def test_a_raise_of_epsilon_alone_is_told_without_the_delta(desk, plan):
+    desk.spend(plan)
+    desk.ledger.change_budget(Budget(epsilon=5.0, delta=DELTA), owner=desk.owner)
+    (raised,) = [line for line in desk.verify().warnings if "raised" in line]
+    assert "raised epsilon 3 to 5 at record" in raised
+
+
 def test_a_thing_of_another_kind_is_refused_with_the_line_to_write(desk, plan):
     for use, hint in (
         (lambda: dpbudget.start("a.ledger"), "dpbudget.open_ledger"),

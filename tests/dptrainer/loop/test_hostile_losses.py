@@ -11,7 +11,7 @@ from loopkit import NoNoise, linear_data, linear_model, make_run, norm
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from dpbudget.errors import PrivacyViolation
+from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dptrainer.private import make_private
 
 
@@ -91,6 +91,11 @@ def test_a_criterion_that_was_not_given_is_noted_once_and_is_no_warning(reductio
     list(loader)
     assert len(said) == 1, "the loop adds nothing"
     set_up(linear_model(), linear_data(), None)  # a warning would be an error here
+
+
+def test_the_name_of_a_criterion_is_refused() -> None:
+    with pytest.raises(InvalidParameter, match="DP060 loss_fn is 'cross_entropy', which cannot be called"):
+        set_up(linear_model(), linear_data(), "cross_entropy")
 
 
 def test_the_loader_answers_whether_the_criterion_was_tested() -> None:
