@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dpbudget._verify import Report, verify
     from dpbudget.accountants import get_accountant
     from dpbudget.curve import Bounds, PrivacyCurve, round_down, round_up
-    from dpbudget.errors import DPBudgetError
+    from dpbudget.errors import DPBudgetError, DPBudgetWarning
     from dpbudget.filters import PortfolioFilter, RDPFilter
     from dpbudget.ledger.keys import load_key, load_public_key, new_key
     from dpbudget.ledger.ledger import Ledger
@@ -33,6 +33,7 @@ _HOMES = {
     "Budget": "dpbudget.plan",
     "Charge": "dpbudget.mechanisms",
     "DPBudgetError": "dpbudget.errors",
+    "DPBudgetWarning": "dpbudget.errors",
     "Gaussian": "dpbudget.mechanisms",
     "Ledger": "dpbudget.ledger.ledger",
     "Meter": "dpbudget.meter",
@@ -67,6 +68,7 @@ __all__ = [
     "Budget",
     "Charge",
     "DPBudgetError",
+    "DPBudgetWarning",
     "Gaussian",
     "Ledger",
     "Meter",

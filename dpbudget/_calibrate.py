@@ -25,12 +25,13 @@ from dpbudget._checks import (
     as_rate,
     as_unit,
 )
-from dpbudget._schedule import Schedule, delta_or_default, make_schedule
+from dpbudget._schedule import Schedule, delta_or_default, make_schedule, warn_of_delta
 from dpbudget._search import most_steps, quick_noise, smallest_noise
 from dpbudget.accountants.base import Accountant
-from dpbudget.curve import Bounds, PrivacyCurve
+from dpbudget.curve import Bounds, PrivacyCurve, round_up
 from dpbudget.errors import BudgetExceeded, DPBudgetError, InvalidParameter, NotComputable
 from dpbudget.filters import PortfolioFilter
+from dpbudget.filters.portfolio import FULL
 from dpbudget.mechanisms import Adjacency, Charge, Gaussian, PoissonSampled
 from dpbudget.mechanisms.gaussian import MAX_NOISE_MULTIPLIER, MIN_NOISE_MULTIPLIER
 from dpbudget.plan import (
@@ -261,14 +262,13 @@ def calibrate(
         InvalidParameter: not exactly one target (DP064), a value is out of range (DP001 to DP009), or delta is too
             small for the noise mode (DP053).
         NotComputable: no noise multiplier up to 1e6 reaches epsilon (DP004), or the accountant has no answer.
+
+    Warns:
+        DPBudgetWarning: delta is 1 / dataset_size or more (DP003), which protects nobody.
     """
     attack = not (advantage is None and tpr is None and fpr is None)
     if attack == (epsilon is not None) or (attack and beside):
-        raise InvalidParameter(
-            "the target is exactly one of epsilon, advantage, or tpr with fpr; plans beside it need epsilon",
-            code="DP064",
-            hint="pass one of them",
-        )
+        raise _muddled_target({"epsilon": epsilon, "advantage": advantage, "tpr": tpr, "fpr": fpr})
     schedule = make_schedule(
         sample_rate=sample_rate, steps=steps, dataset_size=dataset_size, batch_size=batch_size, epochs=epochs
     )
@@ -286,12 +286,15 @@ def calibrate(
             accountant=accountant,
             max_parameters=max_parameters,
         )
-        return plan.replace(unit=as_unit(unit))
-    target = as_epsilon(epsilon)
-    draft = _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters)
-    draft = replace(draft, beside=tuple(beside), unit=as_unit(unit))
-    guess = _first_guess(schedule, target, draft.delta)
-    return _quick_plan(draft, target, guess) or _careful_plan(draft, target, guess)
+        plan = plan.replace(unit=as_unit(unit))
+    else:
+        target = as_epsilon(epsilon)
+        draft = _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters)
+        draft = replace(draft, beside=tuple(beside), unit=as_unit(unit))
+        guess = _first_guess(schedule, target, draft.delta)
+        plan = _quick_plan(draft, target, guess) or _careful_plan(draft, target, guess)
+    warn_of_delta(plan.claim.delta, plan.nominal_size)
+    return plan
 
 
 def _quick_plan(draft: _Draft, target: float, guess: float) -> Plan | None:
@@ -308,6 +311,8 @@ def _quick_plan(draft: _Draft, target: float, guess: float) -> Plan | None:
 
 
 def _careful_plan(draft: _Draft, target: float, guess: float) -> Plan:
+    if draft.beside and PortfolioFilter().joint_claim(draft.beside, draft.delta) > FULL * target:
+        raise _no_room(draft, target)
     sigma = smallest_noise(draft.claim, target, guess)
     if sigma is None:
         raise _unreachable(draft, target)
@@ -375,14 +380,16 @@ def plan_for(
 ) -> Plan:
     """The plan with a given noise multiplier, and the epsilon that it can claim.
 
-    Arguments and errors are those of :func:`calibrate`.
+    Arguments, errors and warnings are those of :func:`calibrate`.
     """
     sigma = as_noise_multiplier(noise_multiplier)
     schedule = make_schedule(
         sample_rate=sample_rate, steps=steps, dataset_size=dataset_size, batch_size=batch_size, epochs=epochs
     )
     draft = _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters)
-    return replace(draft, unit=as_unit(unit)).plan(sigma)
+    plan = replace(draft, unit=as_unit(unit)).plan(sigma)
+    warn_of_delta(plan.claim.delta, plan.nominal_size)
+    return plan
 
 
 def bounds_of(plan: Plan) -> Bounds:
@@ -405,11 +412,12 @@ def max_steps(
 ) -> int:
     """The largest number of steps, at most 1e9, whose plan claims at most ``epsilon``; 0 if not even one fits.
 
-    Arguments and errors are those of :func:`calibrate`.
+    Arguments, errors and warnings are those of :func:`calibrate`.
     """
     target, sigma = as_epsilon(epsilon), as_noise_multiplier(noise_multiplier)
     schedule = make_schedule(sample_rate=sample_rate, steps=1, dataset_size=dataset_size, batch_size=batch_size)
     draft = _draft(schedule, delta, 1.0, adjacency, accountant, max_parameters)
+    warn_of_delta(draft.delta, schedule.nominal_size)
     guess = (target * sigma / schedule.rate) ** 2 / (2.0 * math.log(1.25 / draft.delta))
     start = min(max(guess, 1.0), float(MAX_STEPS))
     return most_steps(lambda steps: draft.claim(sigma, steps) <= target, int(start))
@@ -419,19 +427,35 @@ def _unreachable(draft: _Draft, target: float) -> DPBudgetError:
     """Why not even the largest noise fits. A refusal of the plan itself (DP053, DP062, DP063) is raised as it is."""
     least = draft.joint_claim(draft.plan(MAX_NOISE_MULTIPLIER))
     if draft.beside:
-        together = PortfolioFilter().joint_claim(draft.beside, draft.delta)
-        return BudgetExceeded(
-            f"the {len(draft.beside)} plans beside it claim epsilon {together:.9g} of {target:.9g} already, "
-            "which leaves no room for another plan",
-            hint="sign fewer or smaller plans, or pass a larger epsilon",
-        )
+        return _no_room(draft, target)
     return NotComputable(
         f"epsilon {target:g} is not reachable in {draft.schedule.steps} steps at sampling rate "
         f"{draft.schedule.rate:.4g} with a noise multiplier up to {MAX_NOISE_MULTIPLIER:g}; the smallest reachable is "
-        f"{least:.3g}",
+        f"{round_up(least, 3)}",
         code="DP004",
         hint="pass fewer epochs, a smaller batch, a larger delta or a larger epsilon",
     )
+
+
+def _no_room(draft: _Draft, target: float) -> BudgetExceeded:
+    together, count = PortfolioFilter().joint_claim(draft.beside, draft.delta), len(draft.beside)
+    beside = "plan beside it claims" if count == 1 else f"{count} plans beside it claim"
+    return BudgetExceeded(
+        f"the {beside} epsilon {round_up(together, 10)} of {target:.10g} already; another has no room",
+        hint="sign fewer or smaller plans, or pass a larger epsilon",
+    )
+
+
+def _muddled_target(targets: dict[str, float | None]) -> InvalidParameter:
+    """Why what was given is not one target (DP064)."""
+    given = [name for name, value in targets.items() if value is not None]
+    if not given:
+        said, hint = "no target is given", "pass epsilon=3.0, or advantage=0.1, or tpr=0.05 with fpr=0.01"
+    elif "epsilon" in given:
+        said, hint = f"{' and '.join(given)} are more than one target", "keep one of epsilon, advantage, tpr with fpr"
+    else:
+        said, hint = f"plans beside it have no joint {given[0]}", "pass epsilon, which bounds what all of them claim"
+    return InvalidParameter(said, code="DP064", hint=hint)
 
 
 def _first_guess(schedule: Schedule, epsilon: float, delta: float) -> float:

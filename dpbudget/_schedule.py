@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from fractions import Fraction
 
 from dpbudget._checks import as_count, as_delta, as_epochs, as_rate
-from dpbudget.errors import InvalidParameter
+from dpbudget.curve import round_down, show_delta
+from dpbudget.errors import DPBudgetWarning, InvalidParameter
 from dpbudget.plan import MAX_SIZE, MAX_STEPS
 
 
@@ -37,13 +39,23 @@ def default_delta(nominal_size: int) -> float:
 
 
 def delta_warning(delta: float, nominal_size: int | None) -> str | None:
-    """DP003 where delta >= 1 / n0: publishing a whole random record would satisfy such a guarantee."""
+    """DP003 where delta >= 1 / n0: publishing a whole random record would satisfy such a guarantee.
+
+    The one place that says so: for plans, for the command line and for the report of a verification.
+    """
     if nominal_size is None or delta * nominal_size < 1.0:
         return None
     return (
-        f"DP003 delta={delta:g} allows publishing {delta * nominal_size:.3g} of {nominal_size} records outright. "
-        f"Fix: pass a delta well below {1.0 / nominal_size:.2g}"
+        f"DP003 delta {show_delta(delta)} allows publishing {round_down(delta * nominal_size, 3)} of {nominal_size} "
+        f"records outright. Fix: take a delta well below {float(round_down(1.0 / nominal_size, 2)):g}"
     )
+
+
+def warn_of_delta(delta: float, nominal_size: int | None) -> None:
+    """Emit :func:`delta_warning` as a DPBudgetWarning of the line that called the caller of this function."""
+    found = delta_warning(delta, nominal_size)
+    if found is not None:
+        warnings.warn(found, DPBudgetWarning, stacklevel=3)
 
 
 def make_schedule(

@@ -109,11 +109,17 @@ def start(ledger: Ledger, run_id: str | None = None, *, lease_steps: int | None 
                 f"every run of this ledger ({len(state.runs)}) has used up its plan",
                 hint="plan and sign another run, if dpbudget ledger show says that some of the budget is left",
             )
-        if len(unfinished) != 1:
+        if not unfinished:
+            raise InvalidParameter(
+                "no plan is signed into this ledger yet",
+                code="DP081",
+                hint="run_id = ledger.sign_plan(dpbudget.calibrate(...), owner=owner), or dpbudget plan new",
+            )
+        if len(unfinished) > 1:
             raise InvalidParameter(
                 f"{len(unfinished)} runs of this ledger have steps left",
                 code="DP081",
-                hint=f"name one: {', '.join(unfinished)}" if unfinished else "sign a plan in first",
+                hint=f"name one: {', '.join(unfinished)}",
             )
         run_id = unfinished[0]
     if run_id not in state.runs:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dpbudget._recompute import Clock, Recomputation, spent
+from dpbudget._schedule import delta_warning
 from dpbudget._verdict import Report, RunReport
 from dpbudget.accountants import ACCOUNTANTS, get_accountant
 from dpbudget.errors import InvalidParameter, Tampered
@@ -175,7 +176,7 @@ def _judge(history: _History, anchors: Sequence[tuple[int, str]], forged: Sequen
     return Report(
         ok=not found.problems and not missed,
         problems=(*found.problems, *missed),
-        warnings=(*_warnings(state, anchored=bool(anchors)), *found.warnings),
+        warnings=(*_warnings(state, delta, anchored=bool(anchors)), *found.warnings),
         epsilon=None if found.problems else epsilon,  # a refuted claim is no upper bound
         delta=delta,
         budget=(state.epsilon, state.delta),
@@ -272,7 +273,7 @@ def _missed(anchor: tuple[int, str], history: _History) -> str | None:
     return None
 
 
-def _warnings(state: LedgerState, *, anchored: bool) -> list[str]:
+def _warnings(state: LedgerState, delta: float, *, anchored: bool) -> list[str]:
     found = []
     if not state.trusted:
         found.append("the owner's key was taken from the file itself, which proves nothing; pass the trusted key")
@@ -280,11 +281,15 @@ def _warnings(state: LedgerState, *, anchored: bool) -> list[str]:
         found.append("unanchored: a cut tail or a re-signed history cannot be seen without an expected head")
     for before, after in zip(state.grants, state.grants[1:], strict=False):
         if after.charged and (after.epsilon > before.epsilon or after.delta > before.delta):
+            pairs = (("epsilon", before.epsilon, after.epsilon), ("delta", before.delta, after.delta))
+            raised = " and ".join(f"{name} {low:.10g} to {high:.10g}" for name, low, high in pairs if high != low)
             found.append(
-                f"the owner raised epsilon {before.epsilon:g} to {after.epsilon:g} and delta {before.delta:g} to "
-                f"{after.delta:g} at record {after.seq}, after {after.charged} steps were charged: what came before "
-                "kept its own total, and the new one is a guarantee only if the raise did not depend on the outputs"
+                f"the owner raised {raised} at record {after.seq}, after {after.charged} steps were charged: what "
+                "came before kept its own total, and the new one is a guarantee only if the raise did not depend on "
+                "the outputs"
             )
+    if (protects_nobody := _delta_against_sizes(state, delta)) is not None:
+        found.append(protects_nobody)
     for run in state.runs.values():
         version = get_accountant(run.plan.claim.accountant).version
         if run.plan.claim.accountant_version != version:
@@ -293,3 +298,10 @@ def _warnings(state: LedgerState, *, anchored: bool) -> list[str]:
                 f"{run.plan.claim.accountant}; this is version {version}"
             )
     return found
+
+
+def _delta_against_sizes(state: LedgerState, delta: float) -> str | None:
+    """DP003 of the plan for which it is worst: its delta, or what all plans together spent, at its public size."""
+    pairs = [(max(delta, run.plan.claim.delta), run.plan.nominal_size) for run in state.runs.values()]
+    worst = max(pairs, key=lambda pair: pair[0] * (pair[1] or 0), default=None)
+    return None if worst is None else delta_warning(*worst)

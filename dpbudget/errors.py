@@ -68,7 +68,8 @@ CODES: dict[str, str] = {
     "DP061": "Unknown accountant.",
     "DP062": "The mechanism, sampling or adjacency is not supported by this accountant.",
     "DP063": "No certified answer: the accountant could not bound this question.",
-    "DP064": "Too many or too few unknowns: exactly the missing quantity is solved for.",
+    "DP064": "Too much or too little was given: an option or argument is missing, two of them say the same thing, or "
+    "there is not exactly one unknown to solve for.",
     "DP065": "An option of Opacus that would break the guarantee, or that the facade does not have; the message says "
     "what to use in its place.",
     "DP070": "The file is not a dpbudget ledger or export, or cannot be read.",
@@ -79,7 +80,8 @@ CODES: dict[str, str] = {
     "DP075": "The ledger could not make the spend durable. The step was not released; the budget may err upward.",
     "DP076": "A run, receipt or key was used in a forked process; parent and child would draw the same noise.",
     "DP077": "A receipt was used twice for the same purpose.",
-    "DP078": "The run is closed, or another lease of it is live in another process.",
+    "DP078": "The run or ledger is closed, or another dpbudget train works on the same output, where both would write "
+    "one checkpoint.",
     "DP079": "The ledger is valid, but the outside anchor that was demanded was not met.",
     "DP080": "The key cannot do this: roles are separate (owner grants, writer spends).",
     "DP081": "The ledger knows no plan or run of this name.",
@@ -91,6 +93,78 @@ CODES: dict[str, str] = {
     "DP093": "A model factory given by the user failed or returned something that is not a model.",
     "DP099": "An internal failure of this package. No step is released by it; what was charged stays charged.",
 }
+
+#: The way out of each code, in general; the hint of an error knows the case.
+WAYS_OUT: dict[str, str] = {
+    "DP001": "pass a positive number; 1 is strong, 3 common, 8 weak.",
+    "DP002": "pass a number well below 1 / dataset size, such as 1e-5 for 60000 records.",
+    "DP003": "take a delta well below 1 / dataset size; the default is 1 / dataset size^1.1.",
+    "DP004": "take fewer steps, a smaller batch, a larger delta or a larger epsilon.",
+    "DP005": "0.5 to 20 is usual; dpbudget calibrate finds the smallest that fits a budget.",
+    "DP006": "let dpbudget calibrate choose the noise; train a baseline without privacy without this package.",
+    "DP007": "begin with 1.0; it has no influence on epsilon.",
+    "DP008": "pass batch size / dataset size, or both of them.",
+    "DP009": "pass a positive whole number (epochs may be fractional); the message names which.",
+    "DP010": "dptrainer.fix(model) replaces what can be replaced, batch norm by group norm for example.",
+    "DP011": "build the optimizer from model.parameters() after the last change of the model.",
+    "DP012": "give the optimizer every trainable parameter, or freeze the others with requires_grad_(False).",
+    "DP013": "keep no running statistics; dptrainer.fix(model) turns off what it knows.",
+    "DP014": "call model.train() before the loop, and after every evaluation.",
+    "DP015": "freeze it with requires_grad_(False), or remove it.",
+    "DP017": "take SGD or Adam, and call backward() yourself instead of passing a closure.",
+    "DP018": "freeze parameters, or plan with max_parameters of at least what the model trains.",
+    "DP019": "docs/what-trains.md says what does; dptrainer.fix(model) repairs some of it.",
+    "DP020": "pass the dataset itself: the private loader draws its batches.",
+    "DP021": "iterate over the loader of the newest make_private, and step once for each batch; evaluate under "
+    "torch.no_grad().",
+    "DP022": "leave the sampler out; weigh records in the loss by public numbers only.",
+    "DP023": "take every batch whole and once; physical_batch_size splits it for small memory.",
+    "DP024": "pass a dataset with __len__ and __getitem__.",
+    "DP025": 'plan with unit="user" and wrap the dataset in dptrainer.UserDataset, or do neither.',
+    "DP030": 'declare what the criterion does: loss_reduction="mean", "sum" or "none".',
+    "DP031": "add the losses of a batch, call backward() once, and reach the layers through model(...).",
+    "DP032": "step the optimizer that make_private returned; loader.detach() frees the model after the run.",
+    "DP033": "keep statistics over the batch, in-batch negatives and mixed rows out of model and loss.",
+    "DP034": "advance the schedule only where loader.step_complete is true.",
+    "DP050": "keep the model as it is, or sign another plan if dpbudget ledger show says that something is plannable.",
+    "DP051": "load the checkpoint that belongs to this run, or begin with public weights.",
+    "DP052": "take the plan that the message says would fit, or let the owner raise the total: dpbudget ledger grant.",
+    "DP053": "take a larger delta or more noise, or a smaller max_parameters.",
+    "DP060": "the message names the nearest known word; --help lists all of them.",
+    "DP061": "choose prv or rdp; pld answers questions, and no plan claims it.",
+    "DP062": "the message names the choices; a ledger has one adjacency and one unit, and its plans have the same.",
+    "DP063": "try the accountant rdp, or a larger delta.",
+    "DP064": "pass what the message names as missing, or leave out one of what it names as too many.",
+    "DP065": "the message says what takes its place; docs/migrating-from-opacus.md lists every option.",
+    "DP070": "check the path and its permissions; a new ledger is made by dpbudget ledger init, an export by ledger "
+    "export.",
+    "DP071": "go back to a copy whose head you know, and find out who wrote this one.",
+    "DP072": "ask the owner for the public key by another way than the file.",
+    "DP073": "chmod 600 the key, in a folder that only you can write; where others could read it, rotate it.",
+    "DP074": "choose another path, or go on with what is there; nothing is ever overwritten.",
+    "DP075": "make room or mend the disk, open the ledger again and start the run for the steps that are left.",
+    "DP076": "start the run in the process that trains, after the fork.",
+    "DP077": "ask the run for the next receipt; every step needs its own.",
+    "DP078": "wait for the other process or pass another --output; a closed run is started again for the steps that "
+    "are left.",
+    "DP079": "get the ledger that the head belongs to; of a ledger that went on, the newest copy.",
+    "DP080": "pass the key whose public half the message names.",
+    "DP081": "dpbudget ledger runs lists the runs; dpbudget plan new signs one in.",
+    "DP082": "pass what dpbudget printed or wrote, unchanged; write no records by hand.",
+    "DP083": "keep the ledger on a local disk, or in PostgreSQL (docs/ledger-stores.md).",
+    "DP090": "pip install what the message names, such as 'dpbudget[train]'.",
+    "DP091": "the message names the file, and the column or array that is wanted.",
+    "DP092": "mend or remove [tool.dpbudget] in pyproject.toml, or dpbudget.toml.",
+    "DP093": "the factory is called as factory(features, classes) and returns a torch.nn.Module.",
+    "DP099": "report it with the traceback that DPBUDGET_TRACEBACK=1 shows.",
+}
+
+
+class DPBudgetWarning(UserWarning):
+    """What is allowed and probably not meant: a delta that protects nobody, a model or loss that could not be tested.
+
+    ``warnings.simplefilter("error", dpbudget.DPBudgetWarning)`` turns all of it into exceptions.
+    """
 
 
 class DPBudgetError(Exception):

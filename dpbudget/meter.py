@@ -1,4 +1,4 @@
-"""Live epsilon: a precomputed, monotone table of bounds by number of steps."""
+"""Live epsilon: a monotone table of bounds by number of steps."""
 
 from __future__ import annotations
 

@@ -47,13 +47,20 @@ class Budget(Record):
     """What the owner grants: (epsilon, delta)-DP for one record of one dataset.
 
     Raises:
-        InvalidParameter: epsilon or delta is missing (DP064), or out of its range (DP001, DP002).
+        InvalidParameter: epsilon or delta is missing (DP064), out of its range (DP001, DP002), or not alone (DP060).
     """
 
     epsilon: HexFloat = Field(gt=0, le=1e6)
     delta: HexFloat = Field(gt=0, lt=1)
 
     def __init__(self, **values: Any) -> None:
+        for name in values:
+            if name not in ("epsilon", "delta"):
+                raise InvalidParameter(
+                    f"a budget has epsilon and delta, and no {name!r:.60}",
+                    code="DP060",
+                    hint="write Budget(epsilon=3.0, delta=1e-5)",
+                )
         for name, check in (("epsilon", as_epsilon), ("delta", as_delta)):
             if name not in values:
                 raise InvalidParameter(

@@ -138,6 +138,8 @@ class TrainerBase:
         return self._engine.backward(losses)
 
     def _tell(self, steps: int) -> None:
+        if not self._callbacks:  # an answer that nobody reads costs time
+            return
         epsilon = self._run.epsilon()
         for callback in self._callbacks:
             if callback(steps, epsilon) is False:

@@ -27,6 +27,12 @@ from dptrainer.sampling import PoissonSampler, physical_batches
 Model = TypeVar("Model", bound=nn.Module)
 AnyOptimizer = TypeVar("AnyOptimizer", bound=torch.optim.Optimizer)
 
+#: Said once, to ``note``, where the loop's criterion was not given.
+_NO_LOSS = (
+    'loss_fn was not given, so nobody tested that the loop\'s criterion does loss_reduction="{reduction}" over the '
+    "examples of a batch and keeps them apart. Pass loss_fn=criterion (in an Opacus script criterion=criterion)."
+)
+
 
 class PrivateLoader:
     """Private Poisson batches, one charged receipt each, in the form in which a ``DataLoader`` would give them.
@@ -38,11 +44,21 @@ class PrivateLoader:
     """
 
     def __init__(
-        self, loop: PrivateLoop, records: Records, physical_batch_size: int | None, steps_per_epoch: int | None
+        self,
+        loop: PrivateLoop,
+        records: Records,
+        physical_batch_size: int | None,
+        steps_per_epoch: int | None,
+        loss_tested: bool = False,
     ) -> None:
         self._loop, self._records = loop, records
         self._physical, self._epoch = physical_batch_size, steps_per_epoch
+        self._loss_tested = loss_tested
         self._sampler = PoissonSampler()
+
+    def __repr__(self) -> str:
+        run, loss = self._loop.run, "tested" if self._loss_tested else "not tested"
+        return f"<PrivateLoader of run {run.run_id}: {run.remaining} of {run.planned} steps left, loss {loss}>"
 
     def __len__(self) -> int:
         """Steps that the next iteration will take; with physical batches it has more items than steps."""
@@ -71,6 +87,14 @@ class PrivateLoader:
         return self._loop.run.epsilon()
 
     @property
+    def loss_tested(self) -> bool:
+        """Whether the criterion was tested at set-up; False where it was not given or could not be called.
+
+        A script that must not run on a declaration alone asserts it before its loop.
+        """
+        return self._loss_tested
+
+    @property
     def step_complete(self) -> bool:
         """Whether the last ``optimizer.step()`` ended a step, and was not one of several physical batches.
 
@@ -85,7 +109,7 @@ class PrivateLoader:
             InvalidParameter: not a positive integer (DP009).
         """
         checked_size(physical_batch_size)
-        return PrivateLoader(self._loop, self._records, physical_batch_size, self._epoch)
+        return PrivateLoader(self._loop, self._records, physical_batch_size, self._epoch, self._loss_tested)
 
     @property
     def step_ends(self) -> bool:
@@ -167,7 +191,8 @@ def make_private(
             the loop sums). Its weights must not depend on other examples of the batch: class weights and ignored
             targets in a mean do, and so does a target [B] against an output [B, 1].
         loss_fn: the criterion of the loop, which goes on calling it. Here it is tested on synthetic records for what is
-            said above; without it, that rests on the declaration alone.
+            said above; without it, that rests on the declaration alone, which ``note`` is told and
+            ``loader.loss_tested`` answers.
         physical_batch_size: largest number of records in one item; None gives every drawn batch whole. A
             :class:`~dptrainer.memory.MemoryBound`, or "auto", is turned into a number at set-up on synthetic records.
         steps_per_epoch: an iteration ends after so many steps; None runs to the end of the plan.
@@ -180,8 +205,8 @@ def make_private(
         discard_outside: gradients that reach the model between two private batches are thrown away instead of refused,
             so that another model can be trained through this one (a generator through its discriminator).
         noise: adds the noise.
-        note: is told, once, about modules that are slow to clip, parameters that get no gradient, and tests that were
-            not possible, which without it are a warning.
+        note: is told, once, about modules that are slow to clip, parameters that get no gradient, a criterion that was
+            not given, and tests that were not possible; only the last are a warning without it.
 
     Raises:
         PrivacyViolation: model, optimizer or dataset cannot be trained privately; nothing was charged or changed.
@@ -196,6 +221,12 @@ def make_private(
             f"steps_per_epoch must be a positive integer, got {steps_per_epoch!r}",
             code="DP009",
             hint="leave it out to run to the end of the plan",
+        )
+    if loss_fn is not None and not callable(loss_fn):
+        raise InvalidParameter(
+            f"loss_fn is {loss_fn!r:.60}, which cannot be called",
+            code="DP060",
+            hint="pass the criterion itself, such as torch.nn.CrossEntropyLoss()",
         )
     checked_size(physical_batch_size)
     refuse_trainable_criterion(loss_fn, model)
@@ -216,13 +247,15 @@ def make_private(
         discard_outside=discard_outside,
     )
     try:
-        tested = loss_fn is None or probe_criterion(model, loss_fn, loss_reduction, synthetic)
+        tested = loss_fn is not None and probe_criterion(model, loss_fn, loss_reduction, synthetic)
         size = physical_size(physical_batch_size, model, records, run.plan, replay)
     except DPBudgetError:
         loop.detach()
         raise
     if note is not None and run.charged:
         note(f"{run.charged} steps of this run are charged already; load the checkpoint of their weights.")
-    if not tested:
+    if loss_fn is not None and not tested:
         tell_untested("loss_fn could not be called with synthetic outputs and targets, so it was not tested.", note)
-    return model, optimizer, PrivateLoader(loop, records, size, steps_per_epoch)
+    elif note is not None and not tested:
+        note(_NO_LOSS.format(reduction=loss_reduction))
+    return model, optimizer, PrivateLoader(loop, records, size, steps_per_epoch, tested)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dpbudget.errors import InvalidParameter, PrivacyViolation
+from dpbudget.errors import DPBudgetWarning, InvalidParameter, PrivacyViolation
 from dptrainer.clipping.engine import trainable_parameters
 from dptrainer.clipping.factory import deterministic_copy, learn_arguments, self_test, synthetic_like
 from dptrainer.draws import ConstantDraws, without_dropout
@@ -46,7 +46,7 @@ def tell_untested(what: str, note: Callable[[str], None] | None) -> None:
     Clipping bounds nobody's influence in a model that mixes examples, so whoever uses it must know that nobody looked.
     """
     if note is None:
-        warnings.warn(f"{what} Pass note=print to read this as a note.", stacklevel=4)
+        warnings.warn(f"{what} Pass note=print to read this as a note.", DPBudgetWarning, stacklevel=4)
     else:
         note(what)
 

@@ -86,11 +86,7 @@ def _read_csv(path: str, data: bytes, target: str) -> tuple[NDArray[Any], NDArra
         raise _bad(f"{path} is not a CSV file in UTF-8", "export it again") from None
     rows = [row for row in rows if row]
     header = rows[0] if rows else []
-    if header.count(target) != 1 or len(set(header)) != len(header):
-        raise _bad(
-            f"{path} has no header with exactly one column {target!r} and no name twice",
-            f"name the labels with --target; the columns are {_listed(header)}" if header else "the file is empty",
-        )
+    _check_header(path, header, target)
     if any(len(row) != len(header) for row in rows):
         raise _bad(f"{path} has rows of another length than its header", "export it again")
     columns = dict(zip(header, zip(*rows[1:], strict=True), strict=False))
@@ -99,6 +95,18 @@ def _read_csv(path: str, data: bytes, target: str) -> tuple[NDArray[Any], NDArra
     numbers = {name: _column(path, name, cells) for name, cells in columns.items()}
     labels = numbers.pop(target)
     return np.stack(list(numbers.values()), axis=1), labels
+
+
+def _check_header(path: str, header: list[str], target: str) -> None:
+    if not header:
+        raise _bad(f"{path} is empty", "write a header, and a row of numbers for each record")
+    twice = [name for index, name in enumerate(header) if name in header[:index]]
+    if twice:
+        raise _bad(f"{path} has two columns {twice[0]!r}", "rename one of them")
+    if target not in header:
+        raise _bad(
+            f"{path} has no column {target!r}", f"name the labels with --target; the columns are {_listed(header)}"
+        )
 
 
 def _listed(header: list[str]) -> str:

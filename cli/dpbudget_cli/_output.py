@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dpbudget.errors import DPBudgetError, NotComputable
+from dpbudget.errors import DPBudgetError, DPBudgetWarning, NotComputable
 
 if TYPE_CHECKING:
     from dpbudget._config import Assumed
@@ -50,6 +52,25 @@ def emit_columns(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> No
 def talk(text: str) -> None:
     """A line for people, on standard error."""
     click.echo(clean(text), err=True)
+
+
+@contextmanager
+def warnings_told() -> Iterator[None]:
+    """Within the block a DPBudgetWarning is a line on standard error, each once; other warnings go where they went."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        before = warnings.showwarning
+
+        def tell(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, DPBudgetWarning):
+                before(message, category, *place, **more)
+            elif str(message) not in said:
+                said.add(str(message))
+                talk(f"warning {message}")
+
+        warnings.simplefilter("always", DPBudgetWarning)
+        warnings.showwarning = tell
+        yield
 
 
 def talk_assumed(assumed: Iterable[Assumed]) -> None:
@@ -133,11 +154,24 @@ def _explain_click(error: click.ClickException) -> tuple[str, str, str, int]:
         return "DP060", f"unknown option {error.option_name}", close or hint, 2
     message, _, fix = error.format_message().rstrip(".").partition(". Fix: ")
     code = "DP064" if isinstance(error, click.MissingParameter) else "DP060"
-    if isinstance(error, click.MissingParameter) and isinstance(error.param, click.Option) and not fix:
-        option = error.param
-        fix = f"pass {option.opts[0]} {option.make_metavar(error.ctx)}: {option.help}" if error.ctx else ""
     message = " ".join(message.split())
-    return code, message[:1].lower() + message[1:], fix or hint, 2
+    return code, message[:1].lower() + message[1:], fix or _how_to_write(error) or hint, 2
+
+
+def _how_to_write(error: click.ClickException) -> str:
+    """The option or argument that is missing, as it is to be written; empty for other errors."""
+    ctx = error.ctx if isinstance(error, click.UsageError) else None
+    if ctx is None:
+        return ""
+    wanted = error.param if isinstance(error, click.MissingParameter) else None
+    if isinstance(error, click.BadOptionUsage):
+        wanted = next((p for p in ctx.command.get_params(ctx) if error.option_name in p.opts), None)
+    if isinstance(wanted, click.Option):
+        return f"pass {wanted.opts[0]} {wanted.make_metavar(ctx)}: {wanted.help}"
+    if isinstance(wanted, click.Argument):
+        usage = " ".join([ctx.command_path, *ctx.command.collect_usage_pieces(ctx)])
+        return f"write {usage}; see {ctx.command_path} --help"
+    return ""
 
 
 def _finite(value: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dpbudget.curve import round_up, show_delta
+from dpbudget.errors import InvalidParameter
 from dpbudget_cli import _output as out
 from dpbudget_cli._options import (
     CLIP,
@@ -64,7 +65,6 @@ def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> No
     ask_schedule(question, solve_steps=solving == "steps", solve_batch=solving == "batch")
     question.need("clip_norm", "max_parameters")
     plan = _solve(question, solving)
-    warning = delta_warning(plan.claim.delta, plan.nominal_size)
     if plot is not None:
         from dpbudget.report.plots import figure_of_plan, save_figure
 
@@ -75,11 +75,10 @@ def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> No
         meaning = meaning_of_plan(plan)
     if as_json:
         more = {"explain": meaning_json(meaning)} if explain else {}
+        warning = delta_warning(plan.claim.delta, plan.nominal_size)
         out.emit_json({**describe(plan, question, [warning] if warning else []), **more})
         return
     out.talk_assumed(question.assumed)
-    if warning:
-        out.talk(f"warning {warning}")
     phase = plan.phases[0]
     out.emit_table(
         [
@@ -100,15 +99,9 @@ def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> No
 
 def _unknown(question: Question) -> str:
     """Whether ``noise``, ``steps`` or ``batch`` is solved for; raises InvalidParameter (DP064) for a muddled target."""
-    from dpbudget.errors import InvalidParameter
-
     attack = [name for name in ("advantage", "tpr", "fpr") if question.has(name)]
     if attack not in ([], ["advantage"], ["tpr", "fpr"]) or bool(attack) == question.has("epsilon"):
-        raise InvalidParameter(
-            "the target is exactly one of --epsilon, --advantage, or --tpr with --fpr",
-            code="DP064",
-            hint="pass --epsilon E: What the run may claim.",
-        )
+        raise _muddled_target([*attack, *(["epsilon"] if question.has("epsilon") else [])])
     if not question.has("noise_multiplier"):
         return "noise"
     if attack:
@@ -119,6 +112,21 @@ def _unknown(question: Question) -> str:
         )
     length, batch = (any(map(question.has, names)) for names in (("steps", "epochs"), ("batch_size", "sample_rate")))
     return "batch" if length and not batch else "steps"
+
+
+def _muddled_target(given: list[str]) -> InvalidParameter:
+    """Why the options that were given are not one target (DP064)."""
+    names = " and ".join(f"--{name}" for name in sorted(given))
+    if not given:
+        said, hint = (
+            "no target is given",
+            "pass --epsilon E: What the run may claim. Or --advantage A, or --tpr with --fpr",
+        )
+    elif len(given) == 1:
+        said, hint = f"{names} alone is no target", "pass --tpr R and --fpr F together: true positives at false ones"
+    else:
+        said, hint = f"{names} are more than one target", "keep one of --epsilon, --advantage, or --tpr with --fpr"
+    return InvalidParameter(said, code="DP064", hint=hint)
 
 
 def _solve(question: Question, solving: str) -> Plan:

@@ -29,9 +29,11 @@ def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> No
       dpbudget epsilon --dataset-size 60000 --batch-size 256 --epochs 10 --noise-multiplier 1.1 --delta 1e-5 --explain
     """
     from dpbudget._calibrate import epsilon_of
+    from dpbudget._schedule import warn_of_delta
     from dpbudget_cli._question import ask_mechanism
 
     question = ask_mechanism(values)
+    warn_of_delta(values["delta"], values["dataset_size"])
     bounds = epsilon_of(values["phases"], **question.pick("delta", "adjacency", "accountant"))
     shared = question.pick("delta", "accountant", "adjacency")
     answer = out.bounds_json(bounds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from dpbudget.errors import CODES, InvalidParameter
+from dpbudget.errors import CODES, WAYS_OUT, InvalidParameter
 from dpbudget_cli import _output as out
 from dpbudget_cli._options import JSON
 from dpbudget_cli.main import Leaf
@@ -14,7 +14,7 @@ from dpbudget_cli.main import Leaf
 @click.argument("code", required=False)
 @JSON
 def command(code: str | None, as_json: bool) -> None:
-    """What a code in an error or a warning means; without a code, all of them.
+    """What a code in an error or a warning means, and the way out; without a code, what all of them mean.
 
     Examples:
       dpbudget explain DP050
@@ -22,7 +22,7 @@ def command(code: str | None, as_json: bool) -> None:
     """
     if code is None:
         if as_json:
-            out.emit_json({"codes": CODES})
+            out.emit_json({"codes": CODES, "ways_out": WAYS_OUT})
         else:
             out.emit_table(CODES.items())
         return
@@ -36,6 +36,6 @@ def command(code: str | None, as_json: bool) -> None:
             hint=f"{did_you_mean(name, tuple(CODES))} dpbudget explain lists all of them".strip(),
         )
     if as_json:
-        out.emit_json({"code": name, "meaning": CODES[name]})
+        out.emit_json({"code": name, "meaning": CODES[name], "way_out": WAYS_OUT[name]})
     else:
-        out.emit_table([(name, CODES[name])])
+        out.emit_table([(name, CODES[name]), ("Fix", WAYS_OUT[name])])

@@ -77,6 +77,7 @@ def _check(wishes: list[Wish], path: str) -> LedgerState:
 def _describe(wish: Wish, ledger_id: str) -> dict[str, Any]:
     """A wish in plain numbers; a plan that claims too little is refused (DP052)."""
     from dpbudget._record import hex_to_float
+    from dpbudget._schedule import warn_of_delta
     from dpbudget.filters import LedgerFilter
     from dpbudget.ledger.claims import covers
     from dpbudget.ledger.requests import plan_of
@@ -90,6 +91,7 @@ def _describe(wish: Wish, ledger_id: str) -> dict[str, Any]:
                 described[name] = hex_to_float(value) if isinstance(value, str) else value
         return described
     plan = plan_of(wish)
+    warn_of_delta(plan.claim.delta, plan.nominal_size)
     certified = LedgerFilter().joint_claim((plan,), plan.claim.delta)
     if not covers(plan.claim.epsilon, certified):
         raise InvalidParameter(

@@ -63,13 +63,7 @@ def command(
     from dpbudget.mechanisms import Adjacency
     from dpbudget.plan import Budget
 
-    if kind not in ("portfolio", "rdp") or (kind == "rdp" and whole_budget):
-        raise InvalidParameter(
-            f"--filter {kind[:40]}{' with --whole-budget' if whole_budget else ''}: a filter is portfolio or rdp, and "
-            "rdp has no portfolios to take the whole",
-            code="DP062",
-            hint="leave --filter out unless steps are to be chosen after the outputs of others",
-        )
+    _check_filter(kind, whole_budget)
     budget = Budget(epsilon=epsilon, delta=delta)
     passphrases, made = read_passphrases(passphrase_fd), list[str]()
 
@@ -99,6 +93,22 @@ def command(
         _report(shown(path), ledger, budget, made, as_json)
 
 
+def _check_filter(kind: str, whole_budget: bool) -> None:
+    """Raises InvalidParameter (DP062) for an unknown filter, or an option that the filter has no use for."""
+    if kind not in ("portfolio", "rdp"):
+        raise InvalidParameter(
+            f"unknown filter {kind[:40]!r}",
+            code="DP062",
+            hint="choose portfolio (the default), or rdp where steps are chosen after the outputs of others",
+        )
+    if kind == "rdp" and whole_budget:
+        raise InvalidParameter(
+            "--filter rdp with --whole-budget: an rdp ledger has no portfolios, of which one could take the whole",
+            code="DP062",
+            hint="leave --whole-budget out",
+        )
+
+
 def _signer(ledger: str, given: str | None, role: str, passphrases: tuple[bytes, ...], made: list[str]) -> Signer:
     """The named key, or a new one beside the ledger, noted in ``made`` so that a failure can take it back."""
     if given is not None:
@@ -108,7 +118,11 @@ def _signer(ledger: str, given: str | None, role: str, passphrases: tuple[bytes,
     ledger = local_name(ledger)
     place = Path(ledger)
     if place.exists() or place.is_symlink():
-        raise InvalidParameter(f"{ledger} exists", code="DP074", hint="choose another path; nothing was written")
+        raise InvalidParameter(
+            f"{ledger} exists",
+            code="DP074",
+            hint=f"go on with it (dpbudget ledger show {shown(ledger)}), or choose another path; nothing was written",
+        )
     if not place.parent.is_dir():
         raise Unreadable(f"the folder {place.parent} does not exist", hint="make the folder first")
     name = f"{ledger}.{role}.key"

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from dpbudget_cli._output import WANTS_JSON, report_error
+from dpbudget_cli._output import WANTS_JSON, report_error, warnings_told
 
 #: Exit codes, as every page of help states them.
 EXIT_CODES = (
@@ -38,6 +38,14 @@ class Leaf(click.Command):
         text = inspect.cleandoc(help or "").replace("Examples:\n", "\b\nExamples:\n")
         kwargs.setdefault("epilog", EXIT_CODES)
         super().__init__(name, help=text, **kwargs)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments; an error of the parser learns whose they are."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
 
     def get_help_option_names(self, ctx: click.Context) -> list[str]:
         """-h and --help, whoever made the context."""
@@ -101,9 +109,10 @@ class Root(LazyGroup):
             raise _ReaderGone from None
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
+        """Run the command, and say what dpbudget warns of meanwhile."""
         try:
-            return super().invoke(ctx)
+            with warnings_told():
+                return super().invoke(ctx)
         except BrokenPipeError:
             raise _ReaderGone from None
 

@@ -30,8 +30,6 @@ _DELTA = (
     "leave it out: delta is the ledger's. The owner sets it with dpbudget ledger init, and raises it with "
     "dpbudget ledger grant --delta D"
 )
-#: A portfolio whose plans claim this share of its epsilon is full.
-_FULL = 0.999
 
 
 @click.command("new", cls=Leaf, elsewhere={"--delta": _DELTA})
@@ -143,7 +141,7 @@ def _room(ledger: Ledger, path: str) -> Fraction:
     if not room:
         taken = out.ceil_float(Fraction(state.epsilon) - state.remaining_epsilon)
         raise BudgetExceeded(
-            f"the plans take epsilon {round_up(taken, 10)} of {state.epsilon:g}; nothing usable is left",
+            f"the plans take epsilon {round_up(taken, 10)} of {state.epsilon:.10g}; nothing usable is left",
             hint=f"the owner can raise the total: dpbudget ledger grant {path} --epsilon E"
             f"{' --delta D' if no_delta else ''}",
         )
@@ -183,13 +181,13 @@ def _adaptive_plan(question: Question, ledger: Ledger) -> Plan:
 
 def _refuse_crumbs(beside: tuple[Plan, ...], room: float, delta: float) -> None:
     """Refuse to fill what rounding left of a portfolio with a plan that would be noise alone (DP052)."""
-    from dpbudget.filters import PortfolioFilter
+    from dpbudget.filters.portfolio import FULL, PortfolioFilter
 
     taken = PortfolioFilter().joint_claim(beside, delta)
-    if taken > _FULL * room:
+    if taken > FULL * room:
         raise BudgetExceeded(
-            f"the {'plan' if len(beside) == 1 else f'{len(beside)} plans'} signed before may claim epsilon {taken:.9g} "
-            f"of {room:.9g}, so nothing is left for another",
+            f"the {'plan' if len(beside) == 1 else f'{len(beside)} plans'} signed before may claim epsilon "
+            f"{round_up(taken, 10)} of {round_down(room, 10)}, so nothing of use is left for another",
             hint="train under a plan that dpbudget plan show lists; a plan is not taken back, so pass --epsilon to "
             "leave room for the next",
         )
@@ -199,14 +197,14 @@ def _report(plan: Plan, question: Question, run_id: str, head: str, as_json: boo
     from dpbudget._schedule import delta_warning
     from dpbudget_cli.calibrate import describe
 
-    warning = delta_warning(plan.claim.delta, plan.nominal_size)
-    warnings = [*([warning] if warning else []), *([f"{_USERS}; {USERS_TRAIN}"] if plan.unit == "user" else [])]
+    users = [f"{_USERS}; {USERS_TRAIN}"] if plan.unit == "user" else []
     if as_json:
-        answer = describe(plan, question, warnings)
+        delta = delta_warning(plan.claim.delta, plan.nominal_size)
+        answer = describe(plan, question, [*([delta] if delta else []), *users])
         out.emit_json({"run": run_id, "plan": plan.digest(), "head": head, **answer})
         return
     out.talk_assumed(question.assumed)
-    for warning in warnings:
+    for warning in users:
         out.talk(f"warning {warning}")
     phase = plan.phases[0]
     out.emit_table(

@@ -56,7 +56,21 @@ class _Job:
     checkpoint_every: int
 
 
-@click.command("train", cls=Leaf)
+_SIGNED = "leave it out: the signed plan has it (dpbudget plan show); for another, dpbudget plan new"
+_IN_PLAN = (
+    "epochs",
+    "steps",
+    "batch-size",
+    "dataset-size",
+    "sample-rate",
+    "noise-multiplier",
+    "clip-norm",
+    "epsilon",
+    "delta",
+)
+
+
+@click.command("train", cls=Leaf, elsewhere={f"--{name}": _SIGNED for name in _IN_PLAN})
 @click.option("--ledger", "path", required=True, metavar="PATH", help="The ledger that holds the plan.")
 @click.option("--plan", "run_id", metavar="RUN", help="The run, if several have steps left.")
 @click.option("--writer-key", metavar="FILE", help="PATH.writer.key or writer.key beside it if not given.")
@@ -144,10 +158,14 @@ def _choose_run(state: LedgerState, text: str | None) -> str:
         return unfinished[0]
     if state.runs and not unfinished:
         return list(state.runs)[-1]
+    if not unfinished:
+        raise InvalidParameter(
+            "no plan is signed into this ledger yet", code="DP081", hint="sign one in: dpbudget plan new"
+        )
     raise InvalidParameter(
         f"{len(unfinished)} runs of this ledger have steps left",
         code="DP081",
-        hint=f"name one with --plan: {', '.join(unfinished)}" if unfinished else "sign a plan in: dpbudget plan new",
+        hint=f"name one with --plan: {', '.join(unfinished)}",
     )
 
 

@@ -11,7 +11,7 @@ from dpbudget._search import most_steps, smallest_noise
 from dpbudget.accountants.base import Accountant
 from dpbudget.errors import DPBudgetError
 from dpbudget.filters import ledger_renyi
-from dpbudget.filters.portfolio import PortfolioFilter
+from dpbudget.filters.portfolio import FULL, PortfolioFilter
 from dpbudget.filters.renyi import DEFAULT_ORDERS
 from dpbudget.mechanisms.gaussian import MAX_NOISE_MULTIPLIER
 from dpbudget.plan import Budget, Phase, Plan
@@ -48,8 +48,11 @@ class LedgerFilter:
     def what_fits(self, others: Sequence[Plan], plan: Plan, delta: float, room: float) -> str:
         """The most steps and the least noise with which ``plan`` fits ``room`` beside ``others``, in words.
 
-        Both were seen to fit; the number of steps is the largest, the noise the smallest to some 1e-8.
+        Both were seen to fit; the number of steps is the largest, the noise the smallest to some 1e-8. Beside plans
+        that have all of it, only noise alone would fit, which is not proposed.
         """
+        if others and self._claim(others, None, delta) > FULL * room:
+            return "no plan of use fits beside them; the owner can raise the total (dpbudget ledger grant)"
         steps = most_steps(lambda count: self._claim(others, _first_steps(plan, count), delta) <= room, plan.steps)
         parts = [f"at most {steps} of the {plan.steps} steps"] if steps else []
         sigma = self._least_noise(others, plan, delta, room)

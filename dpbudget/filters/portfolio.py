@@ -17,6 +17,9 @@ from dpbudget.curve import Bounds
 from dpbudget.errors import InvalidParameter
 from dpbudget.plan import Plan, claimed_epsilon, joint_ideal_delta
 
+#: A portfolio whose plans claim this share of its epsilon is full: what is left would make a plan of noise alone.
+FULL = 0.999
+
 
 @dataclass(frozen=True)
 class PortfolioFilter:

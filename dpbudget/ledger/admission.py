@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import partial
 
 from dpbudget._renyi import PhaseCost
-from dpbudget.curve import round_up
+from dpbudget.curve import round_down, round_up
 from dpbudget.errors import BudgetExceeded, InvalidParameter, Tampered
 from dpbudget.ledger.claims import covers, portfolio_claim
 from dpbudget.ledger.journal import Draft, Journal
@@ -149,6 +149,7 @@ def check_facts(state: LedgerState, plan: Plan) -> None:
             ledger holds (DP009).
     """
     genesis = state.genesis
+    _check_is_plan(plan)
     _check_caps(state, plan)
     if plan.nominal_size is None:
         raise InvalidParameter(
@@ -163,6 +164,15 @@ def check_facts(state: LedgerState, plan: Plan) -> None:
             hint=f"plan with adjacency {genesis.adjacency}"
             if plan.adjacency != genesis.adjacency
             else f'plan with unit="{genesis.unit}"; sizes and rates then count {genesis.unit}s',
+        )
+
+
+def _check_is_plan(plan: object) -> None:
+    if not isinstance(plan, Plan):
+        raise InvalidParameter(
+            f"plan is a {type(plan).__name__}, not a Plan",
+            code="DP060",
+            hint="plan = dpbudget.calibrate(epsilon=3.0, dataset_size=..., batch_size=..., epochs=...)",
         )
 
 
@@ -255,7 +265,7 @@ def _check_claim(state: LedgerState, target: Target, spending: SpendingFilter, p
         fits = spending.what_fits(others, plan, portfolio.delta, out_of(room))
         raise BudgetExceeded(
             f"the plan{together} would claim epsilon {round_up(joint, 10)} at delta {portfolio.delta:g}; "
-            f"{float(room):.9g} of {state.epsilon:g} is left for all of it",
+            f"{round_down(out_of(room), 10)} of {state.epsilon:.10g} is left for {'all of them' if others else 'it'}",
             hint=f"{fits}{still}; nothing was written",
         )
 

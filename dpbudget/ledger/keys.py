@@ -42,7 +42,12 @@ def new_key(path: str | os.PathLike[str], passphrase: bytes | None = None) -> Ed
     protection = _protection(passphrase)
     for name in (place, public):
         if os.path.lexists(name):
-            raise InvalidParameter(f"{name} exists", code="DP074", hint="choose another path; keys are not overwritten")
+            raise InvalidParameter(
+                f"{name} exists",
+                code="DP074",
+                hint="use the key that is there (dpbudget.load_key, or its name in a command), or choose another path; "
+                "keys are not overwritten",
+            )
     key = Ed25519PrivateKey.generate()
     signer = Ed25519Signer(key)
     try:

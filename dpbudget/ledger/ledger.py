@@ -30,7 +30,7 @@ from dpbudget.ledger.journal import CheckedReading, Draft, Journal, check_writer
 from dpbudget.ledger.rekey import change_key
 from dpbudget.ledger.requests import apply_request, request_budget, request_plan
 from dpbudget.ledger.run import Run
-from dpbudget.ledger.signing import PublicKey, Signer
+from dpbudget.ledger.signing import PublicKey, Signer, check_signer
 from dpbudget.ledger.state import LedgerState, SpendingFilter
 from dpbudget.ledger.store import files
 from dpbudget.ledger.store.base import LedgerStore, Snapshot
@@ -91,6 +91,8 @@ class Ledger:
         Raises:
             InvalidParameter: the path exists (DP074), or owner and writer are one key (DP080).
         """
+        check_signer("owner", owner)
+        check_signer("writer", writer)
         if owner.public == writer.public:
             raise InvalidParameter(
                 "owner and writer are one key", code="DP080", hint="make two keys: the writer must not create budget"
@@ -167,6 +169,7 @@ class Ledger:
             reader = ReadingStore(path)
             state, head = replay_store(reader, key)
             return cls(Journal(reader, None, state, head), filter)
+        check_signer("writer", writer)
         store, marks = open_store(path), _marks(high_water)
         try:
             state, head = replay_store(store, key, high_water=marks)
@@ -299,6 +302,7 @@ class Ledger:
             Tampered: the writer understated what was spent before (DP071).
         """
         self._journal.guard()
+        check_signer("owner", owner)
         return admit_plan(self._journal, self._arithmetic(), plan, owner)
 
     def request_plan(self, plan: Plan) -> tuple[str, bytes]:

@@ -13,8 +13,9 @@ from operator import length_hint
 from types import TracebackType
 from typing import Self
 
-from dpbudget.curve import Bounds, round_up, show_delta
+from dpbudget.curve import Bounds, round_down, round_up, show_delta
 from dpbudget.errors import BudgetExceeded, InvalidParameter, PlanExhausted, PrivacyViolation, StorageFailed
+from dpbudget.ledger.admission import out_of
 from dpbudget.ledger.claims import portfolio_claim
 from dpbudget.ledger.journal import Draft, Journal
 from dpbudget.ledger.receipt import LeaseKey, Receipt
@@ -365,6 +366,6 @@ def _check_room(state: LedgerState, portfolio: Portfolio, claim: float) -> None:
     if Fraction(claim) > room:
         raise BudgetExceeded(
             f"the plans of portfolio {portfolio.index} claim epsilon {round_up(claim, 10)} together at delta "
-            f"{portfolio.delta:g}; {float(room):.9g} is left of the budget",
+            f"{portfolio.delta:g}; {round_down(out_of(room), 10)} is left of the budget",
             hint="nothing was charged; sign a smaller plan",
         )

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from dpbudget._record import decode, encode
-from dpbudget.errors import Tampered
+from dpbudget.errors import InvalidParameter, Tampered
 from dpbudget.ledger.entries import MAX_ENVELOPE_BYTES
 
 RECORD_TYPE = "application/vnd.dpbudget.record.v1+json"
@@ -124,6 +124,16 @@ def _key_problem(raw: bytes) -> str | None:
     if pow(square, (_P - 1) // 2, _P) != 1:
         return "is not a point of the curve"
     return None
+
+
+def check_signer(role: str, value: object) -> None:
+    """Refuse what cannot sign, such as the name of a key file in place of the key (DP080); the value is not shown."""
+    if not isinstance(getattr(value, "public", None), PublicKey) or not callable(getattr(value, "sign", None)):
+        raise InvalidParameter(
+            f"{role} is a {type(value).__name__}, not a key that can sign",
+            code="DP080",
+            hint=f'{role}=dpbudget.load_key("{role}.key")',
+        )
 
 
 class Ed25519Signer:

@@ -21,10 +21,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
 import peers
 from accounting_cases import WORKLOADS, Workload
 
-from dpbudget._calibrate import noise_for, plan_for
+from dpbudget._calibrate import calibrate, noise_for, plan_for
 from dpbudget._live import build_meter
 from dpbudget.accountants import get_accountant
+from dpbudget.ledger.run import default_lease_steps
 from dpbudget.mechanisms import Adjacency
+from dpbudget.meter import Meter
 
 ROUNDS, LIMIT_SECONDS = 7, 10.0
 #: Peers left out by --quick.
@@ -150,6 +152,20 @@ def show_meter(rounds: int) -> None:
         print(
             f"rate {rate:.4g}, noise {sigma:g}: {len(cell.answer.steps)} points, {cell.median:.1f} ms ({cell.spread})"
         )
+    print("read after every step, in leases of the usual size: milliseconds in all, and for each step")
+    for facts in ((1437, 64, 20), (60000, 256, 10), (60000, 256, 427)):
+        size, batch, epochs = facts
+        plan = calibrate(epsilon=3.0, delta=1e-5, dataset_size=size, batch_size=batch, epochs=epochs)
+        cell = Cell(lambda plan=plan: read_through(build_meter(plan), plan.steps))
+        interleave([{"meter": cell}], rounds)
+        print(f"{plan.steps} steps, table included: {cell.median:.0f} ms, {cell.median / plan.steps:.3f} ms a step")
+
+
+def read_through(meter: Meter, steps: int) -> None:
+    """What a training run asks: epsilon of the charged steps after each step."""
+    lease = default_lease_steps(steps)
+    for step in range(1, steps + 1):
+        meter.epsilon(min(-(-step // lease) * lease, steps))
 
 
 def main() -> None:

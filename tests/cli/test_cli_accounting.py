@@ -15,7 +15,7 @@ import pytest
 
 from dpbudget._calibrate import calibrate, delta_of, epsilon_of
 from dpbudget.curve import Bounds
-from dpbudget.errors import CODES
+from dpbudget.errors import CODES, WAYS_OUT
 from dpbudget_cli._options import parse_number, to_count, to_float
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +114,12 @@ class TestCalibrate:
     def test_a_delta_that_publishes_records_is_warned_of(self, run_cli: Cli, empty: Path) -> None:
         talk = run_cli("calibrate", "--epsilon", "3", "--delta", "0.01")
         assert talk.code == 0
-        assert "warning DP003" in talk.err
+        assert talk.err.count("warning DP003") == 1
+        steps = run_cli("calibrate", "--epsilon", "3", "--noise-multiplier", "2", "--delta", "0.01")
+        assert steps.err.count("warning DP003") == 1, "asked twice, said once"
+        facts = ("--dataset-size", "400", "--batch-size", "100", "--epochs", "2", "--noise-multiplier", "2")
+        assert run_cli("epsilon", *facts, "--delta", "0.01").err.count("warning DP003") == 1
+        assert "DP003" not in run_cli("epsilon", *facts, "--delta", "1e-5").err
         assert (
             run_cli("calibrate", "--epsilon", "3", "--delta", "0.01", "--json").json["warnings"][0].startswith("DP003")
         )
@@ -129,8 +134,10 @@ class TestCalibrate:
 class TestExplain:
     def test_every_code_is_explained(self, run_cli: Cli) -> None:
         for code, meaning in CODES.items():
-            assert run_cli("explain", code.lower(), "--json").json == {"code": code, "meaning": meaning}
-        assert run_cli("explain", "--json").json == {"codes": CODES}
+            answer = {"code": code, "meaning": meaning, "way_out": WAYS_OUT[code]}
+            assert run_cli("explain", code.lower(), "--json").json == answer
+        assert run_cli("explain", "--json").json == {"codes": CODES, "ways_out": WAYS_OUT}
+        assert f"Fix    {WAYS_OUT['DP078']}" in run_cli("explain", "DP078").out
 
     def test_an_unknown_code_is_refused_with_the_nearest(self, run_cli: Cli) -> None:
         answer = run_cli("explain", "DP51")

@@ -194,6 +194,16 @@ def test_a_ledger_that_does_not_hold_is_not_attested(run_cli: Cli, folder: Path)
     assert not (folder / "r.dsse").exists()
 
 
+def test_an_owner_reads_of_a_delta_that_protects_nobody_before_signing(run_cli: Cli, folder: Path) -> None:
+    made = run_cli("ledger", "init", "loose.ledger", "--epsilon", "3", "--delta", "0.1", "--whole-budget")
+    assert made.code == 0
+    asked = run_cli("plan", "new", "--ledger", "loose.ledger", *SMALL, "--epsilon", "1", "--request", "loose.req")
+    assert asked.err.count("warning DP003") == 1
+    sign = ("--owner-key", "loose.ledger.owner.key", "--ledger", "loose.ledger")
+    answer = run_cli("key", "sign", "loose.req", "loose.signed", *sign)
+    assert (answer.code, answer.err.count("warning DP003 delta 0.1 allows publishing 10 of 100 records")) == (0, 1)
+
+
 def test_an_owner_elsewhere_signs_a_plan_and_new_totals(run_cli: Cli, folder: Path) -> None:
     owner = folder / f"{LEDGER}.owner.key"
     owner.rename(folder / "safe.key")

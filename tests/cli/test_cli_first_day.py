@@ -178,3 +178,64 @@ def test_a_broken_pipe_is_no_verdict(line: str, closed: str) -> None:
         os.close(writer)
     assert done.returncode == 141
     assert not done.stderr
+
+
+class TestWhatABeginnerMistakes:
+    """Each message names what happened, and its second line what to write."""
+
+    @pytest.mark.parametrize(
+        ("words", "said", "fix"),
+        [
+            ("calibrate", "no target is given", "pass --epsilon E"),
+            ("calibrate --epsilon 3 --advantage 0.1", "--advantage and --epsilon are more than one", "keep one of"),
+            ("calibrate --tpr 0.1", "--tpr alone is no target", "pass --tpr R and --fpr F together"),
+            ("calibrate --epsilon", "option '--epsilon' requires an argument", "pass --epsilon E: What the run"),
+            ("calibrate --epsilon 1e-9", "smallest reachable is 2e-9", "larger epsilon"),
+            ("key new", "missing argument 'PATH'", "write dpbudget key new [OPTIONS] PATH; see"),
+            ("key new owner.key", "owner.key exists", "use the key that is there"),
+            (
+                "ledger init budget.ledger --epsilon 3 --delta 1e-5",
+                "budget.ledger exists",
+                "dpbudget ledger show budget",
+            ),
+            ("ledger init x.ledger --epsilon 3 --delta 1e-5 --filter foo", "unknown filter 'foo'", "choose portfolio"),
+            ("train --ledger budget.ledger --data t.csv --classes 2 --epochs 3", "--epochs", "the signed plan has it"),
+            (
+                "train --ledger new.ledger --data t.csv --classes 2",
+                "no plan is signed into this ledger yet",
+                "plan new",
+            ),
+            ("train --ledger budget.ledger --data t.csv --classes 2", "t.csv has no column 'y'", "columns are a, b"),
+            ("train --ledger budget.ledger --data e.csv --classes 2", "e.csv is empty", "write a header"),
+            ("train --ledger budget.ledger --data d.csv --classes 2", "d.csv has two columns 'a'", "rename one"),
+        ],
+    )
+    def test_it_is_told_what_happened_and_what_to_write(
+        self, run_cli: Cli, folder: Path, words: str, said: str, fix: str
+    ) -> None:
+        new = ("new.ledger", "--epsilon", "1", "--delta", "1e-5", "--writer-key", "budget.ledger.writer.key")
+        assert run_cli("ledger", "init", *new).code == 0
+        for name, text in (("t.csv", "a,b\n1,2\n"), ("e.csv", ""), ("d.csv", "a,a,y\n1,2,0\n")):
+            Path(name).write_text(text)
+        answer = run_cli(*words.split(), *(("--writer-key", "budget.ledger.writer.key") if "new.l" in words else ()))
+        happened, way_out = answer.err.strip().splitlines()
+        assert answer.code != 0
+        assert happened.startswith("error DP")
+        assert said in happened
+        assert way_out.startswith("Fix: ")
+        assert fix in way_out
+
+    def test_beside_plans_that_have_all_of_it_no_noise_is_proposed(self, run_cli: Cli, folder: Path) -> None:
+        init = ("ledger", "init", "full.ledger", "--epsilon", "3", "--delta", "1e-5", "--whole-budget")
+        assert run_cli(*init).code == 0
+        plan = ("plan", "new", "--ledger", "full.ledger", *SMALL)
+        assert run_cli(*plan).code == 0
+        for more in (("--epsilon", "1"), ("--noise-multiplier", "1")):
+            answer = run_cli(*plan, *more)
+            assert answer.code == 3
+            assert "no plan of use fits beside them; the owner can raise the total" in answer.err
+            assert "1000000" not in answer.err
+        taken = run_cli(*plan).err.split("may claim epsilon ")[1].split(" of ")[0]
+        with dpbudget.open_ledger("full.ledger") as ledger:
+            (run,) = ledger.state.runs.values()
+        assert float(taken) >= run.plan.claim.epsilon, "rounded up"

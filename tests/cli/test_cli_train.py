@@ -331,5 +331,6 @@ class TestTables:
         np.savez(tmp_path / "t.npz", x=np.zeros((31, 2)), y=np.zeros(37, dtype=int))
         with pytest.raises(Unreadable) as info:
             read_table(str(tmp_path / "t.npz"), "y", 2, 1.0)
-        assert "31" not in info.value.message
-        assert "37" not in info.value.message
+        said = info.value.message.replace(str(tmp_path), "")  # whose number may be any
+        assert "31" not in said
+        assert "37" not in said

@@ -31,20 +31,40 @@ def script_of(page: Path) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if len(script_of(p).splitlines()) > 2], ids=lambda p: str(p.relative_to(ROOT))
-)
-def test_the_blocks_of_a_page_run_as_written(page: Path, tmp_path: Path) -> None:
+def run_script(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The blocks of a page in a folder, one after the other."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", script_of(page)],
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=240,
         env={**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "cli")])},
     )
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if len(script_of(p).splitlines()) > 2], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_the_blocks_of_a_page_run_as_written(page: Path, tmp_path: Path) -> None:
+    done = run_script(page, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_a_second_run_is_told_what_is_there_and_begins_again_as_the_page_says(page: str, tmp_path: Path) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    (remove,) = re.findall(r"`(rm -f [^`]+)`", text)
+    first = run_script(ROOT / page, tmp_path)
+    assert first.returncode == 0, first.stderr
+    second = run_script(ROOT / page, tmp_path)
+    assert second.returncode != 0
+    assert "DP074" in second.stderr
+    assert "exists" in second.stderr
+    subprocess.run(remove, shell=True, check=True, cwd=tmp_path)
+    third = run_script(ROOT / page, tmp_path)
+    assert third.returncode == 0, third.stderr
 
 
 def commands(group: object, prefix: str = "") -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -10,13 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpbudget import _live
 from dpbudget._calibrate import bounds_of, calibrate, delta_of, epsilon_of, max_steps, plan_for
-from dpbudget._live import build_meter
+from dpbudget._live import LiveMeter, build_meter
 from dpbudget._schedule import default_delta, delta_warning, make_schedule
 from dpbudget._search import most_steps, smallest_noise
 from dpbudget.accountants import get_accountant
-from dpbudget.errors import DPBudgetError, InvalidParameter, NotComputable
+from dpbudget.errors import BudgetExceeded, DPBudgetError, DPBudgetWarning, InvalidParameter, NotComputable
 from dpbudget.mechanisms import Adjacency
+from dpbudget.meter import Meter
 from dpbudget.plan import MAX_STEPS, Phase, Plan, claimed_epsilon
 
 MNIST: dict[str, Any] = {"dataset_size": 60000, "batch_size": 256, "epochs": 10}
@@ -90,7 +93,7 @@ class TestSmallestNoise:
 
     def test_an_unreachable_epsilon_names_the_smallest_reachable_one(self) -> None:
         with pytest.raises(
-            NotComputable, match=r"epsilon 1e-09 is not reachable .* smallest reachable is 2e-09"
+            NotComputable, match=r"epsilon 1e-09 is not reachable .* smallest reachable is 2e-9"
         ) as info:
             calibrate(epsilon=1e-9, delta=1e-5, sample_rate=0.01, steps=10, accountant="rdp")
         assert info.value.code == "DP004"
@@ -302,7 +305,52 @@ class TestSchedules:
         warning = delta_warning(0.1, 60000)
         assert warning is not None
         assert warning.startswith("DP003")
-        assert "6e+03 of 60000 records" in warning
+        assert "publishing 6000 of 60000 records" in warning
+        assert warning.endswith("well below 1.6e-05"), "1 / 60000, rounded down"
+
+    def test_the_warning_begins_at_one_over_n_and_says_no_less_than_one_record(self) -> None:
+        assert delta_warning(1.0 / 64 - 1e-9, 64) is None
+        assert "publishing 1 of 64 records" in str(delta_warning(1.0 / 64, 64))
+
+    @pytest.mark.parametrize(
+        "ask",
+        [
+            lambda facts: calibrate(epsilon=3.0, **facts),
+            lambda facts: calibrate(advantage=0.3, **facts),
+            lambda facts: plan_for(noise_multiplier=2.0, **facts),
+            lambda facts: max_steps(epsilon=3.0, noise_multiplier=2.0, **{k: facts[k] for k in facts if k != "epochs"}),
+        ],
+    )
+    def test_python_warns_the_line_that_asked(self, ask: Any) -> None:
+        facts = {"dataset_size": 400, "batch_size": 100, "epochs": 2, "delta": 0.01}
+        with pytest.warns(DPBudgetWarning, match=r"^DP003 delta 0\.01 allows publishing 4 of 400 ") as caught:
+            ask(facts)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+        ask({**facts, "delta": 1e-5})  # a warning would be an error here
+        ask({**facts, "delta": None})
+
+
+class TestTargets:
+    @pytest.mark.parametrize(
+        ("given", "said"),
+        [
+            ({}, "no target is given"),
+            ({"epsilon": 3.0, "advantage": 0.1}, "epsilon and advantage are more than one target"),
+            ({"advantage": 0.1, "beside": True}, "plans beside it have no joint advantage"),
+        ],
+    )
+    def test_what_was_given_is_named(self, given: dict[str, Any], said: str) -> None:
+        facts = {"delta": 1e-5, "dataset_size": 400, "batch_size": 400, "epochs": 2}
+        if "beside" in given:
+            given = {**given, "beside": [calibrate(epsilon=1.0, **facts)]}
+        with pytest.raises(InvalidParameter, match=f"DP064 {said}"):
+            calibrate(**given, **facts)
+
+    def test_beside_plans_that_claim_all_of_it_no_plan_of_noise_alone_is_made(self) -> None:
+        facts = {"delta": 1e-5, "dataset_size": 400, "batch_size": 400, "epochs": 2}
+        with pytest.raises(BudgetExceeded, match=r"the plan beside it claims epsilon .* of 1 already"):
+            calibrate(epsilon=1.0, beside=[calibrate(epsilon=1.0, **facts)], **facts)
 
 
 class TestMeter:
@@ -341,6 +389,56 @@ class TestMeter:
         alone = epsilon_of([(quiet.rate, 4.0, quiet.steps)], delta=plan.claim.delta, accountant="rdp").upper
         assert meter.epsilon(quiet.steps).upper == pytest.approx(alone, rel=1e-4)
         assert meter.epsilon(quiet.steps).upper < meter.epsilon(mixed.steps).upper / 2
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def sampled() -> Plan:
+        return calibrate(epsilon=3.0, delta=1e-5, dataset_size=1437, batch_size=64, epochs=20)
+
+    def test_where_it_is_read_it_is_tight(self, sampled: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_live, "_AT_ONCE", 1e9)  # however slow this machine is today
+        meter, phase = build_meter(sampled), sampled.phases[0]
+        for steps in range(18, 451, 9):  # the ends of leases
+            exact = epsilon_of([(phase.rate, phase.noise_multiplier, steps)], delta=sampled.claim.delta)
+            assert exact.lower <= meter.epsilon(steps).upper < 1.02 * exact.upper
+            assert meter.epsilon(steps).lower <= exact.upper
+        assert meter.epsilon(450).upper == Meter.epsilon(meter, 450).upper, "the end is the claim's own bound"
+
+    def test_epsilon_never_falls_while_steps_are_added_though_the_time_runs_out(
+        self, sampled: Plan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_live, "_A_STEP", 0.0)
+        meter = build_meter(sampled)
+        assert isinstance(meter, LiveMeter)
+        shown = []
+        for steps in range(1, sampled.steps + 1):
+            if steps % 100 == 50:  # time for a few entries more
+                meter.finer.seconds -= 5.0 * max(meter.finer.costs.values())
+            shown.append(meter.epsilon(steps).upper)
+        assert shown == sorted(shown)
+        assert all(mine <= Meter.epsilon(meter, steps).upper for steps, mine in enumerate(shown, 1))
+
+    def test_without_time_it_asks_nothing_and_with_it_once_for_a_percent(
+        self, sampled: Plan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[int] = []
+        meter = build_meter(sampled)
+        assert isinstance(meter, LiveMeter)
+        answer = meter.answer
+        meter = replace(meter, answer=lambda steps: (asked.append(steps), answer(steps))[1])
+        monkeypatch.setattr(_live, "_AT_ONCE", -1e9)
+        plain = [meter.epsilon(steps) for steps in range(1, 451)]
+        assert asked == []
+        assert plain == [Meter.epsilon(meter, steps) for steps in range(1, 451)]
+        monkeypatch.setattr(_live, "_AT_ONCE", 1e9)
+        meter.finer.reached = 0
+        for _ in range(2):
+            for steps in range(1, 451):
+                meter.epsilon(steps)
+        assert asked == sorted(set(asked))
+        assert 50 < len(asked) < math.log(3.0 / 0.5) / math.log(1.01)
+        with pytest.raises(ValueError, match="beyond the plan"):
+            meter.epsilon(451)
 
     def test_a_certified_meter_brackets_every_tabled_step(self) -> None:
         plan = calibrate(epsilon=3.0, delta=1e-5, sample_rate=0.2, steps=80)

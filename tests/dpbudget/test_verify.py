@@ -339,6 +339,30 @@ def test_work_that_is_interrupted_leaves_nothing_behind():
     assert calls == 3
 
 
+def test_the_report_warns_of_a_delta_that_would_let_a_record_be_published(tmp_path):
+    desk = Desk(tmp_path, budget=Budget(epsilon=3.0, delta=0.01))
+    with pytest.warns(dpbudget.DPBudgetWarning, match="DP003"):
+        plan = dpbudget.calibrate(epsilon=1.0, delta=0.01, dataset_size=1000, batch_size=1000, steps=2)
+    desk.ledger.sign_plan(plan, owner=desk.owner)
+    before = desk.verify()
+    assert before.ok
+    assert any("publishing 10 of 1000 records" in line for line in before.warnings), "before anything is spent"
+    with dpbudget.start(desk.ledger) as run:
+        run.next_receipt()
+    after = desk.verify()
+    assert after.ok, "a budget that protects nobody is the owner's to grant"
+    assert "note: DP003 delta 0.01 allows publishing 10 of 1000 records" in after.summary()
+
+
+def test_deltas_that_add_up_to_one_record_are_warned_of_though_each_is_small(tmp_path):
+    desk = Desk(tmp_path, budget=Budget(epsilon=8.0, delta=1.5e-3), whole_budget=False)
+    facts = {"epsilon": 1.0, "dataset_size": 1000, "batch_size": 1000, "steps": 2}
+    for _ in range(2):  # each begins before the next is signed, so that it has a portfolio of its own
+        assert not [line for line in desk.verify().warnings if line.startswith("DP003")]
+        desk.spend(dpbudget.calibrate(delta=desk.ledger.plan_delta, **facts))
+    assert [line for line in desk.verify().warnings if line.startswith("DP003")]
+
+
 def test_the_report_says_whose_presence_is_protected(tmp_path, plan):
     desk = Desk(tmp_path, unit="user")
     with pytest.raises(errors.InvalidParameter, match="one example in a ledger for add-remove neighbours of one user"):
@@ -358,6 +382,28 @@ def test_an_unknown_unit_is_refused_with_the_known_ones():
         with pytest.raises(errors.InvalidParameter, match="unknown unit of privacy 'users'") as caught:
             make(**target, **schedule, unit="users")
         assert "user" in caught.value.hint
+
+
+def test_a_name_or_a_number_in_place_of_a_key_or_a_plan_is_refused_with_the_line_to_write(desk, plan, tmp_path):
+    budget = Budget(epsilon=3.0, delta=DELTA)
+    with pytest.raises(errors.InvalidParameter, match=r"DP080 owner is a str.*dpbudget\.load_key"):
+        dpbudget.create_ledger(tmp_path / "b.ledger", budget=budget, owner="PRIVATE", writer=desk.writer)
+    with pytest.raises(errors.InvalidParameter, match="DP080 writer is a str") as caught:
+        dpbudget.open_ledger(desk.path, writer="PRIVATE")
+    assert "PRIVATE" not in str(caught.value)
+    with pytest.raises(errors.InvalidParameter, match="DP080 owner is a str"):
+        desk.ledger.sign_plan(plan, owner="owner.key")
+    with pytest.raises(errors.InvalidParameter, match="DP060 plan is a int, not a Plan"):
+        desk.ledger.sign_plan(3, owner=desk.owner)
+    with pytest.raises(errors.InvalidParameter, match="DP060 a budget has epsilon and delta, and no 'delt'"):
+        Budget(epsilon=3.0, delta=DELTA, delt=1)
+
+
+def test_a_raise_of_epsilon_alone_is_told_without_the_delta(desk, plan):
+    desk.spend(plan)
+    desk.ledger.change_budget(Budget(epsilon=5.0, delta=DELTA), owner=desk.owner)
+    (raised,) = [line for line in desk.verify().warnings if "raised" in line]
+    assert "raised epsilon 3 to 5 at record" in raised
 
 
 def test_a_thing_of_another_kind_is_refused_with_the_line_to_write(desk, plan):

@@ -27,6 +27,13 @@ def test_every_code_in_the_sources_is_explained() -> None:
     assert used <= set(errors.CODES), f"unexplained: {sorted(used - set(errors.CODES))}"
 
 
+def test_every_code_has_a_way_out() -> None:
+    assert list(errors.WAYS_OUT) == list(errors.CODES)
+    for code, way in errors.WAYS_OUT.items():
+        assert way.endswith("."), code
+        assert len(way) > 20, code
+
+
 def test_every_error_class_has_a_known_code_and_exit_code() -> None:
     stack, seen = [errors.DPBudgetError], set()
     while stack:

@@ -64,7 +64,10 @@ def create_private(path: Path) -> None:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o600)
     except FileExistsError:
         raise InvalidParameter(
-            f"{path} exists", code="DP074", hint="choose another path; nothing was written"
+            f"{path} exists",
+            code="DP074",
+            hint="go on with what is there (dpbudget.open_ledger, dpbudget ledger show), or choose another path; "
+            "nothing was written",
         ) from None
     except OSError as error:
         raise Unreadable(f"cannot create {path}: {error.strerror}", hint="make the folder first") from None

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dpbudget.errors import InvalidParameter
 from dpbudget.plan import Plan
+from dptrainer.noise.source import noise_scale
 from dptrainer.opacus._options import unsupported
 from dptrainer.opacus.data_loader import DPDataLoader
 
@@ -170,11 +171,19 @@ def _after_noise(optimizer: Any, args: object, kwargs: object) -> None:
     if not private.loader.step_complete:
         return
     if private.loss_reduction == "sum":
-        for parameter in optimizer.params:
-            if isinstance(parameter.grad, Tensor):
-                parameter.grad.mul_(optimizer.expected_batch_size)
+        _undo_division(optimizer)
     if private.step_hook is not None:
         private.step_hook(optimizer)
+
+
+def _undo_division(optimizer: Any) -> None:
+    """The noisy sum itself into ``.grad``; an optimizer that was told the noise of the mean is told that of the sum."""
+    for parameter in optimizer.params:
+        if isinstance(parameter.grad, Tensor):
+            parameter.grad.mul_(optimizer.expected_batch_size)
+    told = getattr(optimizer, "gradient_noise", None)
+    if told is not None:
+        told(noise_scale(optimizer.noise_multiplier, optimizer.max_grad_norm))
 
 
 def _signed(name: str, value: object) -> InvalidParameter:

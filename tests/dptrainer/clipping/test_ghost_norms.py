@@ -12,7 +12,6 @@ from dptrainer.clipping import BookKeeping, native
 from dptrainer.clipping.ghost import Ghost
 from dptrainer.clipping.rules import conv, conv_methods, linear
 
-
 WAYS = {
     "gram, library": conv_methods.BY_GRAM[0],
     "gram, patches": conv_methods.BY_GRAM[1],

@@ -11,7 +11,7 @@ from loopkit import NoNoise, linear_data, linear_model, make_run, norm
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from dpbudget.errors import PrivacyViolation
+from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dptrainer.private import make_private
 
 
@@ -34,9 +34,9 @@ def regression() -> TensorDataset:
     return TensorDataset(x, y.float())
 
 
-def set_up(model: nn.Module, data: Any, loss_fn: Any, **options: Any) -> None:
+def set_up(model: nn.Module, data: Any, loss_fn: Any, **options: Any) -> Any:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    make_private(model, optimizer, data, run=make_run(1, rate=1.0), loss_fn=loss_fn, **options)
+    return make_private(model, optimizer, data, run=make_run(1, rate=1.0), loss_fn=loss_fn, **options)
 
 
 def contrastive(outputs: Tensor, _: Tensor) -> Tensor:
@@ -79,6 +79,32 @@ def test_a_criterion_that_cannot_be_tested_is_mentioned() -> None:
     said: list[str] = []
     set_up(linear_model(), linear_data(), lambda o, y, extra: o.sum(), note=said.append)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_criterion_that_was_not_given_is_noted_once_and_is_no_warning(reduction: Any) -> None:
+    said: list[str] = []
+    loader = set_up(linear_model(), linear_data(), None, loss_reduction=reduction, note=said.append)[2]
+    (note,) = said
+    assert f'loss_reduction="{reduction}"' in note
+    assert "Pass loss_fn=criterion" in note
+    list(loader)
+    assert len(said) == 1, "the loop adds nothing"
+    set_up(linear_model(), linear_data(), None)  # a warning would be an error here
+
+
+def test_the_name_of_a_criterion_is_refused() -> None:
+    with pytest.raises(InvalidParameter, match="DP060 loss_fn is 'cross_entropy', which cannot be called"):
+        set_up(linear_model(), linear_data(), "cross_entropy")
+
+
+def test_the_loader_answers_whether_the_criterion_was_tested() -> None:
+    for loss_fn, tested, words in ((F.cross_entropy, True, "loss tested"), (None, False, "loss not tested")):
+        loader = set_up(linear_model(), linear_data(), loss_fn)[2]
+        assert loader.loss_tested is loader.in_pieces(7).loss_tested is tested
+        assert repr(loader).endswith(f": 1 of 1 steps left, {words}>")
+    with pytest.warns(UserWarning, match="could not be called"):
+        assert not set_up(linear_model(), linear_data(), lambda o, y, extra: o.sum())[2].loss_tested
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")

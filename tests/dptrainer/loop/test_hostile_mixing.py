@@ -162,7 +162,7 @@ def test_what_keeps_examples_apart_is_accepted_and_the_random_stream_stays() -> 
         set_up(linear_model(), Named(input=inputs(), labels=classes()), trainer=trainer, note=said.append)
         set_up(Drawing(), TensorDataset(inputs(), classes()), trainer=False, note=said.append)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert said == []
+    assert [line for line in said if "loss_fn was not given" not in line] == []
 
 
 def test_an_untested_model_is_mentioned() -> None:
@@ -176,8 +176,8 @@ def test_an_untested_model_is_mentioned() -> None:
 
     said: list[str] = []
     set_up(NeedsMore(), TensorDataset(inputs(), classes()), trainer=False, note=said.append)
-    assert len(said) == 1
-    assert "not tested" in said[0]
+    about_the_model, _ = said
+    assert "not tested" in about_the_model
     with pytest.warns(UserWarning, match="not tested"):
         set_up(NeedsMore(), TensorDataset(inputs(), classes()), trainer=False)
     with pytest.warns(UserWarning, match="nobody tested"):

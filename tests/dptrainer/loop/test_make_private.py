@@ -360,8 +360,8 @@ def test_a_broken_record_contributes_nothing(bad: float) -> None:
 def test_a_run_that_was_begun_before_is_noted() -> None:
     notes: list[str] = []
     run = make_run(3)
-    private(run=run, note=notes.append)
+    private(run=run, loss_fn=F.cross_entropy, note=notes.append)
     assert notes == []
     run.next_receipt()
-    private(run=run, note=notes.append)
+    private(run=run, loss_fn=F.cross_entropy, note=notes.append)
     assert notes == ["1 steps of this run are charged already; load the checkpoint of their weights."]

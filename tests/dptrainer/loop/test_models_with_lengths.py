@@ -63,4 +63,4 @@ def test_sorting_by_length_within_the_model_is_refused(steps: int) -> None:
 def test_lengths_and_categories_that_move_no_example_are_accepted(kind: type[nn.Module], steps: int) -> None:
     notes: list[str] = []
     private(kind(), data=data(steps), note=notes.append)[2].detach()
-    assert [said for said in notes if "loss_fn was not given" not in said] == []
+    assert [said for said in notes if "loss_fn" not in said] == []  # two inputs: the criterion is not the subject

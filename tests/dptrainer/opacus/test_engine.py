@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 import dpbudget
+from dptrainer import DPAdamBC
 from dptrainer import opacus as facade
 from dptrainer.opacus import PrivacyEngine
 from dptrainer.opacus.optimizers import DPOptimizer
@@ -239,6 +240,26 @@ def test_the_noisy_sum_is_divided_for_a_mean_and_left_whole_for_a_sum(monkeypatc
         torch.testing.assert_close(moves[-1], released.sums[0]["0.weight"] / divisor, rtol=1e-4, atol=1e-6)
         monkeypatch.undo()
     torch.testing.assert_close(moves[0] * 60, moves[1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("reduction", "divisor"), [("mean", 5.0), ("sum", 1.0)])
+def test_adam_is_told_the_noise_that_is_in_the_gradients_it_gets(reduction: str, divisor: float) -> None:
+    module = nn.Linear(4000, 2)  # so many elements that the spread of the noise shows
+    optimizer = DPAdamBC(module.parameters(), lr=1e-3)
+    model, optimizer, batches = open_ended(
+        module=module,
+        optimizer=optimizer,
+        loss_reduction=reduction,
+        data_loader=DataLoader(data(60, 4000), batch_size=5),
+        max_grad_norm=0.5,
+    )
+    told: list[float] = []
+    spread: list[float] = []
+    optimizer.register_step_pre_hook(lambda given, *_: told.append(given._noise))
+    optimizer.register_step_post_hook(lambda *_: spread.append(float(module.weight.grad.std())))
+    train(model, optimizer, batches, nn.CrossEntropyLoss(reduction=reduction))
+    assert told == pytest.approx([4.0 * 0.5 / divisor] * 12)
+    assert spread == pytest.approx(told, rel=0.05)
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")

@@ -224,7 +224,7 @@ def test_a_parameter_without_a_gradient_is_noted_once_at_set_up_and_trains_on_no
         loss = nn.CrossEntropyLoss()
         PrivateTrainer(model, optimizer, loss, linear_data(), run, noise=noise, note=said.append).fit()
     else:
-        for batch in private(model, optimizer, run=run, noise=noise, note=said.append)[2]:
+        for batch in private(model, optimizer, run=run, noise=noise, loss_fn=F.cross_entropy, note=said.append)[2]:
             step(model, optimizer, batch)
     (note,) = said
     assert note.startswith("DP015 unused.weight, unused.bias")
@@ -234,7 +234,7 @@ def test_a_parameter_without_a_gradient_is_noted_once_at_set_up_and_trains_on_no
 
 def test_a_good_model_is_met_with_silence() -> None:
     said: list[str] = []
-    private(note=said.append)
+    private(loss_fn=F.cross_entropy, note=said.append)
     assert said == []
 
 
@@ -399,7 +399,7 @@ def test_a_model_that_writes_into_its_input_passes_the_probe() -> None:
             return self.linear(x.mul_(2.0))
 
     said: list[str] = []
-    private(Doubles(), note=said.append)
+    private(Doubles(), loss_fn=F.cross_entropy, note=said.append)
     assert said == []
 
 
@@ -464,7 +464,7 @@ def test_a_running_mean_is_refused_however_it_is_written(way: str) -> None:
 
 def test_values_that_are_kept_outside_the_state_dict_are_noted() -> None:
     said: list[str] = []
-    private(Keeps(lambda model, mean: model.seen.append(mean)), note=said.append)
+    private(Keeps(lambda model, mean: model.seen.append(mean)), loss_fn=F.cross_entropy, note=said.append)
     (note,) = said
     assert '"seen"' in note
     assert "state_dict()" in note
@@ -482,7 +482,7 @@ def test_a_table_that_is_filled_once_for_a_length_is_no_trace() -> None:
             return self.linear(x * self.weights)
 
     said: list[str] = []
-    private(Caches(), note=said.append)
+    private(Caches(), loss_fn=F.cross_entropy, note=said.append)
     assert said == []
 
 
