@@ -121,7 +121,7 @@ WAYS_OUT: dict[str, str] = {
     "DP023": "take every batch whole and once; physical_batch_size splits it for small memory.",
     "DP024": "pass a dataset with __len__ and __getitem__.",
     "DP025": 'plan with unit="user" and wrap the dataset in dptrainer.UserDataset, or do neither.',
-    "DP026": "calibrate(dataset_size=n, batch_size=n, steps=passes) for a TreeTrainer; PrivateTrainer takes plans that sample.",
+    "DP026": "calibrate with batch_size=dataset_size and steps=passes; PrivateTrainer takes plans that sample.",
     "DP030": 'declare what the criterion does: loss_reduction="mean", "sum" or "none".',
     "DP031": "add the losses of a batch, call backward() once, and reach the layers through model(...).",
     "DP032": "step the optimizer that make_private returned; loader.detach() frees the model after the run.",
