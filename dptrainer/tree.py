@@ -15,7 +15,7 @@ from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dptrainer.allocation import UniformAllocation
 from dptrainer.base import Callback, TrainerBase, TrainingResult
-from dptrainer.clipping import Clipping
+from dptrainer.clipping import Clipping, ScheduledClipping
 from dptrainer.clipping.engine import trainable_parameters
 from dptrainer.data import Collate
 from dptrainer.losses import Loss
@@ -65,7 +65,7 @@ class TreeTrainer(TrainerBase):
         collate_fn: likewise.
         callbacks: each is called after every step with (steps so far, epsilon), epsilon being that of the passes that
             were begun; False stops and gives up the rest of the pass.
-        clipping: a policy without statistics of its own, flat if None: quantile clipping is refused.
+        clipping: a policy without statistics of its own, flat if None: quantile and scheduled clipping are refused.
         views: as for ``PrivateTrainer``.
         replay: likewise.
         record_outputs: settle every pass with a hash of the hashes of its noisy sums.
@@ -168,7 +168,7 @@ def check_passes(model: nn.Module, run: Run, steps_per_pass: int, clipping: Clip
     Raises:
         InvalidParameter: ``steps_per_pass`` is no integer in [1, 2^24] (DP009).
         PrivacyViolation: ``run`` is not a run (DP081), its plan samples (DP026) or is too small for the tree (DP018),
-            or the policy releases statistics (DP019).
+            or the policy releases statistics or follows a schedule (DP019).
     """
     if type(steps_per_pass) is not int or not 1 <= steps_per_pass <= MAX_STEPS_PER_PASS:
         raise InvalidParameter(
@@ -181,6 +181,12 @@ def check_passes(model: nn.Module, run: Run, steps_per_pass: int, clipping: Clip
         check_unsampled(phase.rate_k)
     check_tree_size(trainable_parameters(model), steps_per_pass, run.plan.max_parameters)
     clip_norm = run.plan.clip_norm
+    if isinstance(clipping, ScheduledClipping):
+        raise PrivacyViolation(
+            "a scheduled threshold moves between steps whose noise cancels only at one threshold",
+            code="DP019",
+            hint="plan with the clipping norm that you want, and schedule the learning rate between passes",
+        )
     if clipping is not None and clipping.statistics(torch.zeros(1, dtype=torch.float64), clip_norm):
         raise PrivacyViolation(
             f"{type(clipping).__name__} releases statistics of every batch; in a pass its threshold would move between "
