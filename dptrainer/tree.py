@@ -62,6 +62,7 @@ class TreeTrainer(TrainerBase):
             L = floor(log2 T) + 1 nodes of noise sqrt(L) sigma C each, and the plan's ``max_parameters`` must be at
             least L times the model's.
         physical_batch_size: as for ``PrivateTrainer``.
+        static_shapes: likewise.
         collate_fn: likewise.
         callbacks: each is called after every step with (steps so far, epsilon), epsilon being that of the passes that
             were begun; False stops and gives up the rest of the pass.
@@ -88,6 +89,7 @@ class TreeTrainer(TrainerBase):
         *,
         steps_per_pass: int,
         physical_batch_size: PhysicalSize = None,
+        static_shapes: bool = False,
         collate_fn: Collate | None = None,
         callbacks: Sequence[Callback] = (),
         clipping: Clipping | None = None,
@@ -99,9 +101,9 @@ class TreeTrainer(TrainerBase):
     ) -> None:
         check_passes(model, run, steps_per_pass, clipping)
         super().__init__(
-            model, optimizer, loss_fn, dataset, run, physical_batch_size=physical_batch_size, collate_fn=collate_fn,
-            callbacks=callbacks, clipping=clipping, views=views, replay=replay, record_outputs=record_outputs,
-            note=note, batches=steps_per_pass,
+            model, optimizer, loss_fn, dataset, run, physical_batch_size=physical_batch_size,
+            static_shapes=static_shapes, collate_fn=collate_fn, callbacks=callbacks, clipping=clipping, views=views,
+            replay=replay, record_outputs=record_outputs, note=note, batches=steps_per_pass,
         )  # fmt: skip
         self._steps = steps_per_pass
         self._allocation: UniformAllocation = UniformAllocation()
