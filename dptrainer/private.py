@@ -16,7 +16,7 @@ from dpbudget.ledger.run import Run
 from dptrainer.clipping import Clipping, Reduction
 from dptrainer.data import Collate, Records
 from dptrainer.loop import PrivateLoop
-from dptrainer.loss_probe import probe_criterion
+from dptrainer.loss_probe import probe_criterion, why_untested_criterion
 from dptrainer.losses import Loss
 from dptrainer.memory import PhysicalSize, checked_size, physical_size
 from dptrainer.noise.source import NoiseSource
@@ -255,7 +255,8 @@ def make_private(
     if note is not None and run.charged:
         note(f"{run.charged} steps of this run are charged already; load the checkpoint of their weights.")
     if loss_fn is not None and not tested:
-        tell_untested("loss_fn could not be called with synthetic outputs and targets, so it was not tested.", note)
+        what = "loss_fn could not be called with synthetic outputs and targets, so it was not tested."
+        tell_untested(what + why_untested_criterion(model, loss_fn, synthetic), note)
     elif note is not None and not tested:
         note(_NO_LOSS.format(reduction=loss_reduction))
     return model, optimizer, PrivateLoader(loop, records, size, steps_per_epoch, tested)
