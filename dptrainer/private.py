@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from dpbudget.curve import Bounds
-from dpbudget.errors import DPBudgetError, InvalidParameter, PlanExhausted
+from dpbudget.errors import DPBudgetError, DPBudgetWarning, InvalidParameter, PlanExhausted
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dptrainer.clipping import Clipping, Reduction
@@ -21,7 +22,7 @@ from dptrainer.losses import Loss
 from dptrainer.memory import PhysicalSize, checked_size, physical_size
 from dptrainer.noise.source import NoiseSource
 from dptrainer.outside import refuse_trainable_criterion
-from dptrainer.probe import tell_untested
+from dptrainer.probe import callers_level, tell_untested
 from dptrainer.sampling import PoissonSampler, physical_batches
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,7 +41,7 @@ class PrivateLoader:
     A batch that drew no record is stood in for by one example of zeros whose gradient is dropped, so that the loop runs
     the same code and its length does not tell; the step that follows is noise alone. With physical batches, several
     items belong to one step and the optimizer moves on the last of them. A batch that is left without
-    ``optimizer.step()`` is dropped; its receipt stays charged.
+    ``optimizer.step()`` is dropped; its receipt stays charged, and a warning says so where its gradient was computed.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class PrivateLoader:
         self._physical, self._epoch = physical_batch_size, steps_per_epoch
         self._loss_tested = loss_tested
         self._sampler = PoissonSampler()
+        self._told = self._begun = False
 
     def __repr__(self) -> str:
         run, loss = self._loop.run, "tested" if self._loss_tested else "not tested"
@@ -123,11 +125,19 @@ class PrivateLoader:
     def _next_receipt(self, *, first: bool) -> Receipt | None:
         self._loop.require_attached()
         try:
-            return self._loop.run.next_receipt()
-        except PlanExhausted:
+            receipt = self._loop.run.next_receipt()
+        except PlanExhausted as ended:
+            if first and self._begun and self._epoch is None:
+                raise PlanExhausted(
+                    ended.message,
+                    hint="iterate once: an iteration over the loader takes every step that the plan has left; for "
+                    "epochs pass steps_per_epoch to make_private",
+                ) from None
             if first:
                 raise
             return None
+        self._begun = True
+        return receipt
 
     def _step(self, receipt: Receipt) -> Iterator[Any]:
         step = self._loop.begin(receipt)
@@ -139,9 +149,22 @@ class PrivateLoader:
                 yield batch
                 self._loop.check_outside()
                 if not step.took(number):
+                    self._tell_of_drop()
                     return
         finally:
             self._loop.end(step)
+
+    def _tell_of_drop(self) -> None:
+        """A word, once, to a loop that accumulates by hand; a batch without a backward pass was left on purpose."""
+        if self._loop.holds_gradient and not self._told:
+            self._told = True
+            warnings.warn(
+                "a batch was left without optimizer.step() after backward(): its gradient is dropped, its step stays "
+                "charged, and gradients of several batches are not added up. To accumulate, plan a larger batch size "
+                "and pass physical_batch_size.",
+                DPBudgetWarning,
+                stacklevel=callers_level(),
+            )
 
 
 def make_private(

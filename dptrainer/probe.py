@@ -48,13 +48,13 @@ def tell_untested(what: str, note: Callable[[str], None] | None) -> None:
     Clipping bounds nobody's influence in a model that mixes examples, so whoever uses it must know that nobody looked.
     """
     if note is None:
-        warnings.warn(f"{what} Pass note=print to read this as a note.", DPBudgetWarning, stacklevel=_callers_level())
+        warnings.warn(f"{what} Pass note=print to read this as a note.", DPBudgetWarning, stacklevel=callers_level())
     else:
         note(what)
 
 
-def _callers_level() -> int:
-    """How far above :func:`tell_untested` the first line lies that is not of this package."""
+def callers_level() -> int:
+    """The ``stacklevel`` of the first line that is not of this package, for a warning of the function that asks."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == __package__:
         level, frame = level + 1, frame.f_back
