@@ -13,7 +13,8 @@ from dptrainer.clipping.engine import Reduction, gradient_scale
 from dptrainer.clipping.factory import deterministic_copy, synthetic_like
 from dptrainer.isolation import seeded
 from dptrainer.losses import Loss
-from dptrainer.probe import NOT_MY_CALL, synthetic_examples, why_untested
+from dptrainer.probe import synthetic_examples
+from dptrainer.untested import NOT_MY_CALL, why_untested
 
 
 def probe_criterion(model: nn.Module, criterion: Loss, reduction: Reduction, batch: object) -> bool:

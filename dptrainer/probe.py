@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,19 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from dpbudget.errors import DPBudgetError, DPBudgetWarning, InvalidParameter, PrivacyViolation
+from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dptrainer.clipping.engine import trainable_parameters
 from dptrainer.clipping.factory import deterministic_copy, learn_arguments, self_test, synthetic_like
 from dptrainer.draws import ConstantDraws, without_dropout
 from dptrainer.isolation import isolation_test, seeded
 from dptrainer.state_probe import probe_state
+from dptrainer.untested import NOT_MY_CALL, call_twin, failure, tell_untested
 from dptrainer.validation import check
 from dptrainer.validation.problem import a_few
 
-# What a model raises when it is not called in the way that the probe guesses.
-NOT_MY_CALL = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError)
 #: Synthetic records: a prime, so that it is not easily a divisor of another dimension.
 _ROWS = 7
 
@@ -40,40 +37,6 @@ UNTESTED_CLIPPING = (
 )
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def tell_untested(what: str, note: Callable[[str], None] | None) -> None:
-    """Say that a test at set-up was not possible: to ``note``, or as a warning, but never in silence.
-
-    Clipping bounds nobody's influence in a model that mixes examples, so whoever uses it must know that nobody looked.
-    """
-    if note is None:
-        warnings.warn(f"{what} Pass note=print to read this as a note.", DPBudgetWarning, stacklevel=callers_level())
-    else:
-        note(what)
-
-
-def callers_level() -> int:
-    """The ``stacklevel`` of the first line that is not of this package, for a warning of the function that asks."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == __package__:
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-def failure(call: Callable[[], object]) -> str:
-    """How a call with synthetic values fails, to be added to a message; empty where it does not.
-
-    What this package refuses is left to be refused where it happens.
-    """
-    try:
-        call()
-    except DPBudgetError:
-        return ""
-    except NOT_MY_CALL as error:
-        said = str(error).strip().partition("\n")[0].rstrip(".")
-        return f" The call failed: {type(error).__name__}: {said:.200}."
-    return ""
 
 
 def probe_batch(
@@ -102,31 +65,7 @@ def probe_batch(
 def _why_not(model: nn.Module, batch: object) -> str:
     """What the model says to a batch that is passed on in the usual way."""
     args, named = next(_calls(batch), ((), {}))
-    return failure(partial(_call_twin, model, args, named)) if args or named else ""
-
-
-def _call_twin(model: nn.Module, args: Sequence[object], named: Mapping[str, object]) -> Any:
-    """What a copy of the model gives for one synthetic record; the model and the random streams stay as they were."""
-    twin = deterministic_copy(model)
-    values, more = _on_device_of(model, (tuple(args), dict(named)))
-    with torch.no_grad(), seeded(twin):
-        return twin(*values, **more)
-
-
-def _on_device_of(model: nn.Module, values: Any) -> Any:
-    device = next(model.parameters()).device
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, values)
-
-
-def why_untested(
-    model: nn.Module,
-    loss: Callable[[Any, Any, int], Tensor],
-    inputs: Sequence[object],
-    named: Mapping[str, object],
-    target: object,
-) -> str:
-    """What model or loss say to one synthetic record, to be added to a message; empty where they take it."""
-    return failure(lambda: loss(_call_twin(model, inputs, named), _on_device_of(model, target), 1))
+    return failure(partial(call_twin, model, args, named)) if args or named else ""
 
 
 def probe_again(model: nn.Module, optimizer: torch.optim.Optimizer, test: Callable[[], object]) -> None:
