@@ -70,6 +70,25 @@ class Records:
         grouping = Grouping(tuple(count * self._views for count in counts), self.most_rows)
         return self.batch(np.repeat(indices, self._views)), grouping
 
+    def filled(self, indices: Indices, records: int) -> tuple[Any, Grouping]:
+        """As :meth:`drawn`, with the rows of exactly so many records: the last are zeros that count as nothing.
+
+        Args:
+            indices: at most ``records``, or none.
+            records: public.
+
+        Raises:
+            PrivacyViolation: something in the collated batch is no tensor with one row a record (DP023).
+        """
+        most = self.most_rows
+        batch, grouped = self.drawn(indices) if len(indices) else (self.synthetic(), Grouping(()))
+        counts = (1,) * len(indices) if grouped is None else tuple(grouped.counts)
+        full, rest = divmod(records * most - sum(counts), most)
+        padding = (most,) * full + ((rest,) if rest else ())
+        rows = sum(counts)
+        batch = tree_map(lambda leaf: _filled(leaf, rows if len(indices) else 1, rows, records * most), batch)
+        return batch, Grouping(counts + padding, most, len(padding))
+
     def batch(self, indices: Indices) -> Any:
         """The examples of ``indices``, at least one, collated."""
         if self._whole is not None:
@@ -85,6 +104,38 @@ class Records:
 
     def _first(self) -> Any:
         return self._collate([self._dataset[0]])
+
+
+def _filled(leaf: Any, given: int, kept: int, rows: int) -> Tensor:
+    """The first ``kept`` of ``given`` rows of a tensor, and zeros up to ``rows``.
+
+    Raises:
+        PrivacyViolation: it has not one row a record (DP023).
+    """
+    if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != given:
+        kind = type(leaf).__name__ if not isinstance(leaf, Tensor) else "tensor without one row a record"
+        raise PrivacyViolation(
+            f"static shapes fill batches up with rows of zeros, and the collated batch has a {kind} in it",
+            code="DP023",
+            hint="let collate_fn make tensors with the records in dimension 0, or leave static_shapes out",
+        )
+    return torch.cat([leaf[:kept], leaf.new_zeros(rows - kept, *leaf.shape[1:])])
+
+
+def check_static(records: Records, physical_batch_size: int | None) -> None:
+    """Refuse static shapes that cannot be had; reads the shapes of one record.
+
+    Raises:
+        InvalidParameter: no physical batch size says how many rows (DP009).
+        PrivacyViolation: a batch cannot be filled up (DP023).
+    """
+    if physical_batch_size is None:
+        raise InvalidParameter(
+            "static_shapes without physical_batch_size: nothing says how many rows a batch shall have",
+            code="DP009",
+            hint="pass physical_batch_size too, somewhat above the expected batch size",
+        )
+    records.filled(np.empty(0, dtype=np.int64), physical_batch_size)
 
 
 def check_unit(dataset: object, run: Run) -> None:

@@ -89,7 +89,9 @@ class Native(Generic[Made]):
             except (OSError, subprocess.SubprocessError, AttributeError) as error:
                 reason = f"not compiled ({compiler[0]} did not build it: {type(error).__name__})"
                 continue
-            if self._test(made):
+            with torch.device("cpu"):  # whatever the program's default is
+                passed = self._test(made)
+            if passed:
                 return made, f"compiled with {' '.join([*compiler, *tuning])}"
             reason = f"not compiled (what {compiler[0]} built gives other results)"
         return None, reason

@@ -14,15 +14,15 @@ from dpbudget.curve import Bounds
 from dpbudget.errors import DPBudgetError, DPBudgetWarning, InvalidParameter, PlanExhausted
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
-from dptrainer.clipping import Clipping, Reduction
-from dptrainer.data import Collate, Records
+from dptrainer.clipping import Clipping, Grouping, Reduction
+from dptrainer.data import Collate, Records, check_static
 from dptrainer.loop import PrivateLoop
 from dptrainer.loss_probe import probe_criterion, why_untested_criterion
 from dptrainer.losses import Loss
 from dptrainer.memory import PhysicalSize, checked_size, physical_size
 from dptrainer.noise.source import NoiseSource
 from dptrainer.outside import refuse_trainable_criterion
-from dptrainer.sampling import PoissonSampler, physical_batches
+from dptrainer.sampling import Indices, PoissonSampler, physical_batches
 from dptrainer.untested import callers_level, tell_untested
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,10 +51,11 @@ class PrivateLoader:
         physical_batch_size: int | None,
         steps_per_epoch: int | None,
         loss_tested: bool = False,
+        static_shapes: bool = False,
     ) -> None:
         self._loop, self._records = loop, records
         self._physical, self._epoch = physical_batch_size, steps_per_epoch
-        self._loss_tested = loss_tested
+        self._loss_tested, self._static = loss_tested, static_shapes
         self._sampler = PoissonSampler()
         self._told = self._begun = False
 
@@ -111,7 +112,9 @@ class PrivateLoader:
             InvalidParameter: not a positive integer (DP009).
         """
         checked_size(physical_batch_size)
-        return PrivateLoader(self._loop, self._records, physical_batch_size, self._epoch, self._loss_tested)
+        return PrivateLoader(
+            self._loop, self._records, physical_batch_size, self._epoch, self._loss_tested, self._static
+        )
 
     @property
     def step_ends(self) -> bool:
@@ -144,8 +147,9 @@ class PrivateLoader:
         pieces = list(physical_batches(self._sampler.draw(receipt, self._records.population), self._physical))
         try:
             for number, piece in enumerate(pieces):
-                batch, groups = self._records.drawn(piece) if len(piece) else (self._records.synthetic(), None)
-                self._loop.open(step, batch, len(piece), last=number + 1 == len(pieces), grouping=groups)
+                batch, groups = self._drawn(piece)
+                size = len(piece) if groups is None else groups.units  # rows of padding go the way of ordinary ones
+                self._loop.open(step, batch, size, last=number + 1 == len(pieces), grouping=groups)
                 yield batch
                 self._loop.check_outside()
                 if not step.took(number):
@@ -166,6 +170,12 @@ class PrivateLoader:
                 stacklevel=callers_level(),
             )
 
+    def _drawn(self, piece: Indices) -> tuple[Any, Grouping | None]:
+        if self._static:
+            assert self._physical is not None  # noqa: S101 - checked at set-up
+            return self._records.filled(piece, self._physical)
+        return self._records.drawn(piece) if len(piece) else (self._records.synthetic(), None)
+
 
 def make_private(
     model: Model,
@@ -176,6 +186,7 @@ def make_private(
     loss_reduction: Reduction = "mean",
     loss_fn: Loss | None = None,
     physical_batch_size: PhysicalSize = None,
+    static_shapes: bool = False,
     steps_per_epoch: int | None = None,
     collate_fn: Collate | None = None,
     clipping: Clipping | None = None,
@@ -218,6 +229,9 @@ def make_private(
             ``loader.loss_tested`` answers.
         physical_batch_size: largest number of records in one item; None gives every drawn batch whole. A
             :class:`~dptrainer.memory.MemoryBound`, or "auto", is turned into a number at set-up on synthetic records.
+        static_shapes: fill every item up to ``physical_batch_size`` records with rows of zeros, which count as nothing
+            (but are in what your loop computes). Shapes and times then tell less of how many records were drawn, and
+            code that is compiled for one shape is compiled once.
         steps_per_epoch: an iteration ends after so many steps; None runs to the end of the plan.
         collate_fn: as for a ``DataLoader``.
         clipping: how gradients are brought below the plan's norm, see :mod:`dptrainer.clipping.policy`; flat if None.
@@ -272,6 +286,8 @@ def make_private(
     try:
         tested = loss_fn is not None and probe_criterion(model, loss_fn, loss_reduction, synthetic)
         size = physical_size(physical_batch_size, model, records, run.plan, replay)
+        if static_shapes:
+            check_static(records, size)
     except DPBudgetError:
         loop.detach()
         raise
@@ -282,4 +298,4 @@ def make_private(
         tell_untested(what + why_untested_criterion(model, loss_fn, synthetic), note)
     elif note is not None and not tested:
         note(_NO_LOSS.format(reduction=loss_reduction))
-    return model, optimizer, PrivateLoader(loop, records, size, steps_per_epoch, tested)
+    return model, optimizer, PrivateLoader(loop, records, size, steps_per_epoch, tested, static_shapes)

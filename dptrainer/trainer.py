@@ -38,6 +38,8 @@ class PrivateTrainer(TrainerBase):
         dataset: map-style; an item is ``(input, ..., target)`` or a mapping with ``labels``. In a
             :class:`~dptrainer.users.UserDataset` one user is one record.
         run: from ``dpbudget.start``; the caller closes it.
+        static_shapes: fill every physical batch up to ``physical_batch_size`` records with rows of zeros that count as
+            nothing: shapes and times then tell less of how many were drawn, and compiled code meets one shape.
         physical_batch_size: largest number of records in memory at once; None takes every drawn batch whole. A
             :class:`~dptrainer.memory.MemoryBound`, or "auto", is turned into a number at set-up on synthetic records.
         collate_fn: as for a ``DataLoader``. A record's row must not depend on the other records of the list: pad to a
@@ -64,6 +66,7 @@ class PrivateTrainer(TrainerBase):
         run: Run,
         *,
         physical_batch_size: PhysicalSize = None,
+        static_shapes: bool = False,
         collate_fn: Collate | None = None,
         callbacks: Sequence[Callback] = (),
         clipping: Clipping | None = None,
@@ -74,9 +77,9 @@ class PrivateTrainer(TrainerBase):
         note: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__(
-            model, optimizer, loss_fn, dataset, run, physical_batch_size=physical_batch_size, collate_fn=collate_fn,
-            callbacks=callbacks, clipping=clipping, views=views, replay=replay, record_outputs=record_outputs,
-            note=note,
+            model, optimizer, loss_fn, dataset, run, physical_batch_size=physical_batch_size,
+            static_shapes=static_shapes, collate_fn=collate_fn, callbacks=callbacks, clipping=clipping, views=views,
+            replay=replay, record_outputs=record_outputs, note=note,
         )  # fmt: skip
         self._sampler, self._noise = PoissonSampler(), SecureNoise() if noise is None else noise
 

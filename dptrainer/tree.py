@@ -15,7 +15,7 @@ from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dptrainer.allocation import UniformAllocation
 from dptrainer.base import Callback, TrainerBase, TrainingResult
-from dptrainer.clipping import Clipping
+from dptrainer.clipping import Clipping, ScheduledClipping
 from dptrainer.clipping.engine import trainable_parameters
 from dptrainer.data import Collate
 from dptrainer.losses import Loss
@@ -62,10 +62,11 @@ class TreeTrainer(TrainerBase):
             L = floor(log2 T) + 1 nodes of noise sqrt(L) sigma C each, and the plan's ``max_parameters`` must be at
             least L times the model's.
         physical_batch_size: as for ``PrivateTrainer``.
+        static_shapes: likewise.
         collate_fn: likewise.
         callbacks: each is called after every step with (steps so far, epsilon), epsilon being that of the passes that
             were begun; False stops and gives up the rest of the pass.
-        clipping: a policy without statistics of its own, flat if None: quantile clipping is refused.
+        clipping: a policy without statistics of its own, flat if None: quantile and scheduled clipping are refused.
         views: as for ``PrivateTrainer``.
         replay: likewise.
         record_outputs: settle every pass with a hash of the hashes of its noisy sums.
@@ -88,6 +89,7 @@ class TreeTrainer(TrainerBase):
         *,
         steps_per_pass: int,
         physical_batch_size: PhysicalSize = None,
+        static_shapes: bool = False,
         collate_fn: Collate | None = None,
         callbacks: Sequence[Callback] = (),
         clipping: Clipping | None = None,
@@ -99,9 +101,9 @@ class TreeTrainer(TrainerBase):
     ) -> None:
         check_passes(model, run, steps_per_pass, clipping)
         super().__init__(
-            model, optimizer, loss_fn, dataset, run, physical_batch_size=physical_batch_size, collate_fn=collate_fn,
-            callbacks=callbacks, clipping=clipping, views=views, replay=replay, record_outputs=record_outputs,
-            note=note, batches=steps_per_pass,
+            model, optimizer, loss_fn, dataset, run, physical_batch_size=physical_batch_size,
+            static_shapes=static_shapes, collate_fn=collate_fn, callbacks=callbacks, clipping=clipping, views=views,
+            replay=replay, record_outputs=record_outputs, note=note, batches=steps_per_pass,
         )  # fmt: skip
         self._steps = steps_per_pass
         self._allocation: UniformAllocation = UniformAllocation()
@@ -168,7 +170,7 @@ def check_passes(model: nn.Module, run: Run, steps_per_pass: int, clipping: Clip
     Raises:
         InvalidParameter: ``steps_per_pass`` is no integer in [1, 2^24] (DP009).
         PrivacyViolation: ``run`` is not a run (DP081), its plan samples (DP026) or is too small for the tree (DP018),
-            or the policy releases statistics (DP019).
+            or the policy releases statistics or follows a schedule (DP019).
     """
     if type(steps_per_pass) is not int or not 1 <= steps_per_pass <= MAX_STEPS_PER_PASS:
         raise InvalidParameter(
@@ -181,6 +183,12 @@ def check_passes(model: nn.Module, run: Run, steps_per_pass: int, clipping: Clip
         check_unsampled(phase.rate_k)
     check_tree_size(trainable_parameters(model), steps_per_pass, run.plan.max_parameters)
     clip_norm = run.plan.clip_norm
+    if isinstance(clipping, ScheduledClipping):
+        raise PrivacyViolation(
+            "a scheduled threshold moves between steps whose noise cancels only at one threshold",
+            code="DP019",
+            hint="plan with the clipping norm that you want, and schedule the learning rate between passes",
+        )
     if clipping is not None and clipping.statistics(torch.zeros(1, dtype=torch.float64), clip_norm):
         raise PrivacyViolation(
             f"{type(clipping).__name__} releases statistics of every batch; in a pass its threshold would move between "

@@ -9,6 +9,7 @@ from dptrainer.clipping.per_example import PerExample
 from dptrainer.clipping.policy import Clipping, FlatClipping, NormalisedClipping, PerLayerClipping
 from dptrainer.clipping.quantile import QuantileClipping
 from dptrainer.clipping.rules import LayerCall, rule
+from dptrainer.clipping.scheduled import ScheduledClipping
 from dptrainer.clipping.vmap import VmapEngine
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "PerLayerClipping",
     "QuantileClipping",
     "Reduction",
+    "ScheduledClipping",
     "VmapEngine",
     "add_clipped",
     "buffer_guard",

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpbudget.errors import InvalidParameter, PrivacyViolation
@@ -198,7 +199,7 @@ class BookKeeping:
             return ClippedSum(
                 grads=grads,
                 sensitivity=self._clip_norm,
-                statistics=self._clipping.statistics(squared, self._clip_norm),
+                statistics=self._clipping.statistics(self._real(squared), self._clip_norm),
                 unit=self._clipping.unit(self._clip_norm),
             )
         finally:
@@ -232,6 +233,10 @@ class BookKeeping:
         with self._computing(next(iter(call.layer.parameters.values())).device):
             return list(parts_of(call, batch_size))
 
+    def _real(self, squared: Tensor) -> Tensor:
+        """The squared norms of the units that records stand behind."""
+        return squared if self._grouping is None else squared[: self._grouping.units - self._grouping.padding]
+
     def _units(self, session: Session) -> dict[str, PerExample]:
         """Parameter name -> the gradients of each unit of privacy, rows that belong together added up."""
         return {
@@ -257,6 +262,10 @@ class BookKeeping:
             held = {group: squared[group] * factors[group] ** 2 for group in groups}
             left = clip_factors(total(held), self._clip_norm)
             factors = {group: factor * left for group, factor in factors.items()}
+        if self._grouping is not None and self._grouping.padding:
+            # Whatever is in these rows, an example of weight 0 contributes exactly 0.
+            real = self._grouping.units - self._grouping.padding
+            factors = {group: F.pad(factor[:real], (0, len(factor) - real)) for group, factor in factors.items()}
         sums: dict[str, Tensor] = {}
         for group, forms in packs.items():
             while forms:  # the rows of each make room for the next sum

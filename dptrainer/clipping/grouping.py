@@ -30,17 +30,22 @@ class Grouping:
     Attributes:
         counts: rows of each unit, in order. Private for users: never log it.
         divisor: at least 1; the mean over K views has divisor K.
+        padding: so many of the last units are rows that no record stands behind: they count as nothing. Private.
 
     Raises:
-        InvalidParameter: a count is negative or the divisor below 1 (DP009); no count is named.
+        InvalidParameter: a count is negative, the divisor below 1 or more units are padding than there are (DP009); no
+            count is named.
     """
 
     counts: Sequence[int]
     divisor: int = 1
+    padding: int = 0
 
     def __post_init__(self) -> None:
-        if self.divisor < 1 or any(count < 0 for count in self.counts):
-            raise InvalidParameter("rows of a unit are counted from 0, and their divisor from 1", code="DP009")
+        if self.divisor < 1 or any(count < 0 for count in self.counts) or not 0 <= self.padding <= len(self.counts):
+            raise InvalidParameter(
+                "rows of a unit are counted from 0, their divisor from 1, and padding is among the units", code="DP009"
+            )
 
     @classmethod
     def views(cls, examples: int, multiplicity: int) -> Grouping:

@@ -63,7 +63,10 @@ _FUNCTIONS: dict[str, Sequence[type]] = {
 
 
 class Kernels:
-    """The compiled functions. Tensors are contiguous, on the CPU, float32 where nothing else is said."""
+    """The compiled functions. Tensors are contiguous, on the CPU, float32 where nothing else is said.
+
+    What is allocated takes device and type from what is given, never from the program's defaults.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -77,7 +80,7 @@ class Kernels:
 
     def row_squares(self, rows: Tensor) -> Tensor:
         """[B] float64 squared norms of [B, d]."""
-        found = torch.empty(len(rows), dtype=torch.float64)
+        found = rows.new_empty(len(rows), dtype=torch.float64)
         share = threads(rows.numel(), _NUMBERS)
         self._library.row_squares(rows.data_ptr(), *rows.shape, found.data_ptr(), share)
         return found
@@ -100,8 +103,8 @@ class Kernels:
         """Rows [N, d] of equal (example, index), int64, added up: ([n] example, [n] index, [n, d])."""
         count, width = rows.shape
         bits = max(1, (2 * count - 1).bit_length())
-        slots, examples, indices = (torch.empty(size, dtype=torch.int64) for size in (1 << bits, count, count))
-        values = torch.empty(count, width)
+        slots, examples, indices = (index.new_empty(size) for size in (1 << bits, count, count))
+        values = rows.new_empty(count, width)
         found = self._library.add_equal(
             example.data_ptr(), index.data_ptr(), rows.data_ptr(), count, width,
             slots.data_ptr(), bits, self._factor, examples.data_ptr(), indices.data_ptr(), values.data_ptr(),
@@ -120,7 +123,7 @@ class Kernels:
 
     def row_sums(self, rows: Tensor) -> Tensor:
         """[B] sums of [B, d], taken in float64."""
-        found = torch.empty(len(rows))
+        found = rows.new_empty(len(rows))
         share = threads(rows.numel(), _NUMBERS)
         self._library.row_sums(rows.data_ptr(), *rows.shape, found.data_ptr(), share)
         return found
@@ -131,8 +134,8 @@ class Kernels:
         Raises:
             MemoryError: the work space of a thread could not be had.
         """
-        rows = torch.empty(*grad.shape[:2], activation.shape[1] // plane.groups, *plane.kernel)
-        squared = torch.empty(len(grad), dtype=torch.float64)
+        rows = grad.new_empty(*grad.shape[:2], activation.shape[1] // plane.groups, *plane.kernel)
+        squared = grad.new_empty(len(grad), dtype=torch.float64)
         self._convolution(plane, activation, grad, (rows.data_ptr(), squared.data_ptr(), None))
         return rows, squared
 
@@ -142,8 +145,8 @@ class Kernels:
         Raises:
             MemoryError: the work space of a thread could not be had.
         """
-        squared = torch.empty(len(grad), dtype=torch.float64)
-        sizes = torch.empty(len(grad), grad.shape[2:].numel(), dtype=torch.float64)
+        squared = grad.new_empty(len(grad), dtype=torch.float64)
+        sizes = grad.new_empty(len(grad), grad.shape[2:].numel(), dtype=torch.float64)
         self._convolution(plane, activation, grad, (None, squared.data_ptr(), sizes.data_ptr()))
         return squared, sizes
 
@@ -180,13 +183,13 @@ def _described(plane: Plane, activation: Tensor, grad: Tensor) -> tuple[_Convolu
 
 def _agrees(kernels: Kernels) -> bool:
     """Whether the library gives PyTorch's results on a few shapes."""
-    rows = torch.linspace(-1.0, 2.0, 7 * 331).view(7, 331)
-    weights, total = torch.linspace(0.0, 1.0, 7), torch.full((331,), 7.0)
+    rows = torch.linspace(-1.0, 2.0, 7 * 331, dtype=torch.float32).view(7, 331)
+    weights, total = torch.linspace(0.0, 1.0, 7, dtype=torch.float32), torch.full((331,), 7.0, dtype=torch.float32)
     for add in (False, True):
         kernels.weighted_sum(rows, weights, total, add=add)
     example, index = torch.tensor([0, 0, 1, 1, 1, 0]), torch.tensor([2, 2, 2, 0, 0, 1])
     added = kernels.add_equal(example, index, rows[:6])
-    table, squares = torch.zeros(3, 331), torch.zeros(2, dtype=torch.float64)
+    table, squares = rows.new_zeros(3, 331), torch.zeros(2, dtype=torch.float64)
     kernels.add_rows(added, weights, table)
     kernels.add_squares(added[0], added[2], squares)
     unique = torch.stack([rows[0] + rows[1], rows[2], rows[3] + rows[4], rows[5]])
@@ -207,13 +210,13 @@ def _agrees(kernels: Kernels) -> bool:
 
 def _convolution_pairs(kernels: Kernels) -> list[tuple[Tensor, Tensor]]:
     plane = Plane(2, (3, 2), (2, 1), (1, 0), (1, 2))
-    activation = torch.linspace(-9.0, 9.0, 3 * 8 * 7 * 6).view(3, 8, 7, 6).sin()
-    grad = torch.linspace(-2.0, 1.0, 3 * 18 * 4 * 4).view(3, 18, 4, 4).cos()
+    activation = torch.linspace(-9.0, 9.0, 3 * 8 * 7 * 6, dtype=torch.float32).view(3, 8, 7, 6).sin()
+    grad = torch.linspace(-2.0, 1.0, 3 * 18 * 4 * 4, dtype=torch.float32).view(3, 18, 4, 4).cos()
     found, squared = kernels.convolution_rows(plane, activation, grad)
     norms, sizes = kernels.convolution_norms(plane, activation, grad)
     expected = torch.stack([_one(plane, a, g) for a, g in zip(activation, grad, strict=True)])
-    squares, weights = expected.double().square().flatten(1).sum(1), torch.tensor([0.5, 0.0, 2.0])
-    total = torch.ones(expected.shape[1:])
+    squares, weights = expected.double().square().flatten(1).sum(1), torch.tensor([0.5, 0.0, 2.0], dtype=torch.float32)
+    total = expected.new_ones(expected.shape[1:])
     kernels.add_convolutions(plane, activation, grad, weights, total)
     return [
         (found, expected),

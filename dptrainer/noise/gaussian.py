@@ -72,7 +72,7 @@ def add_gaussians_(tensors: Iterable[torch.Tensor], key: bytes, std: float) -> b
 
 def standard_gaussian(key: bytes, param_id: int, count: int, *, offset: int = 0) -> torch.Tensor:
     """``count`` standard Gaussian values as float64, the same that :func:`add_gaussian_` adds."""
-    return add_gaussian_(torch.zeros(count, dtype=torch.float64), key, param_id, 1.0, offset=offset)
+    return add_gaussian_(torch.zeros(count, dtype=torch.float64, device="cpu"), key, param_id, 1.0, offset=offset)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _add_by_tiles(pieces: Sequence[native.Piece], key: bytes, std: float, kernel
         for flat, stream, offset in pieces:
             for start, stop, block, skip in _tiles(flat.numel(), offset):
                 here = flat.device.type == "cpu"
-                out = flat[start:stop] if here else torch.zeros(stop - start, dtype=torch.float64)
+                out = flat[start:stop] if here else torch.zeros(stop - start, dtype=torch.float64, device="cpu")
                 if kernel is not None:
                     kernel.add([(out, stream, offset + start)], key, std if here else 1.0)
                 else:

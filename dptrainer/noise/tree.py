@@ -157,7 +157,7 @@ class SecurePass:
         """N_t - N_{t-1}, summed in float64 and rounded once to the type of each sum."""
         self._last = list(self._nodes(self._taken))
         for param_id, grad in enumerate(grads.values()):
-            noise = torch.zeros(grad.numel(), dtype=torch.float64)
+            noise = torch.zeros(grad.numel(), dtype=torch.float64, device="cpu")
             room = -(-grad.numel() // BLOCK_ELEMENTS) * BLOCK_ELEMENTS  # every node begins a block of its own
             for sign in (-1.0, 1.0):
                 for number, weight in self._last:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from dptrainer.clipping.ghost import Ghost
 from dptrainer.clipping.per_example import (
-    CHUNK_ELEMENTS,
     Dense,
     PerExample,
     chunks,
@@ -24,7 +23,6 @@ from dptrainer.clipping.per_example import (
 from dptrainer.clipping.rules import LayerCall, rule
 from dptrainer.clipping.rules.conv_choice import cheapest
 from dptrainer.clipping.rules.conv_methods import (
-    BY_GRAM,
     Geometry,
     Method,
     Norms,
@@ -32,7 +30,6 @@ from dptrainer.clipping.rules.conv_methods import (
     by_loop,
     by_patches,
     compiled_rows,
-    positions,
 )
 
 
@@ -70,16 +67,10 @@ def _rows(method: Method, geometry: Geometry, activation: Tensor, grad: Tensor) 
 
 
 def _ghost(by: Norms, geometry: Geometry, activation: Tensor, grad: Tensor) -> PerExample:
-    """Norms alone, a few examples at a time; the sum without rows."""
-    gram = by in BY_GRAM
-    step = max(1, CHUNK_ELEMENTS // positions(geometry, activation) ** 2) if gram else max(1, len(grad))
+    """Norms alone; the sum without rows."""
 
     def norms() -> tuple[Tensor, Tensor]:
-        found = [
-            by.of(geometry, activation[start : start + step], grad[start : start + step])
-            for start in range(0, len(grad), step)
-        ]
-        return joined([squares for squares, _ in found]), joined([sizes for _, sizes in found])
+        return by.of(geometry, activation, grad)
 
     def total(weights: Tensor) -> Tensor:
         return by.total(geometry, activation, grad, weights)

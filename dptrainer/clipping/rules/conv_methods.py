@@ -230,11 +230,18 @@ def positions(geometry: Geometry, activation: Tensor) -> int:
 
 
 def gram_norms(geometry: Geometry, activation: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """([B] squared norms, [B, places] ||patch|| ||gradient||), both float64. Without groups.
+    """([B] squared norms, [B, T] ||patch|| ||gradient|| at each place), both float64. Without groups.
 
     The squared norm is sum_ts <patch_t, patch_s> <g_t, g_s>. Inner products of patches are sums, over the kernel, of
-    inner products of input positions, so patches are never built. Float64 throughout: the terms may cancel.
+    inner products of input positions, so patches are never built. Float64 throughout: the terms may cancel. A few
+    examples at a time, as many as a chunk has room for the matrices of.
     """
+    parts = chunks(len(grad), torch.Size((positions(geometry, activation),) * 2))
+    found = [_gram_norms(geometry, activation[part], grad[part]) for part in parts]
+    return joined([squares for squares, _ in found]), joined([sizes for _, sizes in found])
+
+
+def _gram_norms(geometry: Geometry, activation: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     padded = _zero_padded(geometry, activation).double().flatten(2)
     flat = grad.double().flatten(2)
     places, shape = grad.shape[2:], tuple(

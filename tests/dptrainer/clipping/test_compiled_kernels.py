@@ -318,3 +318,33 @@ def test_memory_that_cannot_be_had_is_an_error(monkeypatch):
     ):
         with pytest.raises(MemoryError, match="convolution"):
             action()
+
+
+def test_defaults_of_the_program_do_not_reach_compiled_code(monkeypatch):
+    """Memory of another type or device than the code writes to would be overrun."""
+    plane, a, g = Plane(1, (2, 2), (1, 1), (0, 0), (1, 1)), torch.randn(3, 2, 4, 4), torch.randn(3, 5, 3, 3)
+    example, index, rows = torch.tensor([0, 0, 1]), torch.tensor([2, 2, 1]), torch.randn(3, 9)
+    made = native.LIBRARY.get()
+    if made is None:
+        pytest.skip(native.LIBRARY.status)
+
+    def answers(kernels):
+        return [
+            kernels.row_squares(rows), kernels.row_sums(rows), kernels.scaled(rows, None),
+            *kernels.add_equal(example, index, rows), *kernels.convolution_rows(plane, a, g),
+            *kernels.convolution_norms(plane, a, g),
+        ]  # fmt: skip
+
+    expected = answers(made)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            again, status = native.library().build()
+            assert again is not None, status
+            found = answers(again)
+    finally:
+        torch.set_default_dtype(before)
+    for mine, other in zip(found, expected, strict=True):
+        assert torch.equal(mine, other)
+        assert mine.dtype == other.dtype

@@ -299,3 +299,19 @@ def test_code_for_older_processors_gives_the_same_bits(kernel: native.Kernel, tu
     if tuning and not (Path("/proc/cpuinfo").exists() and "avx2" in Path("/proc/cpuinfo").read_text()):
         pytest.skip("this processor has no AVX2")
     assert native._agrees(native.LIBRARY.compiled(["cc", *tuning]))
+
+
+def test_defaults_of_the_program_do_not_reach_compiled_noise(kernel: native.Kernel) -> None:
+    expected = torch.zeros(50)
+    kernel.add([(expected, 0, 0)], KEY, 1.0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    found = torch.zeros(50, dtype=torch.float32)
+    try:
+        with torch.device("meta"):
+            made, status = library().build()
+            assert made is not None, status
+            add_gaussian_(found, KEY, 0, 1.0)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, expected)
