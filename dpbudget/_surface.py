@@ -107,7 +107,7 @@ def start(ledger: Ledger, run_id: str | None = None, *, lease_steps: int | None 
         if not unfinished and state.runs:
             raise PlanExhausted(
                 f"every run of this ledger ({len(state.runs)}) has used up its plan",
-                hint="plan and sign another run, if dpbudget ledger show says that some of the budget is left",
+                hint="sign another run where dpbudget ledger show says that some of the budget is left",
             )
         if not unfinished:
             raise InvalidParameter(

@@ -20,8 +20,9 @@ from dptrainer.loop import detach_earlier
 from dptrainer.losses import Loss, PerExampleLoss
 from dptrainer.memory import PhysicalSize, checked_size, physical_size
 from dptrainer.outside import refuse_trainable_criterion, refuse_trainable_loss
-from dptrainer.probe import probe, probe_again, probe_loss, tell_untested
+from dptrainer.probe import probe, probe_again, probe_loss
 from dptrainer.sampling import Indices, physical_batches
+from dptrainer.untested import tell_untested, why_untested
 from dptrainer.update import check_run
 from dptrainer.validation import check
 from dptrainer.values import ClippedSum
@@ -168,4 +169,5 @@ def _test(
     """Model and loss on synthetic records, and a word where that was not possible."""
     inputs, named, target = split_batch(batch)
     if not (probe(model, inputs, replay, named=named, note=note) and probe_loss(model, loss, inputs, named, target)):
-        tell_untested("model and loss could not be run on synthetic records, so nobody tested for mixing.", note)
+        what = "model and loss could not be run on synthetic records, so nobody tested for mixing."
+        tell_untested(what + why_untested(model, loss, inputs, named, target), note)

@@ -237,7 +237,8 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     raise InvalidParameter(
         f"a batch is {type(batch).__name__}; PrivateTrainer needs (input, ..., target) or a mapping with 'labels'",
         code="DP091",
-        hint="pass a collate_fn that gives one of these, or use make_private with your own loop",
+        hint="pass torch.utils.data.TensorDataset(inputs, labels), or a collate_fn that gives one of these, or use "
+        "make_private with your own loop",
     )
 
 

@@ -163,6 +163,11 @@ class PrivateLoop:
         self._outside.stop()
         self._step = None
 
+    @property
+    def holds_gradient(self) -> bool:
+        """Whether a backward pass of the open batch ran that no step has taken."""
+        return self._engine.task is not None
+
     def require_attached(self) -> None:
         """Refuse to go on after :meth:`detach` (DP021)."""
         if self._handle is None:

@@ -13,7 +13,8 @@ from dptrainer.clipping.engine import Reduction, gradient_scale
 from dptrainer.clipping.factory import deterministic_copy, synthetic_like
 from dptrainer.isolation import seeded
 from dptrainer.losses import Loss
-from dptrainer.probe import NOT_MY_CALL, synthetic_examples
+from dptrainer.probe import synthetic_examples
+from dptrainer.untested import NOT_MY_CALL, why_untested
 
 
 def probe_criterion(model: nn.Module, criterion: Loss, reduction: Reduction, batch: object) -> bool:
@@ -29,14 +30,8 @@ def probe_criterion(model: nn.Module, criterion: Loss, reduction: Reduction, bat
         PrivacyViolation: the gradient of one example, times the batch size for a mean, depends on the other examples
             or on how many there are (DP030).
     """
-    if isinstance(batch, Mapping) and "labels" in batch:
-        names, values = [n for n in batch if n != "labels"], [v for n, v in batch.items() if n != "labels"]
-        values.append(batch["labels"])
-    elif isinstance(batch, tuple | list) and len(batch) >= 2:
-        names, values = [], list(batch)
-    else:
-        return False
-    if any(not isinstance(v, Tensor) or v.dim() == 0 or v.shape[0] != 1 for v in values):
+    names, values = _named_values(batch)
+    if not values or any(not isinstance(v, Tensor) or v.dim() == 0 or v.shape[0] != 1 for v in values):
         return False
     device = next(model.parameters()).device
     for example in synthetic_examples([value.to(device) for value in values]):
@@ -52,6 +47,24 @@ def probe_criterion(model: nn.Module, criterion: Loss, reduction: Reduction, bat
         _compare(criterion, outputs, target, reduction, together)
         return True
     return False
+
+
+def why_untested_criterion(model: nn.Module, criterion: Loss, batch: object) -> str:
+    """What the criterion says to one synthetic record, to be added to a message; empty where it takes it."""
+    names, values = _named_values(batch)
+    if not values:
+        return ""
+    *inputs, target = values
+    named = dict(zip(names, inputs, strict=True)) if names else {}
+    return why_untested(model, lambda out, wanted, _: criterion(out, wanted), () if names else inputs, named, target)
+
+
+def _named_values(batch: object) -> tuple[list[str], list[Any]]:
+    """Names of the inputs, where they have some, and the inputs with the target behind them; nothing if unknown."""
+    if isinstance(batch, Mapping) and "labels" in batch:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return list(inputs), [*inputs.values(), batch["labels"]]
+    return [], list(batch) if isinstance(batch, tuple | list) and len(batch) >= 2 else []
 
 
 def _outputs(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> Tensor | None:

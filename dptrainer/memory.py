@@ -22,7 +22,8 @@ from dpbudget.plan import Plan
 from dptrainer.clipping import BookKeeping, Grouping
 from dptrainer.clipping.factory import deterministic_copy
 from dptrainer.data import Records
-from dptrainer.probe import NOT_MY_CALL, _calls
+from dptrainer.probe import _calls
+from dptrainer.untested import NOT_MY_CALL
 
 #: Share of a bound that the measured step may take; the loss and the allocator have the rest.
 _SHARE = 0.8

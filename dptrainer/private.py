@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -10,19 +11,19 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from dpbudget.curve import Bounds
-from dpbudget.errors import DPBudgetError, InvalidParameter, PlanExhausted
+from dpbudget.errors import DPBudgetError, DPBudgetWarning, InvalidParameter, PlanExhausted
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dptrainer.clipping import Clipping, Grouping, Reduction
 from dptrainer.data import Collate, Records, check_static
 from dptrainer.loop import PrivateLoop
-from dptrainer.loss_probe import probe_criterion
+from dptrainer.loss_probe import probe_criterion, why_untested_criterion
 from dptrainer.losses import Loss
 from dptrainer.memory import PhysicalSize, checked_size, physical_size
 from dptrainer.noise.source import NoiseSource
 from dptrainer.outside import refuse_trainable_criterion
-from dptrainer.probe import tell_untested
 from dptrainer.sampling import Indices, PoissonSampler, physical_batches
+from dptrainer.untested import callers_level, tell_untested
 
 Model = TypeVar("Model", bound=nn.Module)
 AnyOptimizer = TypeVar("AnyOptimizer", bound=torch.optim.Optimizer)
@@ -40,7 +41,7 @@ class PrivateLoader:
     A batch that drew no record is stood in for by one example of zeros whose gradient is dropped, so that the loop runs
     the same code and its length does not tell; the step that follows is noise alone. With physical batches, several
     items belong to one step and the optimizer moves on the last of them. A batch that is left without
-    ``optimizer.step()`` is dropped; its receipt stays charged.
+    ``optimizer.step()`` is dropped; its receipt stays charged, and a warning says so where its gradient was computed.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class PrivateLoader:
         self._physical, self._epoch = physical_batch_size, steps_per_epoch
         self._loss_tested, self._static = loss_tested, static_shapes
         self._sampler = PoissonSampler()
+        self._told = self._begun = False
 
     def __repr__(self) -> str:
         run, loss = self._loop.run, "tested" if self._loss_tested else "not tested"
@@ -126,11 +128,19 @@ class PrivateLoader:
     def _next_receipt(self, *, first: bool) -> Receipt | None:
         self._loop.require_attached()
         try:
-            return self._loop.run.next_receipt()
-        except PlanExhausted:
+            receipt = self._loop.run.next_receipt()
+        except PlanExhausted as ended:
+            if first and self._begun and self._epoch is None:
+                raise PlanExhausted(
+                    ended.message,
+                    hint="iterate once: an iteration over the loader takes every step that the plan has left; for "
+                    "epochs pass steps_per_epoch to make_private",
+                ) from None
             if first:
                 raise
             return None
+        self._begun = True
+        return receipt
 
     def _step(self, receipt: Receipt) -> Iterator[Any]:
         step = self._loop.begin(receipt)
@@ -143,9 +153,22 @@ class PrivateLoader:
                 yield batch
                 self._loop.check_outside()
                 if not step.took(number):
+                    self._tell_of_drop()
                     return
         finally:
             self._loop.end(step)
+
+    def _tell_of_drop(self) -> None:
+        """A word, once, to a loop that accumulates by hand; a batch without a backward pass was left on purpose."""
+        if self._loop.holds_gradient and not self._told:
+            self._told = True
+            warnings.warn(
+                "a batch was left without optimizer.step() after backward(): its gradient is dropped, its step stays "
+                "charged, and gradients of several batches are not added up. To accumulate, plan a larger batch size "
+                "and pass physical_batch_size.",
+                DPBudgetWarning,
+                stacklevel=callers_level(),
+            )
 
     def _drawn(self, piece: Indices) -> tuple[Any, Grouping | None]:
         if self._static:
@@ -271,7 +294,8 @@ def make_private(
     if note is not None and run.charged:
         note(f"{run.charged} steps of this run are charged already; load the checkpoint of their weights.")
     if loss_fn is not None and not tested:
-        tell_untested("loss_fn could not be called with synthetic outputs and targets, so it was not tested.", note)
+        what = "loss_fn could not be called with synthetic outputs and targets, so it was not tested."
+        tell_untested(what + why_untested_criterion(model, loss_fn, synthetic), note)
     elif note is not None and not tested:
         note(_NO_LOSS.format(reduction=loss_reduction))
     return model, optimizer, PrivateLoader(loop, records, size, steps_per_epoch, tested, static_shapes)

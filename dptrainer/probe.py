@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dpbudget.errors import DPBudgetWarning, InvalidParameter, PrivacyViolation
+from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dptrainer.clipping.engine import trainable_parameters
 from dptrainer.clipping.factory import deterministic_copy, learn_arguments, self_test, synthetic_like
 from dptrainer.draws import ConstantDraws, without_dropout
 from dptrainer.isolation import isolation_test, seeded
 from dptrainer.state_probe import probe_state
+from dptrainer.untested import NOT_MY_CALL, call_twin, failure, tell_untested
 from dptrainer.validation import check
 from dptrainer.validation.problem import a_few
 
-# What a model raises when it is not called in the way that the probe guesses.
-NOT_MY_CALL = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError)
 #: Synthetic records: a prime, so that it is not easily a divisor of another dimension.
 _ROWS = 7
 
@@ -38,17 +37,6 @@ UNTESTED_CLIPPING = (
 )
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def tell_untested(what: str, note: Callable[[str], None] | None) -> None:
-    """Say that a test at set-up was not possible: to ``note``, or as a warning, but never in silence.
-
-    Clipping bounds nobody's influence in a model that mixes examples, so whoever uses it must know that nobody looked.
-    """
-    if note is None:
-        warnings.warn(f"{what} Pass note=print to read this as a note.", DPBudgetWarning, stacklevel=4)
-    else:
-        note(what)
 
 
 def probe_batch(
@@ -70,8 +58,14 @@ def probe_batch(
     """
     if any(probe(model, args, replay, named=named, note=note) for args, named in _calls(batch)):
         return True
-    tell_untested(UNTESTED, note)
+    tell_untested(UNTESTED + _why_not(model, batch), note)
     return False
+
+
+def _why_not(model: nn.Module, batch: object) -> str:
+    """What the model says to a batch that is passed on in the usual way."""
+    args, named = next(_calls(batch), ((), {}))
+    return failure(partial(call_twin, model, args, named)) if args or named else ""
 
 
 def probe_again(model: nn.Module, optimizer: torch.optim.Optimizer, test: Callable[[], object]) -> None:

@@ -28,7 +28,7 @@ from dptrainer.noise.tree import (
     check_unsampled,
 )
 from dptrainer.sampling import Indices
-from dptrainer.update import check_parameters, check_run, hand_over, output_digest
+from dptrainer.update import check_is_run, check_parameters, hand_over, output_digest
 from dptrainer.validation import check_step
 
 #: Most steps of one pass: each is a batch, empty or not.
@@ -178,7 +178,7 @@ def check_passes(model: nn.Module, run: Run, steps_per_pass: int, clipping: Clip
             code="DP009",
             hint="dataset size / steps_per_pass is the expected batch size",
         )
-    check_run(model, run)
+    check_is_run(run)
     for phase in run.plan.phases:
         check_unsampled(phase.rate_k)
     check_tree_size(trainable_parameters(model), steps_per_pass, run.plan.max_parameters)

@@ -22,13 +22,22 @@ def check_run(model: nn.Module, run: Run) -> None:
     Raises:
         PrivacyViolation: more trainable parameters than the plan allows, or none (DP018); ``run`` is not a run (DP081).
     """
+    check_is_run(run)
+    check_size(trainable_parameters(model).values(), run.plan.max_parameters)
+
+
+def check_is_run(run: object) -> None:
+    """Refuse a ledger, a plan or a run's name in the place of a run.
+
+    Raises:
+        PrivacyViolation: it is none (DP081).
+    """
     if not isinstance(run, Run):
         raise PrivacyViolation(
             f"run is {type(run).__name__}, not a run of a ledger",
             code="DP081",
             hint="run = dpbudget.start(ledger, run_id)",
         )
-    check_size(trainable_parameters(model).values(), run.plan.max_parameters)
 
 
 def release(

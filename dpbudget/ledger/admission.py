@@ -236,11 +236,14 @@ def _target(state: LedgerState, plan: Plan) -> Target:
     newest, delta = state.portfolios[-1], plan.claim.delta
     if not newest.frozen:
         if delta != newest.delta:
+            hint = f"plan with delta {newest.delta!r}"
+            if newest.index == 1 and delta == state.delta:  # the delta of the budget, of which a ledger keeps half
+                hint += "; only a new ledger with whole_budget=True (--whole-budget) lets one plan have all of it"
             raise InvalidParameter(
                 f"the plan claims epsilon at delta {delta:g}, the open portfolio {newest.index} has delta "
                 f"{newest.delta:g}",
                 code="DP052",
-                hint=f"plan with delta {newest.delta!r}",
+                hint=hint,
             )
         return Target(newest, opens=False)
     left = state.remaining_delta

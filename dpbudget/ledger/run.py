@@ -357,7 +357,8 @@ class Run:
         return PlanExhausted(
             f"step {self.planned + 1} of {self.planned} is not in the plan; its {self.planned} steps claim "
             f"epsilon {round_up(claim.epsilon)} at delta {show_delta(claim.delta)}, and nothing beyond them is covered",
-            hint="plan and sign another run, if dpbudget ledger show says that some of the budget is left",
+            hint="stop here; to train longer, plan more steps before the first one (epochs), or sign another run where "
+            "dpbudget ledger show says that some of the budget is left",
         )
 
 

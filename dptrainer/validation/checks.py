@@ -47,7 +47,8 @@ def check(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> N
     message, hint = first.reason, first.fix
     if others:
         message += f" ({len(others)} more below.)"
-        hint += "".join(f"\n  {problem}" for problem in others)
+        # One way out for many layers is said once.
+        hint += "".join(f"\n  {p.code} {p.reason}" if p.fix == first.fix else f"\n  {p}" for p in others)
     raise PrivacyViolation(message, hint=hint, code=first.code)
 
 

@@ -68,21 +68,36 @@ def mode_problems(model: nn.Module) -> Iterator[Problem]:
 
 def replay_problems(model: nn.Module) -> Iterator[Problem]:
     """Modules that are differentiated by a second run, and would draw other random numbers in it."""
-    for name, module in dropouts_in_replays(model):
-        reason = f"{layer_title(name, module)} draws dropout inside a module that has no rule and is run twice."
+    names = {module: name for name, module in model.named_modules()}
+    for unit, part in _dropouts_by_unit(model):
+        own = a_few([name for name, parameter in unit.named_parameters(recurse=False) if parameter.requires_grad])
+        where = "" if part is unit else f" inside {layer_title(names[unit], unit)}"
+        reason = f"{layer_title(names[part], part)} draws dropout{where}, which has no rule and is run twice"
         fix = "set its dropout to 0, move the dropout out, or model = dptrainer.fix(model)."
-        yield Problem(name, "DP019", reason, fix)
+        if own:
+            reason += f" for the parameters of its own: {own}"
+            fix = f"give {own} a module that uses them and draws nothing; or {fix}" if part is not unit else fix
+        yield Problem(names[part], "DP019", f"{reason}.", fix)
 
 
 def dropouts_in_replays(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of active dropout in units without a rule, each module once."""
+    names = {module: name for name, module in model.named_modules()}
+    return [(names[part], part) for _, part in _dropouts_by_unit(model)]
+
+
+def _dropouts_by_unit(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """(unit without a rule, active dropout in it), each dropout once."""
     try:
         layers = layout(model, trainable_parameters(model))
     except PrivacyViolation:
         return []  # the engine says what it is
-    names = {module: name for name, module in model.named_modules()}
-    inside = {part: None for unit, layer in layers.items() if layer.rule is None for part in unit.modules()}
-    return [(names[part], part) for part in inside if part.training and _dropout_rate(part) > 0]
+    unit_of: dict[nn.Module, nn.Module] = {}
+    for unit, layer in layers.items():
+        if layer.rule is None:
+            for part in unit.modules():
+                unit_of.setdefault(part, unit)
+    return [(unit, part) for part, unit in unit_of.items() if part.training and _dropout_rate(part) > 0]
 
 
 def _dropout_rate(module: nn.Module) -> float:

@@ -237,6 +237,38 @@ def test_check_lists_every_problem():
     assert caught.value.code == "DP010"
 
 
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(6, 4))
+
+    def forward(self, x):
+        return x + self.table
+
+
+class WithPositions(nn.Module):
+    """A transformer as people write it: bare parameters beside layers that draw dropout."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.add = Positions() if own else None
+        self.positions = None if own else nn.Parameter(torch.zeros(6, 4))
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x + self.positions if self.add is None else self.add(x))
+
+
+def test_dropout_beside_bare_parameters_is_told_of_them_and_the_way_out_once():
+    with pytest.raises(PrivacyViolation) as caught:
+        check(WithPositions(own=False))
+    text = str(caught.value)
+    assert "inside the model (WithPositions)" in text
+    assert "give positions a module" in text
+    assert [text.count(word) for word in ("draws dropout", "Fix:", "dptrainer.fix")] == [4, 1, 1]
+    assert validate(WithPositions(own=True)) == []  # the way out works
+
+
 # ---------------------------------------------------------------------- isolation
 
 

@@ -78,6 +78,17 @@ def test_the_first_portfolio_takes_half_of_delta_or_the_whole_budget() -> None:
     assert (half.plan_delta, whole.plan_delta) == (HALF_DELTA, 1e-6)
 
 
+def test_a_plan_for_all_of_delta_in_a_ledger_that_keeps_half_is_told_of_whole_budget() -> None:
+    for ledger, delta, told in ((make_ledger(), 1e-6, True), (make_ledger(), 1e-7, False)):
+        with pytest.raises(InvalidParameter) as caught:
+            ledger.sign_plan(make_plan(delta=delta), owner=OWNER)
+        assert (caught.value.code, f"plan with delta {HALF_DELTA}" in caught.value.hint) == ("DP052", True)
+        assert ("whole_budget=True" in caught.value.hint) is told
+    with pytest.raises(InvalidParameter) as caught:
+        make_ledger(whole_budget=True).sign_plan(make_plan(delta=HALF_DELTA), owner=OWNER)
+    assert caught.value.hint == "plan with delta 1e-06"
+
+
 def test_a_run_calibrated_to_the_whole_budget_fits_it_exactly() -> None:
     ledger = make_ledger(whole_budget=True)
     run_id = ledger.sign_plan(make_plan(2, epsilon=3.0, delta=1e-6), owner=OWNER)

@@ -12,7 +12,7 @@ from loopkit import NoNoise, linear_model, make_run
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from dpbudget.errors import PrivacyViolation
+from dpbudget.errors import DPBudgetWarning, PrivacyViolation
 from dptrainer.private import make_private
 from dptrainer.trainer import PrivateTrainer
 
@@ -182,6 +182,22 @@ def test_an_untested_model_is_mentioned() -> None:
         set_up(NeedsMore(), TensorDataset(inputs(), classes()), trainer=False)
     with pytest.warns(UserWarning, match="nobody tested"):
         set_up(linear_model(), TensorDataset(inputs(), classes()), trainer=True, loss=_refuses_all)
+
+
+@pytest.mark.parametrize("trainer", [True, False])
+def test_a_model_that_does_not_take_the_records_is_quoted_at_the_line_that_passed_it(trainer: bool) -> None:
+    state = torch.random.get_rng_state()
+    with pytest.warns(DPBudgetWarning, match=r"The call failed: RuntimeError: .*[Dd]ouble.*\. Pass note") as caught:
+        set_up(linear_model(), TensorDataset(inputs().double(), classes()), trainer=trainer)
+    assert {warning.filename for warning in caught} == {__file__}
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_criterion_that_does_not_take_the_outputs_is_quoted() -> None:
+    said: list[str] = []
+    for data in (TensorDataset(inputs(), classes()), Named(input=inputs(), labels=classes())):
+        set_up(linear_model(), data, trainer=False, loss_fn=_refuses_all, note=said.append)
+        assert said[-1].endswith("The call failed: ValueError: this loss knows synthetic records from others.")
 
 
 def _refuses_all(outputs: Tensor, target: Tensor) -> Tensor:

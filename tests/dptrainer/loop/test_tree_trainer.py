@@ -558,9 +558,10 @@ def test_a_plan_with_phases_that_sample_is_refused_whichever_it_is() -> None:
         trainer(run=make_run(phases=phases))
 
 
-def test_a_tree_that_the_plan_is_too_small_for_is_refused_and_the_number_it_names_is_enough() -> None:
+@pytest.mark.parametrize("allowed", [20, 3])  # enough for the model, and there are 4 levels; not enough even for it
+def test_a_tree_that_the_plan_is_too_small_for_is_refused_and_the_number_it_names_is_enough(allowed: int) -> None:
     with refused("DP018") as caught:
-        trainer(run=passes_run(max_parameters=20), steps_per_pass=8)  # enough for the model, and there are 4 levels
+        trainer(run=passes_run(max_parameters=allowed), steps_per_pass=8)
     number = int(caught.value.hint.split("max_parameters=")[1].split()[0])
     assert number == 4 * 20
     with refused("DP018"):

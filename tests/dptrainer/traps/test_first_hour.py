@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import dptrainer
+from dpbudget.errors import DPBudgetWarning
 from dptrainer.trainer import PrivateTrainer
 
 
@@ -134,6 +135,45 @@ def test_splitting_a_batch_by_hand_accumulating_and_stepping_twice_are_told_apar
     assert [code for code, _ in said] == ["DP030", "DP031", "DP021"]
     assert all("physical_batch_size" in hint for _, hint in said[:2])
     assert "once for each of its batches" in said[2][1]
+
+
+def test_accumulating_over_batches_is_told_that_gradients_are_dropped() -> None:
+    run = make_run(6, rate=1.0)
+    model, optimizer, loader = private(run=run)
+
+    def accumulate() -> None:
+        for number, (x, y) in enumerate(loader):
+            F.cross_entropy(model(x), y).backward()
+            if number % 3 == 2:
+                optimizer.step()
+
+    with pytest.warns(DPBudgetWarning, match="not added up") as caught:
+        accumulate()
+    assert ([warning.filename for warning in caught], run.charged) == ([__file__], 6)
+
+
+def test_batches_that_are_passed_over_or_broken_off_need_no_warning() -> None:
+    model, _, loader = private(run=make_run(4, rate=1.0))
+    for x, y in loader:
+        F.cross_entropy(model(x), y).backward()
+        break
+    for _ in loader:
+        pass
+
+
+def test_epochs_over_a_loader_that_was_not_cut_into_them_are_told_how() -> None:
+    model, optimizer, loader = private(run=make_run(2))
+    with refused("DP050") as caught:
+        for _ in range(2):
+            for batch in loader:
+                step(model, optimizer, batch)
+    assert "steps_per_epoch" in caught.value.hint
+    model, optimizer, loader = private(run=make_run(2), steps_per_epoch=2)
+    with refused("DP050") as caught:
+        for _ in range(2):
+            for batch in loader:
+                step(model, optimizer, batch)
+    assert "steps_per_epoch" not in caught.value.hint
 
 
 def test_physical_batches_do_what_accumulation_by_hand_was_meant_to_do() -> None:

@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 
 from dpbudget.ledger.receipt import Receipt
 from dptrainer import trainer as trainer_module
+from dptrainer.noise import native
 from dptrainer.noise import source as source_module
 from dptrainer.noise.keys import Purpose
 from dptrainer.noise.source import SecureNoise
@@ -26,6 +27,7 @@ from dptrainer.private import make_private
 from dptrainer.trainer import PrivateTrainer
 
 ROWS, WHICH = 6, 2
+native.LIBRARY.get()  # else how many sums the process asked for before decides in which of two runs noise is compiled
 FULL = pytest.param(True, marks=pytest.mark.slow, id="full")
 
 
