@@ -8,6 +8,7 @@ PyTorch's results on a few shapes when it is loaded.
 from __future__ import annotations
 
 import ctypes
+import math
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,8 +55,8 @@ _FUNCTIONS: dict[str, Sequence[type]] = {
     "weighted_sum": (_PTR, _PTR, _LONG, _LONG, _PTR, _INT, _INT),
     "scaled": (_PTR, _PTR, _LONG, _LONG, _PTR, _INT),
     "add_equal": (_PTR, _PTR, _PTR, _LONG, _LONG, _PTR, _INT, ctypes.c_uint64, _PTR, _PTR, _PTR),
-    "add_squares": (_PTR, _PTR, _LONG, _LONG, _PTR),
-    "add_rows": (_PTR, _PTR, _PTR, _PTR, _LONG, _LONG, _PTR),
+    "add_squares": (_PTR, _PTR, _LONG, _LONG, _PTR, _LONG),
+    "add_rows": (_PTR, _PTR, _PTR, _PTR, _LONG, _LONG, _PTR, _LONG, _LONG),
     "row_sums": (_PTR, _LONG, _LONG, _PTR, _INT),
     "convolution_rows": (_PTR, _PTR, _PTR, _PTR, _PTR, _PTR, _INT),
     "convolution_sum": (_PTR, _PTR, _PTR, _PTR, _PTR, _INT),
@@ -71,7 +72,8 @@ class Kernels:
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
         library.add_equal.restype = _LONG
-        library.convolution_rows.restype = library.convolution_sum.restype = _INT
+        for name in ("add_squares", "add_rows", "convolution_rows", "convolution_sum"):
+            getattr(library, name).restype = _INT
         # Where rows are put must not be the choice of those who made the records.
         self._factor = secrets.randbits(64) | 1
 
@@ -109,14 +111,25 @@ class Kernels:
         return examples[:found], indices[:found], values[:found]
 
     def add_squares(self, example: Tensor, rows: Tensor, total: Tensor) -> None:
-        """``total[example[t]]`` += ||rows[t]||^2, float64."""
-        self._library.add_squares(example.data_ptr(), rows.data_ptr(), *rows.shape, total.data_ptr())
+        """``total[example[t]]`` += ||rows[t]||^2, float64.
+
+        Raises:
+            IndexError: an example is not one of ``total``.
+        """
+        addresses = (example.data_ptr(), rows.data_ptr())
+        if not self._library.add_squares(*addresses, *rows.shape, total.data_ptr(), len(total)):
+            raise IndexError("an example is out of range")
 
     def add_rows(self, entries: tuple[Tensor, Tensor, Tensor], weights: Tensor, table: Tensor) -> None:
-        """``table[index[t]]`` += weights[example[t]] rows[t] of (example, index, rows); NaN and inf count as 0."""
+        """``table[index[t]]`` += weights[example[t]] rows[t] of (example, index, rows); NaN and inf count as 0.
+
+        Raises:
+            IndexError: an example or an index is out of range.
+        """
         example, index, rows = entries
         addresses = (t.data_ptr() for t in (example, index, weights, rows))
-        self._library.add_rows(*addresses, *rows.shape, table.data_ptr())
+        if not self._library.add_rows(*addresses, *rows.shape, table.data_ptr(), len(weights), len(table)):
+            raise IndexError("an example or an index is out of range")
 
     def row_sums(self, rows: Tensor) -> Tensor:
         """[B] sums of [B, d], taken in float64."""
@@ -202,7 +215,25 @@ def _agrees(kernels: Kernels) -> bool:
         (squares, unique.double().square().sum(1)[[0, 1]] + unique.double().square().sum(1)[[3, 2]]),
         *_convolution_pairs(kernels),
     ]  # fmt: skip
-    return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
+    alike = all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
+    return alike and _leaves_out(kernels)
+
+
+def _leaves_out(kernels: Kernels) -> bool:
+    """Whether NaN and inf count as 0, in vectors and in what is left beside them, and make a norm not finite."""
+    for bad in (math.nan, math.inf, -math.inf):
+        for place in (0, 40, 130):
+            rows, weights, sums = torch.ones(2, 131), torch.tensor([0.0, 1.0]), torch.zeros(131)
+            rows[0, place] = bad
+            kernels.weighted_sum(rows, weights, sums, add=True)
+            table, clean = torch.zeros(1, 131), kernels.scaled(rows, weights)
+            kernels.add_rows((torch.arange(2), torch.zeros(2, dtype=torch.int64), rows), weights, table)
+            plane, planes, weight = Plane(1, (1, 1), (1, 1), (0, 0), (1, 1)), rows.view(2, 1, 1, 131), torch.zeros(1)
+            kernels.add_convolutions(plane, planes, planes, weights, weight)
+            squares = kernels.row_squares(rows)
+            if [*sums, *table[0]] != [1.0] * 262 or clean.sum() != 131.0 or weight != 131.0 or squares[0].isfinite():
+                return False
+    return True
 
 
 def _convolution_pairs(kernels: Kernels) -> list[tuple[Tensor, Tensor]]:
@@ -253,5 +284,7 @@ def kernels(*tensors: Tensor) -> Kernels | None:
     """The compiled functions if the tensors are contiguous float32 on the CPU, else None."""
     for tensor in tensors:
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return None
+        if tensor.is_neg():  # its memory holds the opposite
             return None
     return LIBRARY.get()
