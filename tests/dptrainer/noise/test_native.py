@@ -63,6 +63,17 @@ def test_compiled_noise_has_the_bits_of_plain_noise(
     assert torch.equal(*found)
 
 
+def test_tensors_with_gaps_get_the_same_noise_compiled_or_not(
+    kernel: native.Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for chosen in (None, kernel):
+        use(monkeypatch, chosen)
+        whole = torch.zeros(400)
+        add_gaussian_(whole[::2], KEY, 3, 0.37)
+        assert torch.equal(whole[::2], add_gaussian_(torch.zeros(200), KEY, 3, 0.37))
+        assert not whole[1::2].any()
+
+
 @pytest.mark.parametrize("first", [0, 1, (1 << 32) - 17, (1 << 32) - 1, 1 << 32, (5 << 32) - 40, (1 << 64) - 101])
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 101])
 @pytest.mark.parametrize("stream", [0, 1, (1 << 32) - 1])
