@@ -23,7 +23,7 @@ _FEW_STEPS = 10
 _TIGHT = 0.01
 #: What that may take of the time of training: seconds at once, and for every step that was charged.
 _AT_ONCE, _A_STEP = 0.1, 5e-4
-#: One thread at a time refines, so that what one was told another does not see fall. Not a field: a meter may be copied.
+#: One thread at a time refines, so that none sees epsilon fall. Not a field of what may be copied.
 _REFINING = threading.Lock()
 
 
