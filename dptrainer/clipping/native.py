@@ -216,7 +216,34 @@ def _agrees(kernels: Kernels) -> bool:
         *_convolution_pairs(kernels),
     ]  # fmt: skip
     alike = all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
-    return alike and _leaves_out(kernels)
+    return alike and _leaves_out(kernels) and _shares_agree(kernels)
+
+
+def _shares_agree(kernels: Kernels) -> bool:
+    """Whether threads that share the work leave nothing out and take nothing twice."""
+    times = 110  # enough work for several
+    rows = torch.linspace(-1.0, 2.0, 3 * 331).view(3, 331).repeat(times, 1)
+    weights = torch.linspace(0.0, 1.0, len(rows))
+    total, grads = torch.full((331,), 7.0), torch.ones(18, 4, 3, 2)
+    kernels.weighted_sum(rows, weights, total, add=False)
+    plane, activation, grad = _convolution_case()
+    found, squared = kernels.convolution_rows(plane, activation, grad)
+    many = (plane, activation.repeat(times, 1, 1, 1), grad.repeat(times, 1, 1, 1))
+    kernels.add_convolutions(*many, weights, grads)
+    all_found, all_squared = kernels.convolution_rows(*many)
+    norms, sizes = kernels.convolution_norms(*many)
+    pairs = [
+        (kernels.row_squares(rows), rows.double().square().sum(1)),
+        (kernels.row_sums(rows), rows.sum(1)),
+        (kernels.scaled(rows, weights), rows * weights.unsqueeze(1)),
+        (total, weights @ rows),
+        (all_found, found.repeat(times, 1, 1, 1, 1)),
+        (all_squared, squared.repeat(times)),
+        (norms, squared.repeat(times)),
+        (sizes, kernels.convolution_norms(plane, activation, grad)[1].repeat(times, 1)),
+        (grads, 1.0 + torch.tensordot(weights.view(times, 3).sum(0), found, 1)),
+    ]
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in pairs)
 
 
 def _leaves_out(kernels: Kernels) -> bool:
@@ -236,10 +263,14 @@ def _leaves_out(kernels: Kernels) -> bool:
     return True
 
 
-def _convolution_pairs(kernels: Kernels) -> list[tuple[Tensor, Tensor]]:
-    plane = Plane(2, (3, 2), (2, 1), (1, 0), (1, 2))
+def _convolution_case() -> tuple[Plane, Tensor, Tensor]:
     activation = torch.linspace(-9.0, 9.0, 3 * 8 * 7 * 6).view(3, 8, 7, 6).sin()
     grad = torch.linspace(-2.0, 1.0, 3 * 18 * 4 * 4).view(3, 18, 4, 4).cos()
+    return Plane(2, (3, 2), (2, 1), (1, 0), (1, 2)), activation, grad
+
+
+def _convolution_pairs(kernels: Kernels) -> list[tuple[Tensor, Tensor]]:
+    plane, activation, grad = _convolution_case()
     found, squared = kernels.convolution_rows(plane, activation, grad)
     norms, sizes = kernels.convolution_norms(plane, activation, grad)
     expected = torch.stack([_one(plane, a, g) for a, g in zip(activation, grad, strict=True)])

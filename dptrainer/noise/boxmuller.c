@@ -95,7 +95,7 @@ ADD(add_double, double)
 
 struct piece { void *out; int64_t count; uint64_t block; int64_t skip; uint32_t stream; uint32_t doubles; };
 
-#define SHARE 16384 /* elements that a thread takes at a time: some 50 microseconds */
+#define SHARE 16384 /* elements that a thread takes at a time: some 50 microseconds; native.py knows it */
 
 /* Noise for every piece; 0 if one of the sums was not finite, which must not be released then. What is added depends
  * on addresses alone, so threads take shares as they come. */

@@ -275,6 +275,8 @@ CHANGES = [
     "total[o * w.patch + k] += -> total[o * w.patch + k] =",
     "sqrt(room[t] -> (room[t]",
     "return x - x == 0 ? x : 0 -> return x",
+    "i = c->batch * share / threads; -> i = c->batch * share / (threads + 1);",
+    "out[i] = squares(rows -> if (i < 256) out[i] = squares(rows",
     "return (floats)((ints)v & keep) -> (void)keep; return v",
 ]
 

@@ -273,6 +273,9 @@ def test_every_number_that_is_not_finite_is_seen(
         "(block >> 32) - (lanes) -> (block >> 32) + (lanes)",
         "block += BLOCKS; -> block += BLOCKS + 1;",
         "#define FORMAT 1u -> #define FORMAT 2u",
+        "(uint64_t)((start + p.skip) / 10) -> (uint64_t)(p.skip / 10)",
+        "share < (p.count + SHARE - 1) / SHARE -> share < (p.count + SHARE - 1) / SHARE - (p.count > SHARE)",
+        "reduction(+ : bad) -> firstprivate(bad)",
     ],
 )
 def test_a_library_with_other_bits_is_not_used(
