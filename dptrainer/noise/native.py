@@ -136,7 +136,7 @@ def _agrees(made: Kernel) -> bool:
 
 
 def _shares_agree(made: Kernel, key: bytes) -> bool:
-    """Whether a tensor of several shares, divided among threads, gets every value once, and its last one is looked at."""
+    """Whether a tensor of several shares, divided among threads, gets every value once and is looked at to its end."""
     count, share = 3 * SHARE - 5, threads(3 * SHARE, 1)
     plain = boxmuller.Workbench(-(-(count + 7) // BLOCK_ELEMENTS))
     plain.words[:] = keystream(key, 1, 0, plain.blocks)
