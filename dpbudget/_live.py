@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ _FEW_STEPS = 10
 _TIGHT = 0.01
 #: What that may take of the time of training: seconds at once, and for every step that was charged.
 _AT_ONCE, _A_STEP = 0.1, 5e-4
+#: One thread at a time refines, so that none sees epsilon fall. Not a field of what may be copied.
+_REFINING = threading.Lock()
 
 
 @dataclass
@@ -55,7 +58,9 @@ class LiveMeter(Meter):
     def epsilon(self, steps: int) -> Bounds:
         """As :meth:`Meter.epsilon`; within about 1 % of the truth as far as time allows."""
         if self.finer.reached < steps <= self.steps[-1]:
-            self._settle(steps)
+            with _REFINING:
+                if self.finer.reached < steps:  # another thread may have been here
+                    self._settle(steps)
         return self.finer.table.epsilon(steps)
 
     def _settle(self, steps: int) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dpbudget.curve import Bounds
@@ -19,7 +20,7 @@ from dptrainer.data import Collate, Records, check_rows, check_static, check_uni
 from dptrainer.loop import detach_earlier
 from dptrainer.losses import Loss, PerExampleLoss
 from dptrainer.memory import PhysicalSize, checked_size, physical_size
-from dptrainer.outside import refuse_trainable_criterion, refuse_trainable_loss
+from dptrainer.outside import refuse_trainable_criterion, refuse_trainable_loss, trainable_outside
 from dptrainer.probe import probe, probe_again, probe_loss
 from dptrainer.sampling import Indices, physical_batches
 from dptrainer.untested import tell_untested, why_untested
@@ -109,10 +110,22 @@ class TrainerBase:
         self._record_outputs = record_outputs
         self._callbacks = tuple(callbacks)
         self._stopped = False
+        self._others: list[weakref.ref[Tensor]] = []
 
     def stop(self) -> None:
         """End :meth:`fit` after the step that is running; the rest of the plan stays charged or unspent as it is."""
         self._stopped = True
+
+    def _ready(self) -> None:
+        """Before the first receipt of a call of ``fit``.
+
+        Raises:
+            PlanExhausted: the run has nothing left; with an error, not with an empty loop (DP050).
+        """
+        self._stopped = False
+        if not self._run.remaining:
+            self._run.next_receipt()
+        self._others = trainable_outside(self._model)
 
     def _clip(self, indices: Indices) -> ClippedSum:
         """The clipped sum of one drawn batch, a physical batch at a time; zeros for an empty one."""
@@ -139,7 +152,7 @@ class TrainerBase:
         inputs, named, target = split_batch(to_device(batch, device))
         with torch.enable_grad(), self._engine.record(rows, grouping=grouping):
             losses = self._loss(self._model(*inputs, **named), target, rows)
-            refuse_trainable_loss(losses, self._model)
+            refuse_trainable_loss(losses, self._model, self._others)
         return self._engine.backward(losses)
 
     def _drawn(self, indices: Indices) -> tuple[Any, Grouping | None]:

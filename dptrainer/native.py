@@ -30,6 +30,9 @@ _SECONDS = 60.0
 #: Tried in turn: threads and the processor's own instructions, where compiler and machine have them.
 _TUNINGS: tuple[list[str], ...] = (["-fopenmp", "-march=native"], ["-march=native"], ["-fopenmp"], [])
 
+#: Whatever ``CC`` asks for: NaN and inf are seen, and loading the library leaves this process its denormal numbers.
+_EXACT = ("-fno-fast-math", "-fno-unsafe-math-optimizations", "-fno-finite-math-only")
+
 Made = TypeVar("Made")
 
 
@@ -88,6 +91,8 @@ class Native(Generic[Made]):
                 made = self.compiled([*compiler, *tuning])
             except (OSError, subprocess.SubprocessError, AttributeError) as error:
                 reason = f"not compiled ({compiler[0]} did not build it: {type(error).__name__})"
+                if isinstance(error, subprocess.TimeoutExpired):
+                    break  # it would hang again
                 continue
             with torch.device("cpu"):  # whatever the program's default is
                 passed = self._test(made)
@@ -106,7 +111,7 @@ class Native(Generic[Made]):
         with tempfile.TemporaryDirectory(prefix="dptrainer-") as folder:  # only this user may enter it
             source, library = Path(folder, "code.c"), Path(folder, "code.so")
             source.write_text(self._text(), encoding="utf-8")
-            command = [*command, *self._flags, "-fPIC", "-shared", "-o", str(library), str(source), "-lm"]
+            command = [*command, *_EXACT, *self._flags, "-fPIC", "-shared", "-o", str(library), str(source), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)  # noqa: S603
             return self._wrap(ctypes.CDLL(str(library)))
 

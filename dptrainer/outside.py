@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -38,8 +38,9 @@ class OutsideWatch:
     called with tensors of the private batch, with outputs of the private model, detached or not, or with what another
     module made of them. Others may train whatever they like.
 
-    It sees parameters of modules that are called, whenever they were made, and all others that were there at the last
-    :meth:`look_around`. What functions made of a batch (a copy on another device, ``x / 255``) is not recognised.
+    It sees parameters of modules that are called, whenever they were made, and all others, also plain tensors that
+    require a gradient, that were there at the last :meth:`look_around`. What functions made of a batch (a copy on
+    another device, ``x / 255``) is not recognised.
     """
 
     def __init__(self) -> None:
@@ -52,11 +53,7 @@ class OutsideWatch:
 
     def look_around(self, model: nn.Module) -> None:
         """Find the trainable parameters that exist outside ``model``; some 0.2 us for each object of the program."""
-        own = {id(parameter) for parameter in model.parameters()}
-        # By their type: isinstance would ask the stand-ins of lazily loaded modules what they are.
-        kinds = _with_subclasses(nn.Parameter)
-        found = (thing for thing in gc.get_objects() if type(thing) in kinds)
-        self._others = [weakref.ref(parameter) for parameter in found if id(parameter) not in own]
+        self._others = trainable_outside(model)
 
     def start(self, model: nn.Module, batch: object) -> None:
         """Begin to watch for one private batch of ``model``."""
@@ -71,7 +68,7 @@ class OutsideWatch:
             if parameter is None or id(parameter) in own or _unmade(parameter):  # a lazy one has no gradient yet
                 continue
             if parameter.is_leaf and parameter.requires_grad:
-                self._listen("a parameter", parameter)
+                self._listen(_called(parameter), parameter)
 
     def stop(self) -> None:
         """End; idempotent."""
@@ -169,6 +166,27 @@ class OutsideWatch:
             self._reached.append(Reached(name, parameter, backward_task(), perf_counter()))
 
 
+def trainable_outside(model: nn.Module) -> list[weakref.ref[Tensor]]:
+    """The parameters that are there now and not in ``model``, and the plain tensors that a gradient would reach.
+
+    A tensor that is made while the model or the loss is computed is no concern: whoever holds it from one step to the
+    next, to train it, holds it now.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    # By their type: isinstance would ask the stand-ins of lazily loaded modules what they are.
+    kinds = _with_subclasses(nn.Parameter)
+    found = (
+        thing
+        for thing in gc.get_objects()
+        if type(thing) in kinds or (type(thing) is Tensor and thing.requires_grad and thing.is_leaf)
+    )
+    return [weakref.ref(tensor) for tensor in found if id(tensor) not in own]
+
+
+def _called(tensor: Tensor) -> str:
+    return "a parameter" if isinstance(tensor, nn.Parameter) else "a tensor that requires a gradient"
+
+
 def _unmade(parameter: Tensor) -> bool:
     return bool(is_lazy(parameter))  # its type guard would tell mypy that no other parameter is a tensor
 
@@ -192,21 +210,27 @@ def refuse_trainable_criterion(criterion: object, model: nn.Module) -> None:
             raise _refusal(f'parameter "{name}" of the criterion')
 
 
-def refuse_trainable_loss(losses: Tensor, model: nn.Module) -> None:
+def refuse_trainable_loss(losses: Tensor, model: nn.Module, others: Iterable[weakref.ref[Tensor]] = ()) -> None:
     """Refuse losses whose backward pass would reach a parameter that is not the model's, however it is used.
+
+    Args:
+        losses: with their graph.
+        model: the private model.
+        others: :func:`trainable_outside`, for plain tensors.
 
     Raises:
         PrivacyViolation: it would (DP031).
     """
     own = {id(parameter) for parameter in model.parameters()}
+    known = {id(other()) for other in others}
     ahead, seen = [losses.grad_fn], {None, losses.grad_fn}
     while ahead:
         node = ahead.pop()
         if node is None:
             continue
         leaf = getattr(node, "variable", None)
-        if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
-            raise _refusal("a parameter that the loss uses")
+        if leaf is not None and id(leaf) not in own and (isinstance(leaf, nn.Parameter) or id(leaf) in known):
+            raise _refusal(f"{_called(leaf)} that the loss uses")
         for following, _ in node.next_functions:
             if following not in seen:
                 seen.add(following)

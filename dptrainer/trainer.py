@@ -91,9 +91,8 @@ class PrivateTrainer(TrainerBase):
             StorageFailed: a step could not be charged; it was not taken (DP075).
             PrivacyViolation: the training code would break the guarantee; that step was not taken.
         """
-        run, self._stopped, steps = self._run, False, 0
-        if not run.remaining:
-            run.next_receipt()  # raises: a plan that is used up ends with an error, not with an empty loop
+        run, steps = self._run, 0
+        self._ready()
         try:
             for receipt in run:
                 check_step(self._model, self._optimizer)  # a callback may have changed it

@@ -120,9 +120,8 @@ class TreeTrainer(TrainerBase):
             StorageFailed: a pass could not be charged; it was not begun (DP075).
             PrivacyViolation: the training code would break the guarantee; that step was not taken, its pass is over.
         """
-        run, self._stopped, steps = self._run, False, 0
-        if not run.remaining:
-            run.next_receipt()  # raises: a plan that is used up ends with an error, not with an empty loop
+        run, steps = self._run, 0
+        self._ready()
         try:
             for receipt in run:
                 steps = self._pass(receipt, steps)

@@ -32,6 +32,7 @@ from dptrainer.clipping.engine import (
     gradient_scale,
     sum_dtype,
     trainable_parameters,
+    usable_factors,
     zero_sums,
 )
 from dptrainer.clipping.form import Form
@@ -270,7 +271,7 @@ class BookKeeping:
         for group, forms in packs.items():
             while forms:  # the rows of each make room for the next sum
                 form, members = forms.pop()
-                for name, part in unpacked(form.weighted_sum(factors[group] * scale), members):
+                for name, part in unpacked(form.weighted_sum(usable_factors(factors[group] * scale)), members):
                     sums[name] = part.to(sum_dtype(session.trainable[name]))
         return sums, total(squared)
 

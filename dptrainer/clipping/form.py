@@ -19,7 +19,7 @@ _GLOBAL_HOOKS = tuple(
 
 
 class Form:
-    """Modules, their ``forward`` and hooks, as they are now; two of one model are equal while none was exchanged.
+    """Modules, their class, ``forward`` and hooks, as they are now; equal while none of a model was exchanged.
 
     What was tested at set-up was the model in one form. A hook, a module or a ``forward`` that comes later may mix
     examples, or make what a rule says of a layer untrue. Looked up anew for each batch, at some 0.4 us a module.
@@ -41,6 +41,7 @@ def _parts(model: nn.Module) -> list[object]:
     parts: list[object] = [*modules]
     for module in modules:
         own, forward = module.__dict__, type(module).forward
+        parts.append(type(module))
         parts.append(forward)
         # Libraries that wrap a forward for one call leave the plain method behind, bound to its module.
         if "forward" in own and own["forward"] != MethodType(forward, module):

@@ -11,10 +11,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dptrainer.clipping.per_example import Dense, PerExample, chunks, row_squares
+from dptrainer.clipping.per_example import Dense, PerExample, chunks, row_squares, too_large
 
 #: Where rounding could move the square of a norm by more than this, the gradient is instantiated.
 _DOUBTFUL = 1.01
+
+
+def sizes_of(activations: Tensor, grads: Tensor, dtype: torch.dtype) -> Tensor:
+    """|a_t| |g_t| from their squares in float64; infinite where the activation is :func:`too_large`."""
+    return (activations * grads).sqrt().masked_fill_(too_large(activations, dtype), torch.inf)
 
 
 class Ghost(PerExample):
@@ -26,13 +31,14 @@ class Ghost(PerExample):
     A norm that comes from a gradient summed in the same precision is itself off by as much, which is added again.
     T counts the positions whose term is not zero: zeros are added without rounding, and a bound that counted padding
     would follow the longest record of the batch.
-    Where that makes the square more than 1.01 times as large, the gradient of that example is instantiated and its norm
-    and its part of the sum come from the same numbers; nothing is ever clamped at zero.
+    Where that makes the square more than 1.01 times as large, or an |a_t| is :func:`too_large` to be multiplied by a
+    weighted gradient that may have underflowed, the gradient of that example is instantiated and its norm and its part
+    of the sum come from the same numbers; nothing is ever clamped at zero.
 
     Args:
         batch_size: B.
         shape: of the parameter.
-        norms: -> ([B] squared norms, [B, T] |a_t| |g_t|), float64, from float64 products unless ``direct``.
+        norms: -> ([B] squared norms, [B, T] :func:`sizes_of`), float64, from float64 products unless ``direct``.
         total: weights [B] -> weighted sum, with finite numbers in place of those that are not.
         rows: indices of examples -> their gradients [b, *shape].
         dtype: in which the weighted sum is taken.

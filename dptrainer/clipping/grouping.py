@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dpbudget.errors import InvalidParameter
+from dptrainer.clipping.ghost import sizes_of
 from dptrainer.clipping.per_example import Dense, Lazy, Outer, PerExample, TableRows, finite, instantiate
 
 #: Rows of a unit up to which norms come from Gram matrices, see :class:`SumOfOuters`.
@@ -133,7 +134,8 @@ class SumOfOuters(PerExample):
     sum_k |g_k| |a_k| and K the unit's own number of rows: that of another unit must not move this one's norm. Where
     they cancel to less than S (K + 2) / 256, the norm is taken as that: the unit is clipped
     further than it need be, and rounding stays within 2^-16 C, which SHRINK leaves free. Orthogonal rows cancel to
-    S / sqrt(K) at most, which is above that for K <= 32.
+    S / sqrt(K) at most, which is above that for K <= 32. A unit with a row that is
+    :func:`~dptrainer.clipping.per_example.too_large` counts as not finite.
 
     Args:
         grads: [units, most rows, out], zeros behind the rows of smaller units.
@@ -149,7 +151,7 @@ class SumOfOuters(PerExample):
         """See :class:`PerExample`; never too small."""
         grads, activations = self.grads.double(), self.activations.double()
         outputs, inputs = grads @ grads.transpose(1, 2), activations @ activations.transpose(1, 2)
-        sizes = (outputs.diagonal(dim1=1, dim2=2) * inputs.diagonal(dim1=1, dim2=2)).sqrt().sum(1)
+        sizes = sizes_of(inputs.diagonal(dim1=1, dim2=2), outputs.diagonal(dim1=1, dim2=2), self.grads.dtype).sum(1)
         # maximum and not clamp: NaN stays NaN, so that a broken unit is seen.
         least = sizes * (self.counts + 2) / 256
         return torch.maximum((outputs * inputs).sum((1, 2)), least.square())

@@ -8,6 +8,7 @@ PyTorch's results on a few shapes when it is loaded.
 from __future__ import annotations
 
 import ctypes
+import math
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,8 +55,8 @@ _FUNCTIONS: dict[str, Sequence[type]] = {
     "weighted_sum": (_PTR, _PTR, _LONG, _LONG, _PTR, _INT, _INT),
     "scaled": (_PTR, _PTR, _LONG, _LONG, _PTR, _INT),
     "add_equal": (_PTR, _PTR, _PTR, _LONG, _LONG, _PTR, _INT, ctypes.c_uint64, _PTR, _PTR, _PTR),
-    "add_squares": (_PTR, _PTR, _LONG, _LONG, _PTR),
-    "add_rows": (_PTR, _PTR, _PTR, _PTR, _LONG, _LONG, _PTR),
+    "add_squares": (_PTR, _PTR, _LONG, _LONG, _PTR, _LONG),
+    "add_rows": (_PTR, _PTR, _PTR, _PTR, _LONG, _LONG, _PTR, _LONG, _LONG),
     "row_sums": (_PTR, _LONG, _LONG, _PTR, _INT),
     "convolution_rows": (_PTR, _PTR, _PTR, _PTR, _PTR, _PTR, _INT),
     "convolution_sum": (_PTR, _PTR, _PTR, _PTR, _PTR, _INT),
@@ -74,7 +75,8 @@ class Kernels:
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
         library.add_equal.restype = _LONG
-        library.convolution_rows.restype = library.convolution_sum.restype = _INT
+        for name in ("add_squares", "add_rows", "convolution_rows", "convolution_sum"):
+            getattr(library, name).restype = _INT
         # Where rows are put must not be the choice of those who made the records.
         self._factor = secrets.randbits(64) | 1
 
@@ -112,14 +114,25 @@ class Kernels:
         return examples[:found], indices[:found], values[:found]
 
     def add_squares(self, example: Tensor, rows: Tensor, total: Tensor) -> None:
-        """``total[example[t]]`` += ||rows[t]||^2, float64."""
-        self._library.add_squares(example.data_ptr(), rows.data_ptr(), *rows.shape, total.data_ptr())
+        """``total[example[t]]`` += ||rows[t]||^2, float64.
+
+        Raises:
+            IndexError: an example is not one of ``total``.
+        """
+        addresses = (example.data_ptr(), rows.data_ptr())
+        if not self._library.add_squares(*addresses, *rows.shape, total.data_ptr(), len(total)):
+            raise IndexError("an example is out of range")
 
     def add_rows(self, entries: tuple[Tensor, Tensor, Tensor], weights: Tensor, table: Tensor) -> None:
-        """``table[index[t]]`` += weights[example[t]] rows[t] of (example, index, rows); NaN and inf count as 0."""
+        """``table[index[t]]`` += weights[example[t]] rows[t] of (example, index, rows); NaN and inf count as 0.
+
+        Raises:
+            IndexError: an example or an index is out of range.
+        """
         example, index, rows = entries
         addresses = (t.data_ptr() for t in (example, index, weights, rows))
-        self._library.add_rows(*addresses, *rows.shape, table.data_ptr())
+        if not self._library.add_rows(*addresses, *rows.shape, table.data_ptr(), len(weights), len(table)):
+            raise IndexError("an example or an index is out of range")
 
     def row_sums(self, rows: Tensor) -> Tensor:
         """[B] sums of [B, d], taken in float64."""
@@ -181,10 +194,14 @@ def _described(plane: Plane, activation: Tensor, grad: Tensor) -> tuple[_Convolu
     return described, threads(grad.numel() * inner * plane.kernel[0] * plane.kernel[1], _PRODUCTS)
 
 
+def _line(first: float, last: float, count: int) -> Tensor:
+    return torch.linspace(first, last, count, dtype=torch.float32)  # whatever the program's default is
+
+
 def _agrees(kernels: Kernels) -> bool:
     """Whether the library gives PyTorch's results on a few shapes."""
-    rows = torch.linspace(-1.0, 2.0, 7 * 331, dtype=torch.float32).view(7, 331)
-    weights, total = torch.linspace(0.0, 1.0, 7, dtype=torch.float32), torch.full((331,), 7.0, dtype=torch.float32)
+    rows = _line(-1.0, 2.0, 7 * 331).view(7, 331)
+    weights, total = _line(0.0, 1.0, 7), rows.new_full((331,), 7.0)
     for add in (False, True):
         kernels.weighted_sum(rows, weights, total, add=add)
     example, index = torch.tensor([0, 0, 1, 1, 1, 0]), torch.tensor([2, 2, 2, 0, 0, 1])
@@ -205,13 +222,62 @@ def _agrees(kernels: Kernels) -> bool:
         (squares, unique.double().square().sum(1)[[0, 1]] + unique.double().square().sum(1)[[3, 2]]),
         *_convolution_pairs(kernels),
     ]  # fmt: skip
-    return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
+    alike = all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
+    return alike and _leaves_out(kernels) and _shares_agree(kernels)
+
+
+def _shares_agree(kernels: Kernels) -> bool:
+    """Whether threads that share the work leave nothing out and take nothing twice."""
+    times = 110  # enough work for several
+    rows = _line(-1.0, 2.0, 3 * 331).view(3, 331).repeat(times, 1)
+    weights = _line(0.0, 1.0, len(rows))
+    total, grads = rows.new_full((331,), 7.0), rows.new_ones(18, 4, 3, 2)
+    kernels.weighted_sum(rows, weights, total, add=False)
+    plane, activation, grad = _convolution_case()
+    found, squared = kernels.convolution_rows(plane, activation, grad)
+    many = (plane, activation.repeat(times, 1, 1, 1), grad.repeat(times, 1, 1, 1))
+    kernels.add_convolutions(*many, weights, grads)
+    all_found, all_squared = kernels.convolution_rows(*many)
+    norms, sizes = kernels.convolution_norms(*many)
+    pairs = [
+        (kernels.row_squares(rows), rows.double().square().sum(1)),
+        (kernels.row_sums(rows), rows.sum(1)),
+        (kernels.scaled(rows, weights), rows * weights.unsqueeze(1)),
+        (total, weights @ rows),
+        (all_found, found.repeat(times, 1, 1, 1, 1)),
+        (all_squared, squared.repeat(times)),
+        (norms, squared.repeat(times)),
+        (sizes, kernels.convolution_norms(plane, activation, grad)[1].repeat(times, 1)),
+        (grads, 1.0 + torch.tensordot(weights.view(times, 3).sum(0), found, 1)),
+    ]
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in pairs)
+
+
+def _leaves_out(kernels: Kernels) -> bool:
+    """Whether NaN and inf count as 0, in vectors and in what is left beside them, and make a norm not finite."""
+    for bad in (math.nan, math.inf, -math.inf):
+        for place in (0, 40, 130):
+            rows, weights, sums = _line(1.0, 1.0, 262).view(2, 131), _line(0.0, 1.0, 2), _line(0.0, 0.0, 131)
+            rows[0, place] = bad
+            kernels.weighted_sum(rows, weights, sums, add=True)
+            table, clean = rows.new_zeros(1, 131), kernels.scaled(rows, weights)
+            kernels.add_rows((torch.arange(2), torch.zeros(2, dtype=torch.int64), rows), weights, table)
+            plane, planes, weight = Plane(1, (1, 1), (1, 1), (0, 0), (1, 1)), rows.view(2, 1, 1, 131), rows.new_zeros(1)
+            kernels.add_convolutions(plane, planes, planes, weights, weight)
+            squares = kernels.row_squares(rows)
+            if [*sums, *table[0]] != [1.0] * 262 or clean.sum() != 131.0 or weight != 131.0 or squares[0].isfinite():
+                return False
+    return True
+
+
+def _convolution_case() -> tuple[Plane, Tensor, Tensor]:
+    activation = _line(-9.0, 9.0, 3 * 8 * 7 * 6).view(3, 8, 7, 6).sin()
+    grad = _line(-2.0, 1.0, 3 * 18 * 4 * 4).view(3, 18, 4, 4).cos()
+    return Plane(2, (3, 2), (2, 1), (1, 0), (1, 2)), activation, grad
 
 
 def _convolution_pairs(kernels: Kernels) -> list[tuple[Tensor, Tensor]]:
-    plane = Plane(2, (3, 2), (2, 1), (1, 0), (1, 2))
-    activation = torch.linspace(-9.0, 9.0, 3 * 8 * 7 * 6, dtype=torch.float32).view(3, 8, 7, 6).sin()
-    grad = torch.linspace(-2.0, 1.0, 3 * 18 * 4 * 4, dtype=torch.float32).view(3, 18, 4, 4).cos()
+    plane, activation, grad = _convolution_case()
     found, squared = kernels.convolution_rows(plane, activation, grad)
     norms, sizes = kernels.convolution_norms(plane, activation, grad)
     expected = torch.stack([_one(plane, a, g) for a, g in zip(activation, grad, strict=True)])
@@ -256,5 +322,7 @@ def kernels(*tensors: Tensor) -> Kernels | None:
     """The compiled functions if the tensors are contiguous float32 on the CPU, else None."""
     for tensor in tensors:
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return None
+        if tensor.is_neg():  # its memory holds the opposite
             return None
     return LIBRARY.get()

@@ -81,7 +81,10 @@ static void patches_of(const struct convolution *c, const float *image, int64_t 
     }
 }
 
-/* sizes[t] += |patch_t| |g_t| over a block of places; room for one number a place. */
+#define LARGEST 0x1p178 /* square of a patch's norm: LARGEST_OPERAND of per_example.py */
+
+/* sizes[t] += |patch_t| |g_t| over a block of places, infinite where the patch is too large; room for one number a
+ * place. */
 static void add_sizes(const float *grads, int64_t outs, const float *patches, int64_t patch_row, int64_t places,
                       double *room, double *sizes)
 {
@@ -89,8 +92,10 @@ static void add_sizes(const float *grads, int64_t outs, const float *patches, in
     for (int64_t o = 0; o < outs; o++)
         for (int64_t t = 0; t < places; t++)
             room[t] += (double)grads[o * places + t] * grads[o * places + t];
-    for (int64_t t = 0; t < places; t++)
-        sizes[t] += sqrt(room[t] * squares(patches + t * patch_row, patch_row));
+    for (int64_t t = 0; t < places; t++) {
+        double patch = squares(patches + t * patch_row, patch_row);
+        sizes[t] += patch > LARGEST ? (double)INFINITY : sqrt(room[t] * patch);
+    }
 }
 
 struct work {
@@ -220,7 +225,8 @@ int convolution_sum(const struct convolution *c, const float *input, const float
     for (int share = 0; share < threads; share++) {
         struct work w;
         float *clean = malloc((size_t)elements * sizeof(float));
-        done = set_up(c, &w, 1) && clean;
+        int ready = set_up(c, &w, 1) && clean;
+        done = done && ready; /* a thread may have several shares */
         for (int64_t i = c->batch * share / threads; done && i < c->batch * (share + 1) / threads; i++) {
             pad(c, input + i * c->groups * c->channels * c->height * c->width, w.image, 1);
             for (int64_t t = 0; t < elements; t++)

@@ -25,6 +25,14 @@ _BLOCK = 4096
 _SHORT = 256
 #: Rank-one gradients up to this large are instantiated to join them: starting an operation costs more than its work.
 _TINY = 256
+#: In float32 a product of weight and gradient that underflows is off by 2^-150, and an activation of more than this
+#: would make of it more than SHRINK leaves free of a small clipping norm. In float64 no number is so large.
+LARGEST_OPERAND = 2.0**89
+
+
+def too_large(squares: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether vectors with these squared norms are above :data:`LARGEST_OPERAND`, for sums that are taken in a type."""
+    return squares > (LARGEST_OPERAND**2 if dtype != torch.float64 else torch.inf)
 
 
 def row_squares(rows: Tensor) -> Tensor:
@@ -170,7 +178,10 @@ def joined(pieces: Sequence[Tensor]) -> Tensor:
 
 
 class Outer(PerExample):
-    """Rank-one gradients g_i a_i^T, never instantiated: the norm is a product of norms. Goodfellow (2015)."""
+    """Rank-one gradients g_i a_i^T, never instantiated: the norm is a product of norms. Goodfellow (2015).
+
+    One whose activation is :func:`too_large` counts as not finite.
+    """
 
     def __init__(self, grads: Tensor, activations: Tensor) -> None:
         self.grads, self.activations = grads, activations
@@ -180,7 +191,9 @@ class Outer(PerExample):
     def squared_norms(self) -> Tensor:
         """See :class:`PerExample`."""
         # In float64: a float32 square of the one may underflow where the other is huge, and the product is not small.
-        return _double_squares(self.grads) * _double_squares(self.activations)
+        activations = _double_squares(self.activations)
+        squares = _double_squares(self.grads) * activations
+        return squares.masked_fill_(too_large(activations, self.activations.dtype), torch.inf)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """See :class:`PerExample`."""

@@ -150,21 +150,28 @@ int64_t add_equal(const int64_t *example, const int64_t *index, const float *row
     return found;
 }
 
-/* out[example] += ||row||^2 */
-void add_squares(const int64_t *example, const float *rows, int64_t count, int64_t width, double *out)
-{
-    for (int64_t t = 0; t < count; t++)
-        out[example[t]] += squares(rows + t * width, width);
-}
-
-/* table[index] += weights[example] cleaned(row). */
-void add_rows(const int64_t *example, const int64_t *index, const float *weights, const float *rows, int64_t count,
-              int64_t width, float *table)
+/* out[example] += ||row||^2; 0 where there is no such example, of `examples`. */
+int add_squares(const int64_t *example, const float *rows, int64_t count, int64_t width, double *out, int64_t examples)
 {
     for (int64_t t = 0; t < count; t++) {
+        if (example[t] < 0 || example[t] >= examples)
+            return 0;
+        out[example[t]] += squares(rows + t * width, width);
+    }
+    return 1;
+}
+
+/* table[index] += weights[example] cleaned(row); 0 where there is no such example or row of the table. */
+int add_rows(const int64_t *example, const int64_t *index, const float *weights, const float *rows, int64_t count,
+             int64_t width, float *table, int64_t examples, int64_t table_rows)
+{
+    for (int64_t t = 0; t < count; t++) {
+        if (example[t] < 0 || example[t] >= examples || index[t] < 0 || index[t] >= table_rows)
+            return 0;
         float weight = weights[example[t]], *to = table + index[t] * width;
         const float *from = rows + t * width;
         for (int64_t j = 0; j < width; j++)
             to[j] += weight * cleaned_one(from[j]);
     }
+    return 1;
 }

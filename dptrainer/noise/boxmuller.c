@@ -63,8 +63,8 @@ static void gather(struct tile *t, const char *words, int blocks)
 /* Noise of `count` elements of a stream, from the one `skip` after the start of `block` on; how many sums x it was
  * added to are not finite: of those x - x is not 0. */
 #define ADD(NAME, REAL)                                                                                           \
-    static int64_t NAME(const struct cipher *c, uint64_t block, int64_t skip, int64_t count, double std,          \
-                        REAL *out)                                                                                \
+    static __attribute__((noinline)) int64_t NAME(const struct cipher *c, uint64_t block, int64_t skip,           \
+                                                  int64_t count, double std, REAL *out)                           \
     {                                                                                                             \
         struct tile t;                                                                                            \
         int64_t bad = 0;                                                                                          \
@@ -95,7 +95,14 @@ ADD(add_double, double)
 
 struct piece { void *out; int64_t count; uint64_t block; int64_t skip; uint32_t stream; uint32_t doubles; };
 
-#define SHARE 16384 /* elements that a thread takes at a time: some 50 microseconds */
+/* What compilers keep of key and words in registers and below the stack's end, where calls before this one were. */
+static __attribute__((noinline)) void erase_stack(void)
+{
+    char below[16384];
+    erase(below, sizeof below);
+}
+
+#define SHARE 16384 /* elements that a thread takes at a time: some 50 microseconds; native.py knows it */
 
 /* Noise for every piece; 0 if one of the sums was not finite, which must not be released then. What is added depends
  * on addresses alone, so threads take shares as they come. */
@@ -115,6 +122,7 @@ int add_noise(const char *key, const struct piece *pieces, int64_t pieces_count,
             int64_t skip = (start + p.skip) % 10;
             bad += p.doubles ? add_double(&c, block, skip, count, std, (double *)p.out + start)
                              : add_float(&c, block, skip, count, std, (float *)p.out + start);
+            erase_stack();
         }
         erase(&c, sizeof c);
     }

@@ -90,8 +90,8 @@ class _Piece:
             raise ValueError(f"parameter {self.param_id} or offset {self.offset} is out of range")
 
     def flat(self) -> torch.Tensor:
-        """One row: a view where the memory allows, else a copy that must be written back."""
-        return self.tensor.detach().reshape(-1)
+        """One row without gaps: a view where the memory allows, else a copy that must be written back."""
+        return self.tensor.detach().reshape(-1).contiguous()
 
 
 def _add(pieces: Sequence[_Piece], key: bytes, std: float) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dptrainer.native import Native
+from dptrainer.native import Native, threads
 from dptrainer.noise import boxmuller
 from dptrainer.noise.boxmuller import BLOCK_ELEMENTS
 from dptrainer.noise.chacha import BLOCK_BYTES, keystream
@@ -28,6 +28,8 @@ _SOURCES = (Path(__file__).with_name("chacha.c"), Path(__file__).with_name("boxm
 #: No fused multiply-add and no fast-math: the bits are those of the text. ``sqrt`` need not set errno.
 _FLAGS = ("-O3", "-std=gnu99", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 
+#: Elements that a thread takes at a time, as ``boxmuller.c`` has it.
+SHARE = 16384
 #: A tensor, its stream, and the place of its first element there.
 Piece = tuple[torch.Tensor, int, int]
 
@@ -130,7 +132,21 @@ def _agrees(made: Kernel) -> bool:
             other[count // 2] = math.nan if skip else math.inf
             if made.add([(mine, 0, 0), (other, 1, 0)], key, 1.1):
                 return False
-    return True
+    return _shares_agree(made, key)
+
+
+def _shares_agree(made: Kernel, key: bytes) -> bool:
+    """Whether a tensor of several shares, divided among threads, gets every value once and is looked at to its end."""
+    count, share = 3 * SHARE - 5, threads(3 * SHARE, 1)
+    plain = boxmuller.Workbench(-(-(count + 7) // BLOCK_ELEMENTS))
+    plain.words[:] = keystream(key, 1, 0, plain.blocks)
+    mine, other, small = torch.zeros(count), torch.zeros(count), torch.zeros(3)
+    seen = made.add([(small, 0, 0), (mine, 1, 7)], key, 1.1, share)
+    plain.add(other, 7, 1.1)
+    if not (seen and torch.equal(mine, other)):
+        return False
+    mine[-1] = math.inf
+    return not made.add([(small, 0, 0), (mine, 1, 7)], key, 1.1, share)
 
 
 def _extreme_words(blocks: int) -> bytes:

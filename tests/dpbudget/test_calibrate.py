@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -17,6 +19,7 @@ from dpbudget._live import LiveMeter, build_meter
 from dpbudget._schedule import default_delta, delta_warning, make_schedule
 from dpbudget._search import most_steps, smallest_noise
 from dpbudget.accountants import get_accountant
+from dpbudget.curve import Bounds
 from dpbudget.errors import BudgetExceeded, DPBudgetError, DPBudgetWarning, InvalidParameter, NotComputable
 from dpbudget.mechanisms import Adjacency
 from dpbudget.meter import Meter
@@ -439,6 +442,37 @@ class TestMeter:
         assert 50 < len(asked) < math.log(3.0 / 0.5) / math.log(1.01)
         with pytest.raises(ValueError, match="beyond the plan"):
             meter.epsilon(451)
+
+    def test_threads_refine_one_at_a_time_and_none_sees_epsilon_fall(
+        self, sampled: Plan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_live, "_AT_ONCE", 1e9)
+        meter = build_meter(sampled)
+        assert isinstance(meter, LiveMeter)
+        answer, inside, most = meter.answer, [], []
+
+        def slow(steps: int) -> Bounds:
+            inside.append(steps)
+            most.append(len(inside))
+            time.sleep(0.01)
+            inside.remove(steps)
+            return answer(steps)
+
+        shared = replace(meter, answer=slow)
+        told: list[list[float]] = [[], [], []]
+
+        def read(number: int) -> None:
+            told[number] += [shared.epsilon(steps).upper for steps in range(40 + number, 450, 30)]
+
+        threads = [threading.Thread(target=read, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert most
+        assert max(most) == 1
+        assert all(len(mine) > 10 and mine == sorted(mine) for mine in told)
+        assert list(shared.finer.table.steps) == sorted(set(shared.finer.table.steps))
 
     def test_a_certified_meter_brackets_every_tabled_step(self) -> None:
         plan = calibrate(epsilon=3.0, delta=1e-5, sample_rate=0.2, steps=80)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dptrainer.clipping.ghost import sizes_of
 from dptrainer.clipping.native import Kernels, Plane, kernels
 from dptrainer.clipping.per_example import chunks, finite, joined
 
@@ -255,7 +256,7 @@ def _gram_norms(geometry: Geometry, activation: Tensor, grad: Tensor) -> tuple[T
     assert patches is not None  # noqa: S101  (a kernel has at least one element)
     patches = patches.view(len(grad), places.numel(), -1)
     grads = torch.bmm(flat.transpose(1, 2), flat)
-    sizes = (patches.diagonal(dim1=1, dim2=2) * grads.diagonal(dim1=1, dim2=2)).sqrt()
+    sizes = sizes_of(patches.diagonal(dim1=1, dim2=2), grads.diagonal(dim1=1, dim2=2), grad.dtype)
     return torch.linalg.vecdot(patches.flatten(1), grads.flatten(1)), sizes
 
 

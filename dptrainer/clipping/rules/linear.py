@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dptrainer.clipping.ghost import Ghost
+from dptrainer.clipping.ghost import Ghost, sizes_of
 from dptrainer.clipping.per_example import Outer, PerExample, chunks, finite, fits, instantiate, joined, kept
 from dptrainer.clipping.rules import LayerCall, rule
 
@@ -65,8 +65,8 @@ def _over_positions(shape: torch.Size, activation: Tensor, grad: Tensor) -> PerE
 
 def gram_norms(activation: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """([B] squared norms of sum_t g_t a_t^T, [B, T] |a_t| |g_t|) of [B, T, d], float64 as the terms may cancel."""
-    activation, grad = activation.double(), grad.double()
+    dtype, activation, grad = grad.dtype, activation.double(), grad.double()
     inputs = torch.bmm(activation, activation.transpose(1, 2))
     grads = torch.bmm(grad, grad.transpose(1, 2))
-    sizes = (inputs.diagonal(dim1=1, dim2=2) * grads.diagonal(dim1=1, dim2=2)).sqrt()
+    sizes = sizes_of(inputs.diagonal(dim1=1, dim2=2), grads.diagonal(dim1=1, dim2=2), dtype)
     return torch.linalg.vecdot(inputs.flatten(1), grads.flatten(1)), sizes

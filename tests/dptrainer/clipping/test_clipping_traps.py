@@ -6,7 +6,7 @@ from clipping_oracle import assert_equal_to_the_oracle, clipped, losses, microba
 from torch import nn
 from torch.nn import functional as F
 
-from dptrainer.clipping import BookKeeping
+from dptrainer.clipping import BookKeeping, Grouping
 
 
 @pytest.fixture(autouse=True)
@@ -366,6 +366,29 @@ def test_a_norm_is_no_smaller_where_one_factor_underflows_and_the_other_is_huge(
     (model(torch.full((2, 1), activation)) * grad).sum().backward()
     total = engine.finish("sum").grads["weight"].double()
     assert float(total.norm()) <= 2 * clip_norm
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("size", [6e26, 1e28, 1e37, 3e38])
+def test_a_weighted_gradient_that_underflows_does_not_loosen_the_bound(size, views):
+    """Beside an activation of 1e37 a clipped gradient is 1e-43, of which float32 keeps two digits."""
+    model = nn.Linear(400, 300, bias=False)
+    for share in (0.5, 0.7, 0.9):
+        x = torch.zeros(views, 400)
+        x[:, 0] = size * share
+        engine = BookKeeping(model, clip_norm=1e-6)
+        engine.begin(views, grouping=Grouping.views(1, views))
+        (model(x) * (1e-6 / size)).sum().backward()
+        assert float(engine.finish("sum").grads["weight"].double().norm()) <= 1e-6
+
+
+@pytest.mark.parametrize("share", [1.0, 1.1, 1.3, 1.7])
+def test_a_factor_that_float32_rounds_coarsely_after_unscaling_counts_as_zero(share):
+    model = nn.Linear(30, 30, bias=False)
+    engine = BookKeeping(model, clip_norm=1.0)
+    engine.begin(1)
+    (model(torch.full((1, 30), 2.0**85)) * (share * 2.0**49)).sum().backward()
+    assert float(engine.finish("sum", loss_scale=2.0**44).grads["weight"].double().norm()) <= 1.0
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4, 1e6])

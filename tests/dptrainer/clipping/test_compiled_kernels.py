@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -273,6 +274,10 @@ CHANGES = [
     "fresh && start == 0 -> 0",
     "total[o * w.patch + k] += -> total[o * w.patch + k] =",
     "sqrt(room[t] -> (room[t]",
+    "return x - x == 0 ? x : 0 -> return x",
+    "i = c->batch * share / threads; -> i = c->batch * share / (threads + 1);",
+    "out[i] = squares(rows -> if (i < 256) out[i] = squares(rows",
+    "return (floats)((ints)v & keep) -> (void)keep; return v",
 ]
 
 
@@ -298,6 +303,66 @@ def test_code_for_older_processors_gives_the_same_results(tuning):
     if tuning and not (Path("/proc/cpuinfo").exists() and "avx2" in Path("/proc/cpuinfo").read_text()):
         pytest.skip("this processor has no AVX2")
     assert native._agrees(native.LIBRARY.compiled(["cc", *tuning]))
+
+
+def test_one_share_without_memory_is_an_error_however_many_follow():
+    made = native.LIBRARY.get()
+    if made is None:
+        pytest.skip(native.LIBRARY.status)
+    before, after = "*clean = malloc((size_t)elements * sizeof(float))", "*clean = share ? malloc(99) : NULL"
+    assert before in native._text()
+    short = Native("short", lambda: native._text().replace(before, after), native._FLAGS, Kernels, lambda _: True)
+    kernels = short.compiled(["cc"])  # without threads: one takes all shares
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "threads", lambda work, each: 3)
+        plane, a, g = Plane(1, (1, 1), (1, 1), (0, 0), (1, 1)), torch.zeros(3, 1, 1, 1), torch.zeros(3, 1, 1, 1)
+        with pytest.raises(MemoryError, match="convolution"):
+            kernels.add_convolutions(plane, a, g, torch.ones(3), torch.zeros(1, 1, 1, 1))
+
+
+@pytest.mark.parametrize(("example", "index"), [(0, 3), (0, -1), (2, 0), (-1, 0)])
+def test_a_lookup_that_is_none_is_an_error_and_writes_nothing(kernels, example, index):
+    rows, table, total = torch.ones(1, 4), torch.zeros(3, 4), torch.zeros(2, dtype=torch.float64)
+    entries = (torch.tensor([example]), torch.tensor([index]), rows)
+    with pytest.raises(IndexError):
+        kernels.add_rows(entries, torch.ones(2), table)
+    assert not table.any()
+    if not 0 <= example < 2:
+        with pytest.raises(IndexError):
+            kernels.add_squares(entries[0], rows, total)
+        assert not total.any()
+
+
+@pytest.mark.parametrize("asked", ["-ffast-math", "-Ofast", "-funsafe-math-optimizations", "-ffinite-math-only"])
+def test_a_compiler_that_is_told_to_be_careless_is_careful_and_changes_no_arithmetic_of_the_process(monkeypatch, asked):
+    if native.LIBRARY.get() is None:
+        pytest.skip(native.LIBRARY.status)
+    monkeypatch.setenv("CC", f"cc {asked}")
+    try:
+        made, status = native.library().build()
+        assert made is not None, status
+        assert native._leaves_out(made)
+        assert float(torch.tensor([1e-40]) * 0.5) > 0.0  # with fast-math the linker adds code that turns denormals off
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_a_compiler_that_hangs_is_waited_for_once(monkeypatch):
+    calls = []
+
+    def hang(command, timeout, **_):
+        calls.append(command)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr("dptrainer.native.subprocess.run", hang)
+    made, status = native.library().build()
+    assert made is None
+    assert "TimeoutExpired" in status
+    assert len(calls) == 1
+
+
+def test_a_tensor_whose_memory_holds_the_opposite_is_not_given_to_compiled_code():
+    assert native.kernels(torch._neg_view(torch.ones(3))) is None
 
 
 def test_memory_that_cannot_be_had_is_an_error(monkeypatch):

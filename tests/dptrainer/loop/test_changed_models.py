@@ -26,6 +26,12 @@ class Mixing(nn.Module):
         return x - x.mean(0)
 
 
+class MixingCall(nn.Tanh):
+    def __call__(self, x: Tensor) -> Tensor:
+        found: Tensor = super().__call__(x)
+        return found - found.mean(0)
+
+
 class Double(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -63,6 +69,7 @@ MIXING: dict[str, Change] = {
     "a module": exchanged(1, Mixing()),
     "a batch norm": exchanged(1, nn.BatchNorm1d(6, affine=False)),
     "a forward": lambda m: setattr(m[1], "forward", lambda x: x - x.mean(0)),
+    "a call": lambda m: setattr(m[1], "__class__", MixingCall),
 }
 HARMLESS: dict[str, Change] = {
     "a hook": lambda m: m[0].register_forward_hook(lambda layer, args, out: 2 * out),

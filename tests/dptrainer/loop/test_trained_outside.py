@@ -25,9 +25,10 @@ class Temperature(nn.Module):
         return F.cross_entropy(outputs * self.scale.exp(), target, reduction="none")
 
 
-head, scale = nn.Linear(3, 3), nn.Parameter(torch.zeros(()))
+head, scale, plain = nn.Linear(3, 3), nn.Parameter(torch.zeros(())), torch.zeros((), requires_grad=True)
 USES: dict[str, Callable[[Tensor], Tensor]] = {
     "a bare parameter": lambda h: h * scale.exp(),
+    "a tensor that is no parameter": lambda h: h * plain.exp(),
     "weights of a module that is not called": lambda h: F.linear(h, head.weight),
     "a module": lambda h: head(h),
 }
@@ -44,6 +45,7 @@ def test_a_loop_that_trains_something_else_is_refused_and_neither_moves(kind: st
     loader.detach()
     assert head.weight.grad is None
     assert scale.grad is None
+    assert plain.grad is None
 
 
 def test_what_is_trained_by_another_backward_pass_or_frozen_is_left_alone() -> None:
@@ -101,6 +103,31 @@ def test_a_loss_function_that_trains_something_is_refused_by_the_trainer(kind: s
     with unchanged(model), refused("DP031"):
         trainer.fit()
     assert scale.grad is None
+    assert plain.grad is None
+
+
+class Asks(nn.Module):
+    """Makes a leaf of what a frozen layer gives, as libraries do for gradient checkpointing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 4).requires_grad_(False), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).requires_grad_())
+
+
+def test_leaves_that_the_forward_pass_makes_are_left_alone() -> None:
+    model = Asks()
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    _, _, loader = private(model, optimizer)
+    for x, y in loader:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    loader.detach()
+    model = Asks()
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    PrivateTrainer(model, optimizer, nn.CrossEntropyLoss(), linear_data(), make_run(rate=1.0)).fit()
 
 
 def own_pass(model: nn.Module, other: nn.Module, x: Tensor, y: Tensor) -> None:

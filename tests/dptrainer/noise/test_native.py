@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import shutil
@@ -61,6 +62,17 @@ def test_compiled_noise_has_the_bits_of_plain_noise(
         use(monkeypatch, chosen)
         found.append(add_gaussian_(start.clone(), KEY, 3, 0.37, offset=offset))
     assert torch.equal(*found)
+
+
+def test_tensors_with_gaps_get_the_same_noise_compiled_or_not(
+    kernel: native.Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for chosen in (None, kernel):
+        use(monkeypatch, chosen)
+        whole = torch.zeros(400)
+        add_gaussian_(whole[::2], KEY, 3, 0.37)
+        assert torch.equal(whole[::2], add_gaussian_(torch.zeros(200), KEY, 3, 0.37))
+        assert not whole[1::2].any()
 
 
 @pytest.mark.parametrize("first", [0, 1, (1 << 32) - 17, (1 << 32) - 1, 1 << 32, (5 << 32) - 40, (1 << 64) - 101])
@@ -262,6 +274,9 @@ def test_every_number_that_is_not_finite_is_seen(
         "(block >> 32) - (lanes) -> (block >> 32) + (lanes)",
         "block += BLOCKS; -> block += BLOCKS + 1;",
         "#define FORMAT 1u -> #define FORMAT 2u",
+        "(uint64_t)((start + p.skip) / 10) -> (uint64_t)(p.skip / 10)",
+        "share < (p.count + SHARE - 1) / SHARE -> share < (p.count + SHARE - 1) / SHARE - (p.count > SHARE)",
+        "reduction(+ : bad) -> firstprivate(bad)",
     ],
 )
 def test_a_library_with_other_bits_is_not_used(
@@ -276,6 +291,35 @@ def test_a_library_with_other_bits_is_not_used(
     made, status = library().build()
     assert made is None
     assert "other results" in status
+
+
+_LOOK = """
+__attribute__((noinline)) static int64_t left(const char *secret, int64_t words)
+{
+    volatile char here = 0;
+    int64_t found = 0;
+    for (uintptr_t at = 512; at < 60000; at += 4)
+        for (int64_t k = 0; k < words; k++)
+            found += !memcmp((const char *)(((uintptr_t)&here - at) & ~(uintptr_t)3), secret + 4 * k, 4);
+    return found;
+}
+int64_t noise_and_look(const char *key, const struct piece *piece, const char *stream, int64_t words)
+{
+    add_noise(key, piece, 1, 1.0, 1);
+    return left(key, 8) + left(stream, words);
+}
+"""
+
+
+@pytest.mark.parametrize("tuning", [["-march=native"], [], ["-mavx2"]])
+def test_neither_key_nor_keystream_is_left_on_the_stack(kernel: native.Kernel, tuning: list[str]) -> None:
+    if tuning == ["-mavx2"] and not (Path("/proc/cpuinfo").exists() and "avx2" in Path("/proc/cpuinfo").read_text()):
+        pytest.skip("this processor has no AVX2")
+    looking = Native("looking", lambda: native._text() + _LOOK, native._FLAGS, lambda made: made, lambda _: True)
+    library, key, out = looking.compiled(["cc", *tuning]), bytes(range(101, 133)), torch.zeros(20_000)
+    library.noise_and_look.restype = ctypes.c_int64
+    piece, last = native._described((out, 0, 0)), bytes(keystream(key, 0, 1996, 4))
+    assert library.noise_and_look(key, ctypes.byref(piece), last, ctypes.c_int64(len(last) // 4)) == 0
 
 
 def test_a_request_for_what_no_stream_has_is_refused(kernel: native.Kernel) -> None:
