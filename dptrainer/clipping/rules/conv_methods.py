@@ -136,9 +136,15 @@ def by_patches(geometry: Geometry, activation: Tensor, grad: Tensor) -> Tensor:
 
 
 def by_loop(geometry: Geometry, activation: Tensor, grad: Tensor) -> Tensor:
-    """[B, *weight]: the library's own weight gradient, one example at a time. Best where each example is much work."""
+    """[B, *weight]: the library's own weight gradient, one example at a time. Best where each example is much work.
+
+    Of copies, since the library rounds by where its operands lie, and where an example lies follows from the others.
+    """
     return torch.stack(
-        [summed_over_examples(geometry, activation[i : i + 1], grad[i : i + 1]) for i in range(len(grad))]
+        [
+            summed_over_examples(geometry, activation[i : i + 1].clone(), grad[i : i + 1].clone())
+            for i in range(len(grad))
+        ]
     )
 
 

@@ -159,3 +159,17 @@ def test_padding_does_not_change_the_bound_on_a_norm(kind, made):
         found.append(clipped(make(600, 600, bias=False), *padded, 1e-3)["weight"])
     assert len(made) == 2
     assert norm({"": found[0] - found[1]}) <= 1e-5 * 1e-3
+
+
+@pytest.mark.parametrize("length", [9, 20, 35, 66])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_instantiated_gradients_have_the_same_bits_wherever_the_example_lies(length, channels):
+    """Else an example whose terms cancel to the last digit would move with the others of its batch."""
+    for out in (1, 3, 8):
+        x, grads = torch.randn(9, channels, length), torch.randn(9, out, length - 2)
+        geometry = conv_methods.Geometry(torch.Size((out, channels, 3)), (1,), (0,), (1,), 1)
+        whole = conv_methods.by_loop(geometry, x, grads)
+        for i in range(9):
+            assert torch.equal(
+                conv_methods.by_loop(geometry, x[i : i + 1].clone(), grads[i : i + 1].clone())[0], whole[i]
+            )
