@@ -1,4 +1,4 @@
-"""``rows.c`` and ``patches.c`` compiled (:mod:`dptrainer.native`), for float32 on the CPU; PyTorch does the rest.
+"""``rows.c``, ``patches.c`` and ``recurrence.c`` compiled (:mod:`dptrainer.native`), for float32 on the CPU.
 
 What is done here is what a library does badly: many small products, sums of squares in float64, rows that are found by
 a key. Results differ from PyTorch's by the rounding of float32 alone. A function is used only if the library gives
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dptrainer.native import Native, threads
 
-_SOURCES = (Path(__file__).with_name("rows.c"), Path(__file__).with_name("patches.c"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "patches.c", "recurrence.c"))
 #: Unlike noise, gradients may use fused multiply-adds: their last bits are nobody's contract.
 _FLAGS = ("-O3", "-std=gnu99", "-fno-math-errno", "-fno-trapping-math")
 #: Numbers, and multiply-adds, for each thread: some twenty microseconds.
@@ -59,6 +59,8 @@ _FUNCTIONS: dict[str, Sequence[type]] = {
     "add_rows": (_PTR, _PTR, _PTR, _PTR, _LONG, _LONG, _PTR, _LONG, _LONG),
     "row_sums": (_PTR, _LONG, _LONG, _PTR, _INT),
     "convolution_rows": (_PTR, _PTR, _PTR, _PTR, _PTR, _PTR, _INT),
+    "lstm_forward": (_PTR, _PTR, _PTR, _PTR, _PTR, _LONG),
+    "lstm_backward": (_PTR, _PTR, _PTR, _PTR, _PTR, _PTR, _PTR, _LONG, _LONG),
     "convolution_sum": (_PTR, _PTR, _PTR, _PTR, _PTR, _INT),
 }
 
@@ -133,6 +135,23 @@ class Kernels:
         addresses = (t.data_ptr() for t in (example, index, weights, rows))
         if not self._library.add_rows(*addresses, *rows.shape, table.data_ptr(), len(weights), len(table)):
             raise IndexError("an example or an index is out of range")
+
+    def lstm_forward(self, gates: Tensor, c: Tensor, c_next: Tensor, tanh_c: Tensor, h: Tensor) -> None:
+        """A step on gates i, f, o, g [4, B, H], which are squashed in place: c', tanh c', h = o tanh c', all [B, H]."""
+        self._library.lstm_forward(*(t.data_ptr() for t in (gates, c, c_next, tanh_c, h)), c.numel())
+
+    def lstm_backward(self, saved: tuple[Tensor, ...], incoming: Tensor, dh: Tensor, dc: Tensor, found: Tensor) -> None:
+        """The gradients [B, 4H] of the gates i, f, g, o before squashing; ``dh`` and ``dc`` [B, H] go on in place.
+
+        Args:
+            saved: (gates [4, B, H] as i, f, o, g; c before the step; tanh of c after it).
+            incoming: what is added to ``dh``.
+            dh: of the state after the step; the product with the weight that comes next is the caller's.
+            dc: of the cell after the step, and then of that before it.
+            found: where the gradients go.
+        """
+        addresses = (t.data_ptr() for t in (*saved, incoming, dh, dc, found))
+        self._library.lstm_backward(*addresses, *dh.shape)
 
     def row_sums(self, rows: Tensor) -> Tensor:
         """[B] sums of [B, d], taken in float64."""
@@ -223,7 +242,28 @@ def _agrees(kernels: Kernels) -> bool:
         *_convolution_pairs(kernels),
     ]  # fmt: skip
     alike = all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
-    return alike and _leaves_out(kernels) and _shares_agree(kernels)
+    return alike and _leaves_out(kernels) and _shares_agree(kernels) and _lstm_agrees(kernels)
+
+
+def _lstm_agrees(kernels: Kernels) -> bool:
+    """Whether a step of an LSTM is that of autograd, also far from 0."""
+    given = torch.cat([_line(-9.0, 9.0, 100).sin() * size for size in (1e-3, 0.5, 3.0, 100.0)]).view(4, 4, 25)
+    gates, c = given.transpose(0, 1).contiguous(), _line(-2.0, 2.0, 100).view(4, 25)
+    u, v = _line(-1.0, 1.0, 100).view(4, 25), _line(2.0, 1.0, 100).view(4, 25)
+    with torch.enable_grad():
+        leaves = gates.clone().requires_grad_(), c.clone().requires_grad_()
+        (i, f, o), g = leaves[0][:3].sigmoid(), leaves[0][3].tanh()
+        after = f * leaves[1] + i * g
+        h = o * after.tanh()
+        d_gates, d_c = torch.autograd.grad((h * u).sum() + (after * v).sum(), leaves)
+    found = [torch.empty_like(c) for _ in range(3)]
+    kernels.lstm_forward(gates, c, *found)
+    dh, dc, columns = torch.zeros_like(u), v.clone(), c.new_empty(4, 100)
+    kernels.lstm_backward((gates, c, found[1]), u, dh, dc, columns)
+    order = [0, 1, 3, 2]
+    pairs = [(found[0], after), (found[1], after.tanh()), (found[2], h), (dh, u), (dc, d_c)]
+    pairs.append((columns.view(4, 4, 25), d_gates[order].transpose(0, 1)))
+    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in pairs)
 
 
 def _shares_agree(kernels: Kernels) -> bool:

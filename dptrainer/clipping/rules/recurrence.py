@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpbudget.errors import PrivacyViolation
+from dptrainer.clipping.native import Kernels, kernels
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,12 @@ class LSTM(torch.autograd.Function):
         whole, states = steps.alive(gates, 1), _for_gates(before, 4, steps)
         three, (i, f, o, g) = steps.alive(gates[:, :3], 1), [steps.alive(gate) for gate in gates.unbind(1)]
         c_old, c_new, tanh_c, u, h = map(steps.alive, (c_before, c_after, squashed, unprojected, after))
+        compiled = kernels(gates) if steps.uniform and w_hr is None else None
         for t in steps.order:
             whole[t].baddbmm_(states[t], weight)
+            if compiled is not None:
+                compiled.lstm_forward(whole[t], c_old[t], c_new[t], tanh_c[t], h[t])
+                continue
             three[t].sigmoid_()
             g[t].tanh_()
             torch.mul(f[t], c_old[t], out=c_new[t]).addcmul_(i[t], g[t])
@@ -179,7 +184,7 @@ class LSTM(torch.autograd.Function):
             torch.mul(o[t], tanh_c[t], out=u[t])
             if w_hr is not None:
                 torch.mm(u[t], w_hr.t(), out=h[t])
-        ctx.steps, ctx.spent = steps, False
+        ctx.steps, ctx.spent, ctx.compiled = steps, False, compiled
         ctx.save_for_backward(gates, c_before, squashed, w_hh, w_hr)
         notes["before"] = before
         if w_hr is not None:
@@ -192,6 +197,8 @@ class LSTM(torch.autograd.Function):
         """The slopes of all steps first; then a step is one product and seven element-wise operations."""
         gates, c_before, tanh_c, w_hh, w_hr = _once(ctx)
         steps: Steps = ctx.steps
+        if ctx.compiled is not None:
+            return _lstm_backward(ctx.compiled, (gates, c_before, tanh_c), w_hh, steps, grads)
         i, f, o, g = gates.unbind(1)
         # In place of what is not needed any more: first touching 16 MB costs as much as twenty steps.
         scratch = o * tanh_c
@@ -226,6 +233,20 @@ class LSTM(torch.autograd.Function):
             torch.mm(whole[t], w_hh, out=h)
         shift = None if w_hr is None else steps.pack(shifted)
         return steps.pack(found), dh, dc, None, None, shift, None, None
+
+
+def _lstm_backward(
+    compiled: Kernels, saved: tuple[Tensor, ...], w_hh: Tensor, steps: Steps, grads: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """One product and one pass a step."""
+    found = _buffer(saved[0], w_hh.shape[0], steps)
+    gates, c_before, tanh_c = (tensor.unbind(0) for tensor in saved)
+    incoming = steps.pad(grads[0].contiguous())
+    dh, dc = (grad.clone(memory_format=torch.contiguous_format) for grad in grads[1:])
+    for t in reversed(steps.order):
+        compiled.lstm_backward((gates[t], c_before[t], tanh_c[t]), incoming[t], dh, dc, found[t])
+        torch.mm(found[t], w_hh, out=dh)
+    return steps.pack(found), dh, dc, None, None, None, None, None
 
 
 class GRU(torch.autograd.Function):

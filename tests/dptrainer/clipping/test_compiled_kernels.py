@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from dptrainer.clipping import native
+from dptrainer.clipping import BookKeeping, native
 from dptrainer.clipping.native import Kernels, Plane
 from dptrainer.clipping.per_example import Dense, Outer, TableRows, over_positions
 from dptrainer.native import Native
@@ -228,10 +228,71 @@ def test_only_contiguous_float32_on_the_cpu_is_given_to_compiled_code():
         assert native.kernels(torch.zeros(2), other) is None
 
 
+class OnlyOutputs(nn.Module):
+    """An LSTM as a layer that gives one tensor."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.lstm = nn.LSTM(5, 7, batch_first=True, **options)
+
+    def forward(self, x):
+        output, (h, c) = self.lstm(x)
+        return torch.cat([output.flatten(1), h.transpose(0, 1).flatten(1), c.transpose(0, 1).flatten(1)], 1)
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 100])
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 0.6, 1.0, 10.0, 88.0, 1e30])
+class TestLSTM:
+    def test_a_step_is_that_of_float64(self, kernels, count, size):
+        gates, c = torch.randn(4, 1, count) * size, torch.randn(1, count)
+        found, given = [torch.full_like(c, float("nan")) for _ in range(3)], gates.double()
+        kernels.lstm_forward(gates, c, *found)
+        expected = torch.cat([given[:3].sigmoid(), given[3:].tanh()])
+        torch.testing.assert_close(gates.double(), expected, rtol=4e-7, atol=1e-37)
+        after = gates[1].double() * c.double() + gates[0].double() * gates[3].double()
+        torch.testing.assert_close(found[0].double(), after, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(found[1].double(), found[0].double().tanh(), rtol=4e-7, atol=1e-37)
+        torch.testing.assert_close(found[2], gates[2] * found[1], rtol=1e-6, atol=1e-37)
+
+    @pytest.mark.parametrize("bad", BAD)
+    def test_what_is_not_finite_stays_with_its_element(self, kernels, count, size, bad):
+        gates, c = torch.randn(4, 1, count) * size, torch.randn(1, count)
+        expected, clean = [torch.empty_like(c) for _ in range(3)], gates.clone()
+        kernels.lstm_forward(clean, c, *expected)
+        gates[:, 0, count // 2] = bad
+        found = [torch.empty_like(c) for _ in range(3)]
+        kernels.lstm_forward(gates, c, *found)
+        theirs = torch.cat([torch.full((3,), bad).sigmoid(), torch.full((1,), bad).tanh()])
+        torch.testing.assert_close(gates[:, 0, count // 2], theirs, equal_nan=True)
+        for mine, other in zip([*found, *gates], [*expected, *clean], strict=True):
+            mine[0, count // 2] = other[0, count // 2]
+            assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2}, {"bias": False}, {"proj_size": 3}])
+def test_lstms_answer_alike_with_and_without_compiled_code(options, monkeypatch):
+    model, x = OnlyOutputs(**options), torch.randn(6, 9, 5)
+
+    def gradients():
+        engine = BookKeeping(model, clip_norm=0.3)
+        with engine.record(6):
+            losses = model(x).square().sum(1)
+        found = engine.backward(losses).grads
+        engine.detach()
+        return found
+
+    expected = gradients()
+    monkeypatch.setattr(native, "LIBRARY", Native("none", str, (), Kernels, lambda _: False))
+    monkeypatch.setenv("DPTRAINER_NATIVE", "0")
+    for name, value in gradients().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
 def models():
     return {
         "convolutions": (nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Conv2d(5, 3, 2), nn.Flatten()), (4, 2, 7, 7)),
         "lookups": (nn.Sequential(nn.Embedding(7, 5), nn.Flatten(), nn.Linear(30, 3)), (4, 6)),
+        "recurrence": (OnlyOutputs(bidirectional=True), (4, 6, 5)),
         "layers": (nn.Sequential(nn.Linear(9, 40), nn.LayerNorm(40), nn.Tanh(), nn.Linear(40, 3)), (4, 9)),
     }
 
@@ -278,6 +339,11 @@ CHANGES = [
     "i = c->batch * share / threads; -> i = c->batch * share / (threads + 1);",
     "out[i] = squares(rows -> if (i < 256) out[i] = squares(rows",
     "return (floats)((ints)v & keep) -> (void)keep; return v",
+    "v[0] * v[3], squashed -> v[0] * v[2], squashed",
+    "dc[at] = s * f -> dc[at] = s",
+    "a < 0.625f -> a < 2.5f",
+    "to[2 * width] = s * (i -> to[2 * width] = s * (f",
+    "p = p * r + 1.0f / 6; -> p = p * r + 1.0f / 7;",
 ]
 
 
