@@ -23,8 +23,8 @@ from dptrainer.native import Native, threads
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "patches.c", "recurrence.c"))
 #: Unlike noise, gradients may use fused multiply-adds: their last bits are nobody's contract.
 _FLAGS = ("-O3", "-std=gnu99", "-fno-math-errno", "-fno-trapping-math")
-#: Numbers, and multiply-adds, for each thread: some twenty microseconds.
-_NUMBERS, _PRODUCTS = 1 << 15, 1 << 20
+#: Numbers, multiply-adds, and cells of an LSTM for each thread: some twenty microseconds.
+_NUMBERS, _PRODUCTS, _SQUASHED = 1 << 15, 1 << 20, 1 << 11
 
 
 class Plane(NamedTuple):
@@ -59,8 +59,8 @@ _FUNCTIONS: dict[str, Sequence[type]] = {
     "add_rows": (_PTR, _PTR, _PTR, _PTR, _LONG, _LONG, _PTR, _LONG, _LONG),
     "row_sums": (_PTR, _LONG, _LONG, _PTR, _INT),
     "convolution_rows": (_PTR, _PTR, _PTR, _PTR, _PTR, _PTR, _INT),
-    "lstm_forward": (_PTR, _PTR, _PTR, _PTR, _PTR, _LONG),
-    "lstm_backward": (_PTR, _PTR, _PTR, _PTR, _PTR, _PTR, _PTR, _LONG, _LONG),
+    "lstm_forward": (_PTR, _PTR, _PTR, _PTR, _PTR, _LONG, _INT),
+    "lstm_backward": (_PTR, _PTR, _PTR, _PTR, _PTR, _PTR, _PTR, _LONG, _LONG, _INT),
     "convolution_sum": (_PTR, _PTR, _PTR, _PTR, _PTR, _INT),
 }
 
@@ -138,7 +138,8 @@ class Kernels:
 
     def lstm_forward(self, gates: Tensor, c: Tensor, c_next: Tensor, tanh_c: Tensor, h: Tensor) -> None:
         """A step on gates i, f, o, g [4, B, H], which are squashed in place: c', tanh c', h = o tanh c', all [B, H]."""
-        self._library.lstm_forward(*(t.data_ptr() for t in (gates, c, c_next, tanh_c, h)), c.numel())
+        addresses = (t.data_ptr() for t in (gates, c, c_next, tanh_c, h))
+        self._library.lstm_forward(*addresses, c.numel(), threads(c.numel(), _SQUASHED))
 
     def lstm_backward(self, saved: tuple[Tensor, ...], incoming: Tensor, dh: Tensor, dc: Tensor, found: Tensor) -> None:
         """The gradients [B, 4H] of the gates i, f, g, o before squashing; ``dh`` and ``dc`` [B, H] go on in place.
@@ -151,7 +152,7 @@ class Kernels:
             found: where the gradients go.
         """
         addresses = (t.data_ptr() for t in (*saved, incoming, dh, dc, found))
-        self._library.lstm_backward(*addresses, *dh.shape)
+        self._library.lstm_backward(*addresses, *dh.shape, threads(dh.numel(), 4 * _SQUASHED))
 
     def row_sums(self, rows: Tensor) -> Tensor:
         """[B] sums of [B, d], taken in float64."""

@@ -4,7 +4,10 @@
  * relative error of a few units in the last place; tanh near 0 is the polynomial of Moshier's Cephes (tanhf).
  */
 static inline floats splat(float x) { return (floats){0} + x; }
-static inline floats choose(ints mask, floats yes, floats no) { return (floats)(((ints)yes & mask) | ((ints)no & ~mask)); }
+static inline floats choose(ints mask, floats yes, floats no)
+{
+    return (floats)(((ints)yes & mask) | ((ints)no & ~mask));
+}
 static inline floats magnitude(floats x) { return (floats)((ints)x & 0x7fffffff); }
 
 /* e^x for x <= 0, from 2^n e^r with |r| <= ln 2 / 2; 0 below -87, NaN for NaN. */
@@ -43,8 +46,10 @@ static inline floats tangent(floats x)
 }
 
 /* The gates squashed in place; c' = f c + i g, its tanh, and h = o tanh c'. */
-void lstm_forward(float *gates, const float *c, float *c_next, float *tanh_c, float *h, int64_t count)
+void lstm_forward(float *gates, const float *c, float *c_next, float *tanh_c, float *h, int64_t count, int threads)
 {
+    (void)threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t j = 0; j < count; j += WIDE) {
         int64_t left = count - j < WIDE ? count - j : WIDE;
         floats v[5] = {{0}};
@@ -63,23 +68,34 @@ void lstm_forward(float *gates, const float *c, float *c_next, float *tanh_c, fl
     }
 }
 
+static void cell_backward(const float *restrict i, const float *restrict f, const float *restrict o,
+                          const float *restrict g, const float *restrict c, const float *restrict squashed,
+                          const float *restrict incoming, float *restrict dh, float *restrict dc,
+                          float *restrict to, int64_t width)
+{
+    for (int64_t j = 0; j < width; j++) {
+        float u = dh[j] + incoming[j], s = dc[j] + u * (o[j] * (1 - squashed[j] * squashed[j]));
+        dh[j] = u;
+        dc[j] = s * f[j];
+        to[j] = s * (g[j] * (i[j] * (1 - i[j])));
+        to[width + j] = s * (c[j] * (f[j] * (1 - f[j])));
+        to[2 * width + j] = s * (i[j] * (1 - g[j] * g[j]));
+        to[3 * width + j] = u * (squashed[j] * (o[j] * (1 - o[j])));
+    }
+}
+
 /* dh += incoming; dc += dh o (1 - tanh^2 c); the gradients of the gates before their squashing to found [rows, 4 width]
  * in the order i, f, g, o; and dc for the step before. */
 void lstm_backward(const float *gates, const float *c, const float *tanh_c, const float *incoming, float *dh, float *dc,
-                   float *found, int64_t rows, int64_t width)
+                   float *found, int64_t rows, int64_t width, int threads)
 {
     int64_t count = rows * width;
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t j = 0; j < width; j++) {
-            int64_t at = row * width + j;
-            float i = gates[at], f = gates[count + at], o = gates[2 * count + at], g = gates[3 * count + at];
-            float squashed = tanh_c[at], u = dh[at] + incoming[at];
-            float s = dc[at] + u * (o * (1 - squashed * squashed)), *to = found + 4 * row * width + j;
-            dh[at] = u;
-            to[0] = s * (g * (i * (1 - i)));
-            to[width] = s * (c[at] * (f * (1 - f)));
-            to[2 * width] = s * (i * (1 - g * g));
-            to[3 * width] = u * (squashed * (o * (1 - o)));
-            dc[at] = s * f;
-        }
+    (void)threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t at = row * width;
+        const float *i = gates + at;
+        cell_backward(i, i + count, i + 2 * count, i + 3 * count, c + at, tanh_c + at, incoming + at, dh + at, dc + at,
+                      found + 4 * at, width);
+    }
 }

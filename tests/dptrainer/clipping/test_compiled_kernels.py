@@ -340,9 +340,9 @@ CHANGES = [
     "out[i] = squares(rows -> if (i < 256) out[i] = squares(rows",
     "return (floats)((ints)v & keep) -> (void)keep; return v",
     "v[0] * v[3], squashed -> v[0] * v[2], squashed",
-    "dc[at] = s * f -> dc[at] = s",
+    "dc[j] = s * f[j] -> dc[j] = s * i[j]",
     "a < 0.625f -> a < 2.5f",
-    "to[2 * width] = s * (i -> to[2 * width] = s * (f",
+    "to[2 * width + j] = s * (i[j] -> to[2 * width + j] = s * (f[j]",
     "p = p * r + 1.0f / 6; -> p = p * r + 1.0f / 7;",
 ]
 
