@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from dpbudget.curve import Bounds
 from dpbudget.errors import PrivacyViolation
 from dpbudget.ledger.run import Run
-from dptrainer.clipping import BookKeeping, Clipping, Grouping, add_clipped, make_engine
-from dptrainer.data import Collate, Records, check_rows, check_static, check_unit, split_batch, to_device
+from dptrainer.clipping import BookKeeping, Clipping, add_clipped, make_engine
+from dptrainer.data import Collate, Records, check_rows, check_unit, checked_fill, split_batch, to_device
 from dptrainer.loop import detach_earlier
 from dptrainer.losses import Loss, PerExampleLoss
 from dptrainer.memory import PhysicalSize, checked_size, physical_size
@@ -104,9 +104,7 @@ class TrainerBase:
             model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note, test=again
         )
         self._physical = physical_size(physical_batch_size, model, self._records, run.plan, replay, batches=batches)
-        self._static = static_shapes
-        if static_shapes:
-            check_static(self._records, self._physical)
+        self._fill_to = checked_fill(self._records, self._physical) if static_shapes else None
         self._record_outputs = record_outputs
         self._callbacks = tuple(callbacks)
         self._stopped = False
@@ -138,14 +136,14 @@ class TrainerBase:
 
     def _clip_piece(self, indices: Indices) -> ClippedSum:
         size = len(indices)
-        if size == 0 and not self._static:
+        if size == 0 and self._fill_to is None:
             self._engine.begin(0)
             return self._engine.finish()
         if not self._model.training:
             raise PrivacyViolation(
                 "the model is in eval mode", code="DP014", hint="call model.train() after evaluating in a callback"
             )
-        batch, grouping = self._drawn(indices)
+        batch, grouping = self._records.drawn(indices, self._fill_to)
         rows = size if grouping is None else grouping.rows
         check_rows(batch, rows)
         device = next(self._model.parameters()).device
@@ -154,12 +152,6 @@ class TrainerBase:
             losses = self._loss(self._model(*inputs, **named), target, rows)
             refuse_trainable_loss(losses, self._model, self._others)
         return self._engine.backward(losses)
-
-    def _drawn(self, indices: Indices) -> tuple[Any, Grouping | None]:
-        if not self._static:
-            return self._records.drawn(indices)
-        assert self._physical is not None  # noqa: S101 - checked at set-up
-        return self._records.filled(indices, self._physical)
 
     def _tell(self, steps: int) -> None:
         if not self._callbacks:  # an answer that nobody reads costs time

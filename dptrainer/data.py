@@ -60,8 +60,21 @@ class Records:
         """Largest number of rows that one record can have in a batch: public."""
         return self._views * (1 if self._users is None else self._users.max_examples)
 
-    def drawn(self, indices: Indices) -> tuple[Any, Grouping | None]:
-        """The records of ``indices``, at least one, collated; and which rows belong to one record, if not one each."""
+    def drawn(self, indices: Indices, fill_to: int | None = None) -> tuple[Any, Grouping | None]:
+        """The records of ``indices``, collated; and which rows belong to one record, if not one each.
+
+        Args:
+            indices: none gives :meth:`synthetic`.
+            fill_to: at least as many as the indices, public: the batch then has the rows of so many records; the last
+                are zeros that count as nothing.
+
+        Raises:
+            PrivacyViolation: something in the collated batch cannot be filled up (DP023).
+        """
+        if fill_to is not None:
+            return self._filled(indices, fill_to)
+        if not len(indices):
+            return self.synthetic(), None
         if self.most_rows == 1 and self._users is None:
             return self.batch(indices), None
         counts: tuple[int, ...] = (1,) * len(indices)
@@ -70,18 +83,9 @@ class Records:
         grouping = Grouping(tuple(count * self._views for count in counts), self.most_rows)
         return self.batch(np.repeat(indices, self._views)), grouping
 
-    def filled(self, indices: Indices, records: int) -> tuple[Any, Grouping]:
-        """As :meth:`drawn`, with the rows of exactly so many records: the last are zeros that count as nothing.
-
-        Args:
-            indices: at most ``records``, or none.
-            records: public.
-
-        Raises:
-            PrivacyViolation: something in the collated batch is no tensor with one row a record (DP023).
-        """
+    def _filled(self, indices: Indices, records: int) -> tuple[Any, Grouping]:
         most = self.most_rows
-        batch, grouped = self.drawn(indices) if len(indices) else (self.synthetic(), Grouping(()))
+        batch, grouped = self.drawn(indices)
         counts = (1,) * len(indices) if grouped is None else tuple(grouped.counts)
         full, rest = divmod(records * most - sum(counts), most)
         padding = (most,) * full + ((rest,) if rest else ())
@@ -122,8 +126,8 @@ def _filled(leaf: Any, given: int, kept: int, rows: int) -> Tensor:
     return torch.cat([leaf[:kept], leaf.new_zeros(rows - kept, *leaf.shape[1:])])
 
 
-def check_static(records: Records, physical_batch_size: int | None) -> None:
-    """Refuse static shapes that cannot be had; reads the shapes of one record.
+def checked_fill(records: Records, physical_batch_size: int | None) -> int:
+    """How many records static shapes fill batches up to; reads the shapes of one record.
 
     Raises:
         InvalidParameter: no physical batch size says how many rows (DP009).
@@ -135,7 +139,8 @@ def check_static(records: Records, physical_batch_size: int | None) -> None:
             code="DP009",
             hint="pass physical_batch_size too, somewhat above the expected batch size",
         )
-    records.filled(np.empty(0, dtype=np.int64), physical_batch_size)
+    records.drawn(np.empty(0, dtype=np.int64), physical_batch_size)
+    return physical_batch_size
 
 
 def check_unit(dataset: object, run: Run) -> None:

@@ -33,6 +33,17 @@ _TUNINGS: tuple[list[str], ...] = (["-fopenmp", "-march=native"], ["-march=nativ
 #: Whatever ``CC`` asks for: NaN and inf are seen, and loading the library leaves this process its denormal numbers.
 _EXACT = ("-fno-fast-math", "-fno-unsafe-math-optimizations", "-fno-finite-math-only")
 
+#: Stands before every text: how many 32-bit lanes a vector register has.
+_WIDE = """
+#if defined(__AVX512F__)
+#define WIDE 16
+#elif defined(__AVX2__)
+#define WIDE 8
+#else
+#define WIDE 4
+#endif
+"""
+
 Made = TypeVar("Made")
 
 
@@ -41,7 +52,7 @@ class Native(Generic[Made]):
 
     Args:
         what: what it is for, as the log names it.
-        text: -> the source.
+        text: -> the source, in which WIDE is the number of 32-bit lanes of a vector.
         flags: options of the compiler that the code relies on.
         wrap: the loaded library -> the object that is handed out.
         test: whether that object gives the right results.
@@ -110,7 +121,7 @@ class Native(Generic[Made]):
         """
         with tempfile.TemporaryDirectory(prefix="dptrainer-") as folder:  # only this user may enter it
             source, library = Path(folder, "code.c"), Path(folder, "code.so")
-            source.write_text(self._text(), encoding="utf-8")
+            source.write_text(_WIDE + self._text(), encoding="utf-8")
             command = [*command, *_EXACT, *self._flags, "-fPIC", "-shared", "-o", str(library), str(source), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)  # noqa: S603
             return self._wrap(ctypes.CDLL(str(library)))

@@ -14,15 +14,15 @@ from dpbudget.curve import Bounds
 from dpbudget.errors import DPBudgetError, DPBudgetWarning, InvalidParameter, PlanExhausted
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
-from dptrainer.clipping import Clipping, Grouping, Reduction
-from dptrainer.data import Collate, Records, check_static
+from dptrainer.clipping import Clipping, Reduction
+from dptrainer.data import Collate, Records, checked_fill
 from dptrainer.loop import PrivateLoop
 from dptrainer.loss_probe import probe_criterion, why_untested_criterion
 from dptrainer.losses import Loss
 from dptrainer.memory import PhysicalSize, checked_size, physical_size
 from dptrainer.noise.source import NoiseSource
 from dptrainer.outside import refuse_trainable_criterion
-from dptrainer.sampling import Indices, PoissonSampler, physical_batches
+from dptrainer.sampling import PoissonSampler, physical_batches
 from dptrainer.untested import callers_level, tell_untested
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -147,7 +147,7 @@ class PrivateLoader:
         pieces = list(physical_batches(self._sampler.draw(receipt, self._records.population), self._physical))
         try:
             for number, piece in enumerate(pieces):
-                batch, groups = self._drawn(piece)
+                batch, groups = self._records.drawn(piece, self._physical if self._static else None)
                 size = len(piece) if groups is None else groups.units  # rows of padding go the way of ordinary ones
                 self._loop.open(step, batch, size, last=number + 1 == len(pieces), grouping=groups)
                 yield batch
@@ -169,12 +169,6 @@ class PrivateLoader:
                 DPBudgetWarning,
                 stacklevel=callers_level(),
             )
-
-    def _drawn(self, piece: Indices) -> tuple[Any, Grouping | None]:
-        if self._static:
-            assert self._physical is not None  # noqa: S101 - checked at set-up
-            return self._records.filled(piece, self._physical)
-        return self._records.drawn(piece) if len(piece) else (self._records.synthetic(), None)
 
 
 def make_private(
@@ -287,7 +281,7 @@ def make_private(
         tested = loss_fn is not None and probe_criterion(model, loss_fn, loss_reduction, synthetic)
         size = physical_size(physical_batch_size, model, records, run.plan, replay)
         if static_shapes:
-            check_static(records, size)
+            checked_fill(records, size)
     except DPBudgetError:
         loop.detach()
         raise

@@ -254,7 +254,7 @@ class TableRows(PerExample):
 
     @classmethod
     def accumulate(cls, batch_size: int, shape: torch.Size, lookups: tuple[Tensor, Tensor], grads: Tensor) -> TableRows:
-        """Adds up the gradients of equal indices within each example, by sorting; never builds [B, V, d].
+        """Adds up the gradients of equal indices within each example; never builds [B, V, d].
 
         Args:
             batch_size: B.

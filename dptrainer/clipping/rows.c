@@ -8,14 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
-#define WIDE 16
-#elif defined(__AVX2__)
-#define WIDE 8
-#else
-#define WIDE 4
-#endif
-
 typedef float floats __attribute__((vector_size(4 * WIDE)));
 typedef int32_t ints __attribute__((vector_size(4 * WIDE)));
 typedef double doubles __attribute__((vector_size(8 * WIDE)));

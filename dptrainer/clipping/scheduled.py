@@ -2,7 +2,8 @@
 
 With the threshold C_t of step t, example i contributes (C / C_t) min(1, C_t / ||g_i||) g_i, of norm at most the plan's
 C, and takes the receipt's noise. Multiplied by C_t / C afterwards, that is the sum of gradients clipped to C_t with
-noise of standard deviation sigma C_t: what a plan with clipping norm C_t would give at that step, at the same cost.
+noise of standard deviation sigma C_t (Abadi et al. 2016, Algorithm 1): what a plan with clipping norm C_t would give at
+that step, at the same cost, since the last product is post-processing.
 """
 
 from __future__ import annotations

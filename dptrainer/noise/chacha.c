@@ -6,14 +6,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
-#define WIDE 16
-#elif defined(__AVX2__)
-#define WIDE 8
-#else
-#define WIDE 4
-#endif
-
 typedef uint32_t lanes __attribute__((vector_size(4 * WIDE)));
 
 #define FORMAT 1u

@@ -87,7 +87,7 @@ def compiled_for(activation: Tensor, grad: Tensor) -> Kernels | None:
 def _compiled_for(activation: Tensor, grad: Tensor) -> Kernels:
     compiled = compiled_for(activation, grad)
     if compiled is None:
-        raise NotImplementedError("compiled code takes contiguous float32 on the CPU, of one or two dimensions")
+        raise ValueError("compiled code takes contiguous float32 on the CPU, of one or two dimensions")
     return compiled
 
 
