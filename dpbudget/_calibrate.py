@@ -21,6 +21,7 @@ from dpbudget._checks import (
     as_count,
     as_delta,
     as_epsilon,
+    as_noise_mode,
     as_noise_multiplier,
     as_rate,
     as_unit,
@@ -39,6 +40,7 @@ from dpbudget.plan import (
     MAX_PHASES,
     MAX_STEPS,
     Claim,
+    NoiseMode,
     Phase,
     Plan,
     Unit,
@@ -131,8 +133,14 @@ class _Draft:
     accountant: Accountant
     accountant_name: AccountantName
     max_parameters: int
+    noise: NoiseMode = "secure"
     beside: tuple[Plan, ...] = ()
     unit: Unit = "example"
+
+    @property
+    def bounded_values(self) -> int:
+        """As :attr:`~dpbudget.plan.Plan.bounded_values`."""
+        return self.max_parameters if self.noise == "secure" else 0
 
     def plan(self, sigma: float, steps: int | None = None) -> Plan:
         """The plan with this noise, and the claim that its accountant certifies; infinite bounds raise NotComputable.
@@ -154,6 +162,7 @@ class _Draft:
             adjacency=self.adjacency,
             unit=self.unit,
             nominal_size=self.schedule.nominal_size,
+            noise=self.noise,
             max_parameters=self.max_parameters,
             claim=stated,
         )
@@ -173,7 +182,7 @@ class _Draft:
     def ideal_delta(self, sigma: float) -> float:
         """What is left of delta after the bounded tail of this noise; the smallest float where nothing is."""
         phases = [(self.schedule.rate, sigma, self.schedule.steps)]
-        return max(ideal_delta_of(phases, self.max_parameters, self.delta, self.adjacency), 5e-324)
+        return max(ideal_delta_of(phases, self.bounded_values, self.delta, self.adjacency), 5e-324)
 
     def claim(self, sigma: float, steps: int | None = None) -> float:
         """The epsilon claimed together with the plans beside it, infinite where nothing can be claimed."""
@@ -202,6 +211,7 @@ def _draft(
     adjacency: Adjacency | str,
     accountant: str,
     max_parameters: int,
+    noise: str = "secure",
 ) -> _Draft:
     name = as_accountant(accountant)
     return _Draft(
@@ -212,6 +222,7 @@ def _draft(
         accountant=_load(name),
         accountant_name=name,
         max_parameters=as_count("max_parameters", max_parameters, 1 << 40),
+        noise=as_noise_mode(noise),
     )
 
 
@@ -231,6 +242,7 @@ def calibrate(
     adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
     accountant: str = "prv",
     max_parameters: int = DEFAULT_MAX_PARAMETERS,
+    noise: str = "secure",
     beside: Sequence[Plan] = (),
     unit: str = "example",
 ) -> Plan:
@@ -254,7 +266,8 @@ def calibrate(
         clip_norm: L2 bound C of each record's gradient; has no influence on epsilon.
         adjacency: which datasets are neighbours.
         accountant: ``prv`` (tight) or ``rdp`` (looser, faster to audit).
-        max_parameters: largest number of trainable parameters; enters the bounded tail.
+        max_parameters: largest number of trainable parameters; enters the bounded tail, and the grid of exact noise.
+        noise: ``secure`` or ``exact``, see :class:`~dpbudget.plan.Plan`.
         beside: plans of the same portfolio; then ``epsilon`` bounds the joint claim of all of them.
         unit: what sizes and rates count, and the guarantee is for: ``example``, or ``user`` with all of its examples.
 
@@ -285,11 +298,12 @@ def calibrate(
             adjacency=adjacency,
             accountant=accountant,
             max_parameters=max_parameters,
+            noise=noise,
         )
         plan = plan.replace(unit=as_unit(unit))
     else:
         target = as_epsilon(epsilon)
-        draft = _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters)
+        draft = _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters, noise)
         draft = replace(draft, beside=tuple(beside), unit=as_unit(unit))
         guess = _first_guess(schedule, target, draft.delta)
         plan = _quick_plan(draft, target, guess) or _careful_plan(draft, target, guess)
@@ -376,6 +390,7 @@ def plan_for(
     adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
     accountant: str = "prv",
     max_parameters: int = DEFAULT_MAX_PARAMETERS,
+    noise: str = "secure",
     unit: str = "example",
 ) -> Plan:
     """The plan with a given noise multiplier, and the epsilon that it can claim.
@@ -386,7 +401,7 @@ def plan_for(
     schedule = make_schedule(
         sample_rate=sample_rate, steps=steps, dataset_size=dataset_size, batch_size=batch_size, epochs=epochs
     )
-    draft = _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters)
+    draft = _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters, noise)
     plan = replace(draft, unit=as_unit(unit)).plan(sigma)
     warn_of_delta(plan.claim.delta, plan.nominal_size)
     return plan
@@ -409,6 +424,7 @@ def max_steps(
     adjacency: Adjacency | str = Adjacency.ADD_REMOVE,
     accountant: str = "prv",
     max_parameters: int = DEFAULT_MAX_PARAMETERS,
+    noise: str = "secure",
 ) -> int:
     """The largest number of steps, at most 1e9, whose plan claims at most ``epsilon``; 0 if not even one fits.
 
@@ -416,7 +432,7 @@ def max_steps(
     """
     target, sigma = as_epsilon(epsilon), as_noise_multiplier(noise_multiplier)
     schedule = make_schedule(sample_rate=sample_rate, steps=1, dataset_size=dataset_size, batch_size=batch_size)
-    draft = _draft(schedule, delta, 1.0, adjacency, accountant, max_parameters)
+    draft = _draft(schedule, delta, 1.0, adjacency, accountant, max_parameters, noise)
     warn_of_delta(draft.delta, schedule.nominal_size)
     guess = (target * sigma / schedule.rate) ** 2 / (2.0 * math.log(1.25 / draft.delta))
     start = min(max(guess, 1.0), float(MAX_STEPS))

@@ -14,7 +14,7 @@ from dpbudget._guarantee import as_real
 from dpbudget.errors import InvalidParameter
 from dpbudget.mechanisms import Adjacency
 from dpbudget.mechanisms.gaussian import MAX_NOISE_MULTIPLIER, MIN_NOISE_MULTIPLIER
-from dpbudget.plan import UNITS, Unit, rate_from_float
+from dpbudget.plan import NOISE_MODES, UNITS, NoiseMode, Unit, rate_from_float
 
 AccountantName = Literal["prv", "rdp"]
 #: The accountants whose answers a plan may claim; the first is the default.
@@ -110,6 +110,14 @@ def as_unit(value: object) -> Unit:
         if value == unit:
             return unit
     raise InvalidParameter(f"unknown unit of privacy {value!r}", code="DP062", hint=_choose(value, list(UNITS)))
+
+
+def as_noise_mode(value: object) -> NoiseMode:
+    """A mode of the noise; raises InvalidParameter (DP060)."""
+    for mode in NOISE_MODES:
+        if value == mode:
+            return mode
+    raise InvalidParameter(f"unknown noise {value!r}", code="DP060", hint=_choose(value, list(NOISE_MODES)))
 
 
 def as_accountant(value: object) -> AccountantName:

@@ -20,6 +20,7 @@ from dpbudget._checks import (
     as_count,
     as_delta,
     as_epochs,
+    as_noise_mode,
     did_you_mean,
 )
 from dpbudget.errors import InvalidParameter, Unreadable
@@ -34,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "adjacency": "add-remove",
     "accountant": "prv",
     "max_parameters": DEFAULT_MAX_PARAMETERS,
+    "noise": "secure",
     "delta": None,
 }
 _CHECKS: dict[str, Callable[[Any], Any]] = {
@@ -44,6 +46,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "adjacency": lambda value: str(as_adjacency(value)),
     "accountant": as_accountant,
     "max_parameters": lambda value: as_count("max_parameters", value, 1 << 40),
+    "noise": as_noise_mode,
     "delta": as_delta,
 }
 _MAX_BYTES = 1 << 20

@@ -128,7 +128,7 @@ class Recomputation:
                 )
 
     def _bounds(self, name: str, plans: Sequence[Plan], delta: float) -> Bounds | str:
-        key = (name, tuple(plan.phases for plan in plans), tuple(plan.max_parameters for plan in plans), delta)
+        key = (name, tuple(plan.phases for plan in plans), tuple(plan.bounded_values for plan in plans), delta)
         if key not in self._known:
             try:
                 self._known[key] = PortfolioFilter(get_accountant(name)).joint_bounds(plans, delta)

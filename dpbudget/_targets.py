@@ -34,11 +34,11 @@ class TailCurve(PrivacyCurve):
     The upper end covers the tail; the lower end is that of the mechanism in real arithmetic.
     """
 
-    def __init__(self, ideal: PrivacyCurve, phases: tuple[Phase, ...], max_parameters: int) -> None:
+    def __init__(self, ideal: PrivacyCurve, phases: tuple[Phase, ...], bounded: int) -> None:
         triples = [(phase.rate, phase.noise_multiplier, phase.steps) for phase in phases]
         self._ideal = ideal
-        self._added = truncation_delta(triples, max_parameters)
-        self._log_factor = truncation_factor_log(sum(phase.steps for phase in phases), max_parameters)
+        self._added = truncation_delta(triples, bounded)
+        self._log_factor = truncation_factor_log(sum(phase.steps for phase in phases), bounded)
 
     def epsilon(self, delta: float) -> Bounds:
         """Epsilon at ``delta``; raises InvalidParameter (DP053) where delta does not cover the tail."""
@@ -60,7 +60,7 @@ class TailCurve(PrivacyCurve):
 def curve_of(plan: Plan) -> PrivacyCurve:
     """The certified profile of a plan, bounded noise tail included."""
     ideal = _load(plan.claim.accountant).curve(plan.charges, plan.adjacency)
-    return TailCurve(ideal, plan.phases, plan.max_parameters)
+    return TailCurve(ideal, plan.phases, plan.bounded_values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,6 +79,7 @@ def calibrate_to_attack(
     adjacency: str,
     accountant: str,
     max_parameters: int,
+    noise: str = "secure",
 ) -> Plan:
     """The plan with the smallest noise whose certified advantage, or TPR at an FPR, is at most the target.
 
@@ -89,12 +90,12 @@ def calibrate_to_attack(
         NotComputable: no noise multiplier up to 1e6 reaches the target (DP004).
     """
     goal = _goal(advantage, tpr, fpr)
-    draft = _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters)
+    draft = _draft(schedule, delta, clip_norm, adjacency, accountant, max_parameters, noise)
 
     def profile(sigma: float) -> Profile:
         phase = Phase(rate_k=schedule.rate_k, noise_multiplier=sigma, steps=schedule.steps)
         ideal = draft.accountant.curve([phase.charge], draft.adjacency)
-        return Profile(TailCurve(ideal, (phase,), draft.max_parameters).delta)
+        return Profile(TailCurve(ideal, (phase,), draft.bounded_values).delta)
 
     sigma = _smallest(profile, goal, _guess(schedule, goal.mu))
     if sigma is None:
@@ -200,6 +201,7 @@ def max_batch_size(
     adjacency: str = "add-remove",
     accountant: str = "prv",
     max_parameters: int | None = None,
+    noise: str = "secure",
 ) -> int:
     """The largest expected batch size, at most ``dataset_size``, whose plan claims at most ``epsilon``; 0 if none.
 
@@ -211,7 +213,7 @@ def max_batch_size(
 
     def draft(batch: int) -> _Draft:
         schedule = make_schedule(batch_size=batch, dataset_size=size, steps=steps, epochs=epochs)
-        return _draft(schedule, delta, 1.0, adjacency, accountant, **{"max_parameters": 1 << 30, **extra})
+        return _draft(schedule, delta, 1.0, adjacency, accountant, noise=noise, **{"max_parameters": 1 << 30, **extra})
 
     def fits(batch: int) -> bool:
         return batch <= size and draft(batch).claim(sigma) <= target

@@ -25,12 +25,17 @@ MAX_SHARE = 0.01
 _PAD = 1.0 + 1e-12
 
 
-def truncation_delta(steps: Iterable[tuple[float, float, int]], max_parameters: int, replace: bool = False) -> float:
+def truncation_delta(steps: Iterable[tuple[float, float, int]], bounded: int, replace: bool = False) -> float:
     """Upper bound of the additive part, over ``(rate, noise_multiplier, count)`` phases; infinite where unproved.
 
-    ``replace``: neighbours differ by the replacement of a record instead of its presence.
+    Args:
+        steps: the phases.
+        bounded: most values of bounded noise in a step; 0 where the noise has no bound (``exact``).
+        replace: neighbours differ by the replacement of a record instead of its presence.
     """
-    pairs = (max_parameters + 1) // 2
+    if bounded == 0:
+        return 0.0
+    pairs = (bounded + 1) // 2
     total = 0.0
     for rate, sigma, count in steps:
         shift = (2.0 if replace else 1.0) / sigma
@@ -42,7 +47,7 @@ def truncation_delta(steps: Iterable[tuple[float, float, int]], max_parameters: 
     return total * _PAD
 
 
-def truncation_factor_log(count: int, max_parameters: int) -> float:
-    """Upper bound of log F for ``count`` steps in total."""
+def truncation_factor_log(count: int, bounded: int) -> float:
+    """Upper bound of log F for ``count`` steps in total, of at most ``bounded`` values of bounded noise each."""
     # -log(1 - x) <= x + x^2 for 0 <= x <= 1/2, with x = 2^-64 the second term is below the padding.
-    return count * ((max_parameters + 1) // 2) * 2.0**-RADIUS_BITS * _PAD
+    return count * ((bounded + 1) // 2) * 2.0**-RADIUS_BITS * _PAD

@@ -21,6 +21,7 @@ class RunReport:
         steps: planned steps.
         charged: steps that stand in durable leases, whether or not they were released.
         released: steps whose receipt is recorded as issued.
+        noise: mode of its noise: ``secure`` is certified in real arithmetic, ``exact`` down to the bit.
     """
 
     run_id: str
@@ -28,6 +29,7 @@ class RunReport:
     steps: int
     charged: int
     released: int
+    noise: str
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class Report:
                     "planned": run.steps,
                     "charged": run.charged,
                     "released": run.released,
+                    "noise": run.noise,
                 }
                 for run in self.runs
             ],
@@ -130,6 +133,7 @@ class Report:
             lines.append(f"  lower bound {round_down(self.epsilon.lower, 10)}; recomputed by {checked_by}")
             lines.append(f"  for one {self.unit} of the dataset, {self.adjacency} neighbours")
             lines.append(f"  budget epsilon {self.budget[0]:g}, delta {self.budget[1]:g}; {self.steps} steps charged")
+            lines += self._arithmetic()
             lines.append(
                 "  every epsilon assumes honest training code, key and operating system (docs/threat-model.md)"
             )
@@ -141,6 +145,19 @@ class Report:
         lines += [f"  problem: {problem}" for problem in self.problems]
         lines += [f"  note: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+    def _arithmetic(self) -> list[str]:
+        """What each mode of noise leaves out of the claim."""
+        left_out = {
+            "secure": "bounded tail charged; rounding of sums and noise to floating point is not covered",
+            "exact": "integer sums and noise; the claim holds down to the bit",
+        }
+        used = {mode: sum(run.noise == mode for run in self.runs if run.charged) for mode in left_out}
+        return [
+            f"  {mode} noise{f' in {count} runs' if min(used.values()) else ''}: {left_out[mode]}"
+            for mode, count in used.items()
+            if count
+        ]
 
     def _claims(self) -> list[str]:
         """What the signed plans may claim once they begin, and of which budget."""

@@ -197,6 +197,7 @@ def _judge(history: _History, anchors: Sequence[tuple[int, str]], forged: Sequen
                 run.plan.steps,
                 run.charged,
                 run.reserved,
+                run.plan.noise,
             )
             for run in state.runs.values()
         ),

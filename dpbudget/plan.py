@@ -26,6 +26,11 @@ DEFAULT_MAX_PARAMETERS = 2**30
 Unit = Literal["example", "user"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 
+#: ``secure``: floating-point sums and Gaussians of bounded tail, which is charged. ``exact``: integer sums and rounded
+#: Gaussians, with no floating-point number in the argument (docs/exact.md).
+NoiseMode = Literal["secure", "exact"]
+NOISE_MODES: tuple[NoiseMode, ...] = get_args(NoiseMode)
+
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -124,8 +129,10 @@ class Plan(Record):
             Sizes and rates count units.
         nominal_size: the *public* size n0 of the dataset (declared, or released with its own charge). The divisor of
             the averaged gradient comes from it and never from ``len(dataset)``. None plans an accounting question only.
-        noise: the noise generator; ``secure`` charges its bounded tail to delta (docs/accounting.md).
-        max_parameters: largest number of trainable parameters; part of the charge for the bounded tail.
+        noise: how sums are taken and noise is made: ``secure`` charges its bounded tail to delta (docs/accounting.md),
+            ``exact`` has none and is certified down to the bit (docs/exact.md).
+        max_parameters: largest number of trainable parameters; part of the charge for the bounded tail, and what the
+            grid of ``exact`` noise is made for.
         claim: the guarantee.
         model_digest, code_digest: optional SHA-256 of the model definition and of the training code.
     """
@@ -136,11 +143,16 @@ class Plan(Record):
     unit: Unit = "example"
     sampling: Literal["poisson"] = "poisson"
     nominal_size: int | None = Field(default=None, ge=1, le=MAX_SIZE)
-    noise: Literal["secure"] = "secure"
+    noise: NoiseMode = "secure"
     max_parameters: int = Field(default=DEFAULT_MAX_PARAMETERS, ge=1, le=1 << 40)
     claim: Claim
     model_digest: Digest | None = None
     code_digest: Digest | None = None
+
+    @property
+    def bounded_values(self) -> int:
+        """Most values of bounded noise in one step, for what their tail costs; ``exact`` noise has no bound."""
+        return self.max_parameters if self.noise == "secure" else 0
 
     @property
     def steps(self) -> int:
@@ -189,19 +201,22 @@ def joint_ideal_delta(plans: tuple[Plan, ...], delta: float) -> float:
     additive = log_factor = 0.0
     for plan in plans:
         phases = [(phase.rate, phase.noise_multiplier, phase.steps) for phase in plan.phases]
-        additive += truncation_delta(phases, plan.max_parameters, plan.adjacency is Adjacency.REPLACE_ONE)
-        log_factor += truncation_factor_log(plan.steps, plan.max_parameters)
+        additive += truncation_delta(phases, plan.bounded_values, plan.adjacency is Adjacency.REPLACE_ONE)
+        log_factor += truncation_factor_log(plan.steps, plan.bounded_values)
     return _left_of(delta, additive, log_factor)
 
 
 def ideal_delta_of(
-    phases: Sequence[tuple[float, float, int]], max_parameters: int, delta: float, adjacency: Adjacency
+    phases: Sequence[tuple[float, float, int]], bounded: int, delta: float, adjacency: Adjacency
 ) -> float:
-    """What :func:`joint_ideal_delta` leaves for (rate, noise multiplier, steps) phases; 0 where it refuses."""
+    """What :func:`joint_ideal_delta` leaves for (rate, noise multiplier, steps) phases; 0 where it refuses.
+
+    ``bounded`` is what :attr:`Plan.bounded_values` says.
+    """
     steps = sum(count for _, _, count in phases)
     try:
-        additive = truncation_delta(phases, max_parameters, adjacency is Adjacency.REPLACE_ONE)
-        return _left_of(delta, additive, truncation_factor_log(steps, max_parameters))
+        additive = truncation_delta(phases, bounded, adjacency is Adjacency.REPLACE_ONE)
+        return _left_of(delta, additive, truncation_factor_log(steps, bounded))
     except InvalidParameter:
         return 0.0
 
@@ -212,7 +227,7 @@ def _left_of(delta: float, additive: float, log_factor: float) -> float:
             f"delta {delta:g} is too small for secure noise in this plan: its bounded tail costs {additive:.3g} "
             f"and a factor of exp({log_factor:.3g}) of delta, more than one hundredth",
             code="DP053",
-            hint="raise delta or the noise multiplier, or lower max_parameters to what the model has",
+            hint="raise delta or the noise multiplier, lower max_parameters to what the model has, or plan exact noise",
         )
     # Rounded down: the additions above and the product below lose at most a few units in the last place.
     return (delta - additive) * math.exp(-log_factor) * (1.0 - 1e-14)

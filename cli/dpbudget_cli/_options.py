@@ -129,6 +129,10 @@ ACCOUNTANT = Checked("accountant", str, "as_accountant")
 ANY_ACCOUNTANT = Checked("accountant", str, "as_any_accountant")
 ADJACENCY = Checked("adjacency", str, "as_adjacency")
 UNIT = Checked("unit", str, "as_unit")
+NOISE_MODE = Checked("mode", str, "as_noise_mode")
+MODE = click.option(
+    "--noise", type=NOISE_MODE, metavar="MODE", help="secure (default) or exact (integer sums, dearer)."
+)
 
 
 class PhaseType(_ParamType):

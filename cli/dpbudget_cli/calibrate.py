@@ -15,6 +15,7 @@ from dpbudget_cli._options import (
     EPSILON,
     INSIDE,
     JSON,
+    MODE,
     NOISE,
     accounting_options,
     meaning_options,
@@ -30,12 +31,13 @@ if TYPE_CHECKING:
 @click.command("calibrate", cls=Leaf)
 @click.option("--epsilon", type=EPSILON, metavar="E", help="What the run may claim.")
 @click.option("--advantage", type=INSIDE, metavar="A", help="Instead of epsilon: largest TPR - FPR of an attack.")
-@click.option("--tpr", type=INSIDE, metavar="R", help="Instead of epsilon: largest true positive rate, with --fpr.")
+@click.option("--tpr", type=INSIDE, metavar="R", help="Instead of epsilon: largest TPR of an attack at --fpr.")
 @click.option("--fpr", type=INSIDE, metavar="F", help="The false positive rate of --tpr.")
 @click.option("--delta", type=DELTA, metavar="D", help="Delta; 1 / dataset-size^1.1 if not given.")
 @schedule_options
 @click.option("--noise-multiplier", type=NOISE, metavar="S", help="Solve for steps or batch at this noise.")
 @click.option("--clip-norm", type=CLIP, metavar="C", help="L2 bound of each record's gradient.")
+@MODE
 @accounting_options
 @meaning_options
 @JSON
@@ -45,7 +47,7 @@ def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> No
     With --noise-multiplier it solves for the largest number of steps instead, or, where --steps or --epochs is given,
     for the largest batch: exactly one of noise, length and batch is unknown. --advantage, or --tpr with --fpr, takes
     the place of --epsilon: the noise is the smallest that keeps every membership attack below it.
-    The claim covers the bounded tail of the secure noise. What is not given comes from [tool.dpbudget] in
+    The claim covers the bounded tail of the secure noise; exact noise has none. What is not given comes from [tool.dpbudget] in
     pyproject.toml or dpbudget.toml, else from documented defaults, and is reported as assumed. The dataset size is a
     public, nominal one.
 
@@ -63,7 +65,7 @@ def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> No
     question = Question(values)
     solving = _unknown(question)
     ask_schedule(question, solve_steps=solving == "steps", solve_batch=solving == "batch")
-    question.need("clip_norm", "max_parameters")
+    question.need("clip_norm", "max_parameters", "noise")
     plan = _solve(question, solving)
     if plot is not None:
         from dpbudget.report.plots import figure_of_plan, save_figure
@@ -89,6 +91,7 @@ def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> No
             *([("batch size", round(phase.rate * plan.nominal_size))] if plan.nominal_size else []),
             ("steps", plan.steps),
             ("clip norm", f"{plan.clip_norm:g}"),
+            ("noise", plan.noise),
             ("accountant", plan.claim.accountant),
             ("adjacency", plan.adjacency),
         ]
@@ -133,7 +136,7 @@ def _solve(question: Question, solving: str) -> Plan:
     from dpbudget._calibrate import calibrate, max_steps, plan_for
     from dpbudget._targets import max_batch_size
 
-    shared = question.pick("adjacency", "accountant", "max_parameters")
+    shared = question.pick("adjacency", "accountant", "max_parameters", "noise")
     rate = question.pick("delta", "sample_rate", "dataset_size", "batch_size")
     if solving == "noise":
         target = question.pick("epsilon", "advantage", "tpr", "fpr", "steps", "epochs", "clip_norm")
@@ -176,6 +179,7 @@ def describe(plan: Plan, question: Question, warnings: list[str]) -> dict[str, A
         "sample_rate": phase.rate,
         "steps": plan.steps,
         "clip_norm": plan.clip_norm,
+        "noise": plan.noise,
         "dataset_size": plan.nominal_size,
         "accountant": plan.claim.accountant,
         "adjacency": str(plan.adjacency),

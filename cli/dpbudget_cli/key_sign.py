@@ -111,4 +111,5 @@ def _describe(wish: Wish, ledger_id: str) -> dict[str, Any]:
         "steps": plan.steps,
         "phases": [[phase.rate, phase.noise_multiplier, phase.steps] for phase in plan.phases],
         "clip_norm": plan.clip_norm,
+        "noise": plan.noise,
     }

@@ -137,6 +137,7 @@ def runs_json(state: LedgerState) -> list[dict[str, Any]]:
                 for phase in run.plan.phases
             ],
             "clip_norm": run.plan.clip_norm,
+            "noise": run.plan.noise,
             "dataset_size": run.plan.nominal_size,
             "planned": run.plan.steps,
             "charged": run.charged,

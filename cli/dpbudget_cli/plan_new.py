@@ -12,7 +12,7 @@ from dpbudget.errors import BudgetExceeded, InvalidParameter
 from dpbudget_cli import _output as out
 from dpbudget_cli._files import write_new
 from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, read_passphrases, require_ledger, shown
-from dpbudget_cli._options import ACCOUNTANT, CLIP, COUNT, EPSILON, JSON, NOISE, schedule_options
+from dpbudget_cli._options import ACCOUNTANT, CLIP, COUNT, EPSILON, JSON, MODE, NOISE, schedule_options
 from dpbudget_cli._owner import REQUEST
 from dpbudget_cli._standing import usable
 from dpbudget_cli.ledger_init import USERS_TRAIN
@@ -41,6 +41,7 @@ _DELTA = (
 @click.option("--noise-multiplier", type=NOISE, metavar="S", help="Use this noise; epsilon follows from it.")
 @click.option("--clip-norm", type=CLIP, metavar="C", help="L2 bound of each record's gradient.")
 @click.option("--max-parameters", type=COUNT, metavar="D", help="Most trainable parameters.")
+@MODE
 @click.option("--accountant", type=ACCOUNTANT, help="prv (default, tight) or rdp (looser).")
 @REQUEST
 @PASSPHRASE_FD
@@ -114,9 +115,9 @@ def _plan(question: Question, ledger: Ledger, path: str) -> Plan:
     question.note("delta", ledger.plan_delta, "what the ledger's open portfolio has")
     question.require("dataset_size", _SIZE)
     ask_schedule(question)
-    question.need("clip_norm", "max_parameters")
+    question.need("clip_norm", "max_parameters", "noise")
     facts = question.pick("sample_rate", "batch_size", "steps", "epochs", "dataset_size", "delta")
-    facts |= question.pick("clip_norm", "adjacency", "accountant", "max_parameters")
+    facts |= question.pick("clip_norm", "adjacency", "accountant", "max_parameters", "noise")
     facts["unit"] = state.genesis.unit
     if question.has("noise_multiplier"):
         return plan_for(noise_multiplier=values["noise_multiplier"], **facts)
@@ -164,9 +165,9 @@ def _adaptive_plan(question: Question, ledger: Ledger) -> Plan:
     question.note("delta", ledger.plan_delta, "the total of the ledger")
     question.require("dataset_size", _SIZE)
     ask_schedule(question)
-    question.need("clip_norm", "max_parameters")
+    question.need("clip_norm", "max_parameters", "noise")
     facts = question.pick("sample_rate", "batch_size", "steps", "epochs", "dataset_size", "delta")
-    facts |= question.pick("clip_norm", "adjacency", "accountant", "max_parameters")
+    facts |= question.pick("clip_norm", "adjacency", "accountant", "max_parameters", "noise")
     facts["unit"] = ledger.state.genesis.unit
     if question.has("noise_multiplier"):
         return plan_for(noise_multiplier=values["noise_multiplier"], **facts)
@@ -215,6 +216,7 @@ def _report(plan: Plan, question: Question, run_id: str, head: str, as_json: boo
             ("claim", f"epsilon {round_up(plan.claim.epsilon)} at delta {show_delta(plan.claim.delta)}"),
             ("sampling rate", f"{phase.rate:.10g}"),
             ("steps", plan.steps),
+            ("noise", plan.noise),
             ("head", head),
         ]
     )

@@ -65,7 +65,7 @@ def certified_costs(plan: Plan, orders: Sequence[float]) -> tuple[PhaseCost, ...
         if key not in known:
             charge = Charge(phase.charge.mechanism, 1)
             tail = truncation_delta(
-                [(phase.rate, phase.noise_multiplier, 1)], plan.max_parameters, plan.adjacency is Adjacency.REPLACE_ONE
+                [(phase.rate, phase.noise_multiplier, 1)], plan.bounded_values, plan.adjacency is Adjacency.REPLACE_ONE
             )
             if not math.isfinite(tail):
                 raise InvalidParameter(
@@ -73,7 +73,7 @@ def certified_costs(plan: Plan, orders: Sequence[float]) -> tuple[PhaseCost, ...
                     code="DP053",
                     hint="plan with more noise",
                 )
-            factor = truncation_factor_log(1, plan.max_parameters)
+            factor = truncation_factor_log(1, plan.bounded_values)
             known[key] = PhaseCost(step_costs(charge, plan.adjacency, orders), tail, factor)
     return tuple(known[phase.rate_k, phase.noise_multiplier] for phase in plan.phases)
 

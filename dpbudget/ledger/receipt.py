@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from dpbudget.errors import ReceiptSpent
+from dpbudget.grid import Grid, grid_for
 from dpbudget.mechanisms import Adjacency
+from dpbudget.plan import NoiseMode
 
 _live_keys: weakref.WeakSet[LeaseKey] = weakref.WeakSet()
 
@@ -93,6 +95,7 @@ class Receipt:
         clip_norm: L2 bound C of every record's gradient.
         nominal_size: public dataset size n0; the divisor is ``rate * nominal_size``.
         max_parameters: largest number of trainable parameters.
+        noise: mode of the plan's noise, ``secure`` or ``exact``.
         adjacency: neighbouring relation of the plan.
         plan_digest: SHA-256 of the signed plan statement.
         lease_nonce: 32 public random bytes of the lease.
@@ -108,6 +111,7 @@ class Receipt:
     clip_norm: float
     nominal_size: int
     max_parameters: int
+    noise: NoiseMode
     adjacency: Adjacency
     plan_digest: str
     lease_nonce: bytes
@@ -124,6 +128,11 @@ class Receipt:
     def expected_batch_size(self) -> float:
         """Rate times public nominal size: the fixed divisor of the averaged gradient."""
         return self.rate * self.nominal_size
+
+    @property
+    def grid(self) -> Grid:
+        """The integer grid of the step, of a plan with ``exact`` noise."""
+        return grid_for(self.noise_multiplier, self.max_parameters)
 
     def use(self, purpose: str) -> bytes:
         """Mark the receipt as used for ``purpose`` and return the lease key for the derivation.

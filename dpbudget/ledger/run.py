@@ -251,6 +251,7 @@ class Run:
             clip_norm=self.plan.clip_norm,
             nominal_size=self.plan.nominal_size,
             max_parameters=self.plan.max_parameters,
+            noise=self.plan.noise,
             adjacency=self.plan.adjacency,
             plan_digest=self._digest,
             lease_nonce=held.nonce,

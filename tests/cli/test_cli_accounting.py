@@ -81,14 +81,14 @@ class TestCalibrate:
         assumed = {item["name"]: item["value"] for item in answer.json["assumed"]}
         assert assumed == {
             "dataset_size": 60000, "batch_size": 256, "epochs": 10.0, "delta": 60000**-1.1, "accountant": "prv",
-            "adjacency": "add-remove", "clip_norm": 1.0, "max_parameters": 2**30,
+            "adjacency": "add-remove", "clip_norm": 1.0, "max_parameters": 2**30, "noise": "secure",
         }  # fmt: skip
         assert all(item["why"] for item in answer.json["assumed"])
 
     def test_nothing_is_assumed_where_everything_was_said(self, run_cli: Cli, empty: Path) -> None:
         arguments = "--delta 1e-5 --sample-rate 0.01 --steps 100 --clip-norm 2 --accountant rdp --adjacency add-remove"
         answer = run_cli("calibrate", "--epsilon", "1", *arguments.split(), "--json")
-        assert [item["name"] for item in answer.json["assumed"]] == ["max_parameters"]
+        assert [item["name"] for item in answer.json["assumed"]] == ["max_parameters", "noise"]
         assert answer.json["clip_norm"] == 2.0
 
     def test_settings_come_before_defaults_and_options_before_settings(self, run_cli: Cli, empty: Path) -> None:

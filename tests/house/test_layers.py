@@ -24,6 +24,7 @@ LAYERS = {
     "dpbudget.curve": 1,
     "dpbudget.risk": 1,
     "dpbudget.mechanisms": 1,
+    "dpbudget.grid": 1,
     "dpbudget.plan": 2,
     "dpbudget._renyi": 2,
     "dpbudget.meter": 2,
@@ -48,6 +49,7 @@ LAYERS = {
 }
 #: What dptrainer may know of the core: the run's documents, never an accountant.
 TRAINER_MAY_IMPORT = ("dpbudget.plan", "dpbudget.ledger", "dpbudget.mechanisms", "dpbudget.errors", "dpbudget.curve")
+TRAINER_MAY_IMPORT += ("dpbudget.grid",)
 TRAINER_MAY_IMPORT += ("dpbudget._truncation", "dpbudget.meter", "dpbudget._record")
 #: The Opacus facade writes plans from arguments, so it alone asks the surface: calibrate, ledgers with their filter.
 FACADE = "dptrainer.opacus"

@@ -48,7 +48,7 @@ FORMS = {
     "settle": {"run": H32, "step": STEP, "fresh": H32, "output": null(H64)},
     "close": {"run": H32, "first": STEP, "unspent": STEP}}
 PLAN = {**SAME, "phases": kind(list), "clip_norm": real(0, 10**12, 0), "sampling": text("poisson"), "claim": kind(dict),
-        "nominal_size": whole(1, 10**12), "noise": text("secure"), "max_parameters": whole(1, 2**40),
+        "nominal_size": whole(1, 10**12), "noise": text("secure", "exact"), "max_parameters": whole(1, 2**40),
         "model_digest": null(H64), "code_digest": null(H64)}
 TABLE = {"costs": kind(list), "tails": kind(list), "factors": kind(list)}
 PHASE = {"rate_k": text("[01][0-9a-f]{16}"), "noise_multiplier": real(Fraction(1e-3), 10**6), "steps": whole(1, 10**9)}

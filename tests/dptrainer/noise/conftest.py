@@ -23,6 +23,7 @@ def new_receipt() -> Callable[..., Receipt]:
             "clip_norm": 1.0,
             "nominal_size": 100,
             "max_parameters": 1 << 20,
+            "noise": "secure",
             "adjacency": Adjacency.ADD_REMOVE,
             "plan_digest": "0" * 64,
             "lease_nonce": bytes(32),
