@@ -130,9 +130,7 @@ ANY_ACCOUNTANT = Checked("accountant", str, "as_any_accountant")
 ADJACENCY = Checked("adjacency", str, "as_adjacency")
 UNIT = Checked("unit", str, "as_unit")
 NOISE_MODE = Checked("mode", str, "as_noise_mode")
-MODE = click.option(
-    "--noise", type=NOISE_MODE, metavar="MODE", help="secure (default) or exact (integer sums, dearer)."
-)
+MODE = click.option("--noise", type=NOISE_MODE, metavar="MODE", help="secure (default) or exact (integer sums).")
 
 
 class PhaseType(_ParamType):

@@ -46,10 +46,9 @@ def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> No
 
     With --noise-multiplier it solves for the largest number of steps instead, or, where --steps or --epochs is given,
     for the largest batch: exactly one of noise, length and batch is unknown. --advantage, or --tpr with --fpr, takes
-    the place of --epsilon: the noise is the smallest that keeps every membership attack below it.
-    The claim covers the bounded tail of the secure noise; exact noise has none. What is not given comes from [tool.dpbudget] in
-    pyproject.toml or dpbudget.toml, else from documented defaults, and is reported as assumed. The dataset size is a
-    public, nominal one.
+    the place of --epsilon: no membership attack does better. The claim covers the bounded tail of secure noise. What is
+    not given comes from [tool.dpbudget] in pyproject.toml or dpbudget.toml, else from documented defaults, and is
+    reported as assumed. The dataset size is nominal, public.
 
     Examples:
       dpbudget calibrate --epsilon 3

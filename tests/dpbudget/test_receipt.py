@@ -17,8 +17,8 @@ from dpbudget.mechanisms import Adjacency
 def make_receipt(key: LeaseKey | None = None) -> Receipt:
     return Receipt(
         run_id="ab" * 16, step=3, steps=10, rate_k=1 << 62, noise_multiplier=1.0, clip_norm=1.0, nominal_size=100,
-        max_parameters=1000, noise="secure", adjacency=Adjacency.ADD_REMOVE, plan_digest="0" * 64, lease_nonce=bytes(32),
-        fresh=bytes(16), key=key or LeaseKey(),
+        max_parameters=1000, noise="secure", adjacency=Adjacency.ADD_REMOVE, plan_digest="0" * 64,
+        lease_nonce=bytes(32), fresh=bytes(16), key=key or LeaseKey(),
     )  # fmt: skip
 
 
