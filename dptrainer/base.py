@@ -14,14 +14,17 @@ from torch.utils.data import Dataset
 
 from dpbudget.curve import Bounds
 from dpbudget.errors import PrivacyViolation
+from dpbudget.grid import Grid
+from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
-from dptrainer.clipping import BookKeeping, Clipping, add_clipped, make_engine
+from dptrainer.clipping import BookKeeping, Clipping, OneByOne, add_clipped, make_engine
 from dptrainer.data import Collate, Records, check_rows, check_unit, checked_fill, split_batch, to_device
 from dptrainer.loop import detach_earlier
 from dptrainer.losses import Loss, PerExampleLoss
 from dptrainer.memory import PhysicalSize, checked_size, physical_size
 from dptrainer.outside import refuse_trainable_criterion, refuse_trainable_loss, trainable_outside
 from dptrainer.probe import probe, probe_again, probe_loss
+from dptrainer.repeats import check_repeatable, refuse_static_shapes
 from dptrainer.sampling import Indices, physical_batches
 from dptrainer.untested import tell_untested, why_untested
 from dptrainer.update import check_run
@@ -100,11 +103,18 @@ class TrainerBase:
         test()
         self._model, self._optimizer, self._run = model, optimizer, run
         again = partial(probe_again, model, optimizer, test)
-        self._engine: BookKeeping = make_engine(
-            model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note, test=again
-        )
-        self._physical = physical_size(physical_batch_size, model, self._records, run.plan, replay, batches=batches)
-        self._fill_to = checked_fill(self._records, self._physical) if static_shapes else None
+        self._engine: BookKeeping | OneByOne
+        self._physical = self._fill_to = None
+        if run.plan.noise == "exact":
+            refuse_static_shapes(static_shapes)
+            self._engine = OneByOne(model, clip_norm=run.plan.clip_norm, clipping=clipping, test=again)
+            check_repeatable(model, self._loss, self._records.synthetic(), note)
+        else:
+            self._engine = make_engine(
+                model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note, test=again
+            )
+            self._physical = physical_size(physical_batch_size, model, self._records, run.plan, replay, batches=batches)
+            self._fill_to = checked_fill(self._records, self._physical) if static_shapes else None
         self._record_outputs = record_outputs
         self._callbacks = tuple(callbacks)
         self._stopped = False
@@ -125,33 +135,57 @@ class TrainerBase:
             self._run.next_receipt()
         self._others = trainable_outside(self._model)
 
-    def _clip(self, indices: Indices) -> ClippedSum:
+    def _clip(self, indices: Indices, receipt: Receipt) -> ClippedSum:
         """The clipped sum of one drawn batch, a physical batch at a time; zeros for an empty one."""
+        if isinstance(self._engine, OneByOne):
+            return self._clip_each(indices, self._engine, receipt.grid)
         total: ClippedSum | None = None
         for piece in physical_batches(indices, self._physical):
-            part = self._clip_piece(piece)
+            part = self._clip_piece(piece, self._engine)
             total = part if total is None else add_clipped(total, part)
         assert total is not None  # noqa: S101 - an empty draw is one empty piece
         return total
 
-    def _clip_piece(self, indices: Indices) -> ClippedSum:
+    def _clip_piece(self, indices: Indices, engine: BookKeeping) -> ClippedSum:
         size = len(indices)
         if size == 0 and self._fill_to is None:
-            self._engine.begin(0)
-            return self._engine.finish()
+            engine.begin(0)
+            return engine.finish()
+        self._require_training()
+        batch, grouping = self._records.drawn(indices, self._fill_to)
+        rows = size if grouping is None else grouping.rows
+        with torch.enable_grad(), engine.record(rows, grouping=grouping):
+            losses = self._losses(batch, rows)
+        return engine.backward(losses)
+
+    def _clip_each(self, indices: Indices, engine: OneByOne, grid: Grid) -> ClippedSum:
+        """The integer sum over the records of a drawn batch, each alone in the model."""
+        self._require_training()
+        engine.begin(grid)
+        try:
+            for place in range(len(indices)):
+                batch, grouping = self._records.drawn(indices[place : place + 1])
+                rows, divisor = (1, 1) if grouping is None else (grouping.rows, grouping.divisor)
+                with torch.enable_grad():
+                    engine.add(self._losses(batch, rows), divisor)
+            return engine.finish()
+        finally:
+            engine.abort()
+
+    def _losses(self, batch: Any, rows: int) -> Tensor:
+        """One loss for each row of a batch."""
+        check_rows(batch, rows)
+        device = next(self._model.parameters()).device
+        inputs, named, target = split_batch(to_device(batch, device))
+        losses = self._loss(self._model(*inputs, **named), target, rows)
+        refuse_trainable_loss(losses, self._model, self._others)
+        return losses
+
+    def _require_training(self) -> None:
         if not self._model.training:
             raise PrivacyViolation(
                 "the model is in eval mode", code="DP014", hint="call model.train() after evaluating in a callback"
             )
-        batch, grouping = self._records.drawn(indices, self._fill_to)
-        rows = size if grouping is None else grouping.rows
-        check_rows(batch, rows)
-        device = next(self._model.parameters()).device
-        inputs, named, target = split_batch(to_device(batch, device))
-        with torch.enable_grad(), self._engine.record(rows, grouping=grouping):
-            losses = self._loss(self._model(*inputs, **named), target, rows)
-            refuse_trainable_loss(losses, self._model, self._others)
-        return self._engine.backward(losses)
 
     def _tell(self, steps: int) -> None:
         if not self._callbacks:  # an answer that nobody reads costs time

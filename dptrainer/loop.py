@@ -26,7 +26,8 @@ from dptrainer.clipping.engine import trainable_parameters
 from dptrainer.clipping.recording import Hook
 from dptrainer.data import check_rows, check_unit
 from dptrainer.given import GivenBatch
-from dptrainer.noise.source import NoiseSource, SecureNoise
+from dptrainer.noise.choice import require_secure, source_for
+from dptrainer.noise.source import NoiseSource
 from dptrainer.outside import OutsideWatch
 from dptrainer.probe import probe_again, probe_batch
 from dptrainer.update import check_run, release
@@ -90,6 +91,7 @@ class PrivateLoop:
     ) -> None:
         check(model, optimizer)
         check_run(model, run)
+        require_secure(run.plan, "make_private")
         check_unit(dataset, run)
         detach_earlier(model, optimizer)
         probe_batch(model, synthetic, replay, note=note)
@@ -99,7 +101,7 @@ class PrivateLoop:
         self._engine = make_engine(model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note, test=again)
         self._reduction: Reduction = reduction
         self._discard_outside, self._given, self._reused = discard_outside, GivenBatch(), False
-        self._record_outputs, self._noise = record_outputs, SecureNoise() if noise is None else noise
+        self._record_outputs, self._noise = record_outputs, source_for(run.plan, noise)
         self._step: Step | None = None
         self._outside = OutsideWatch()
         self._watched: dict[int, RemovableHandle] = {}

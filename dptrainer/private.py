@@ -240,7 +240,8 @@ def make_private(
             not given, and tests that were not possible; only the last are a warning without it.
 
     Raises:
-        PrivacyViolation: model, optimizer or dataset cannot be trained privately; nothing was charged or changed.
+        PrivacyViolation: model, optimizer or dataset cannot be trained privately, or the plan's noise is exact (DP054);
+            nothing was charged or changed.
         InvalidParameter: an argument is out of range, or the dataset is empty.
     """
     if loss_reduction not in ("mean", "sum", "none"):

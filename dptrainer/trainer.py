@@ -15,9 +15,10 @@ from dptrainer.clipping import Clipping
 from dptrainer.data import Collate
 from dptrainer.losses import Loss
 from dptrainer.memory import PhysicalSize
-from dptrainer.noise.source import NoiseSource, SecureNoise
+from dptrainer.noise.choice import source_for
+from dptrainer.noise.source import NoiseSource
 from dptrainer.sampling import PoissonSampler
-from dptrainer.update import release
+from dptrainer.update import check_is_run, release
 from dptrainer.validation import check_step
 
 __all__ = ["Callback", "PrivateTrainer", "TrainingResult"]
@@ -29,7 +30,8 @@ class PrivateTrainer(TrainerBase):
     Guarantee: the model's parameters, and everything the callbacks see, are (epsilon, delta)-DP with the plan's claim,
     for one record of ``dataset``, provided that the model does not mix examples (tested on synthetic inputs at set-up).
     No loss, batch size or norm is computed for display. Noise multiplier, clipping norm, rate and steps come from the
-    plan; there is nothing to repeat here.
+    plan; there is nothing to repeat here. Under a plan with ``exact`` noise every record goes through the model alone,
+    and that holds without any reservation about rounding (docs/exact.md).
 
     Args:
         model: in train mode; changed in place.
@@ -40,7 +42,8 @@ class PrivateTrainer(TrainerBase):
         run: from ``dpbudget.start``; the caller closes it.
         static_shapes: fill every physical batch up to ``physical_batch_size`` records with rows of zeros that count as
             nothing: shapes and times then tell less of how many were drawn, and compiled code meets one shape.
-        physical_batch_size: largest number of records in memory at once; None takes every drawn batch whole. A
+        physical_batch_size: largest number of records in memory at once; None takes every drawn batch whole, and with
+            exact noise it is always one. A
             :class:`~dptrainer.memory.MemoryBound`, or "auto", is turned into a number at set-up on synthetic records.
         collate_fn: as for a ``DataLoader``. A record's row must not depend on the other records of the list: pad to a
             fixed length, not to the longest, unless the model gives the same output for any padding.
@@ -49,7 +52,7 @@ class PrivateTrainer(TrainerBase):
         views: K: every drawn record is read K times, and the mean of the K gradients is clipped.
         replay: modules to differentiate as a whole, see :class:`~dptrainer.clipping.BookKeeping`.
         record_outputs: settle every step with a hash of its noisy sum (about 2 ns a parameter).
-        noise: adds the noise.
+        noise: adds the noise; of the plan's mode.
         note: is told, once, about modules that are slow to clip, parameters that get no gradient, and tests that were
             not possible, which without it are a warning.
 
@@ -76,12 +79,14 @@ class PrivateTrainer(TrainerBase):
         noise: NoiseSource | None = None,
         note: Callable[[str], None] | None = None,
     ) -> None:
+        check_is_run(run)
+        source = source_for(run.plan, noise)
         super().__init__(
             model, optimizer, loss_fn, dataset, run, physical_batch_size=physical_batch_size,
             static_shapes=static_shapes, collate_fn=collate_fn, callbacks=callbacks, clipping=clipping, views=views,
             replay=replay, record_outputs=record_outputs, note=note,
         )  # fmt: skip
-        self._sampler, self._noise = PoissonSampler(), SecureNoise() if noise is None else noise
+        self._sampler, self._noise = PoissonSampler(), source
 
     def fit(self) -> TrainingResult:
         """Take every step that the run has left, or those until a callback stops.
@@ -96,7 +101,7 @@ class PrivateTrainer(TrainerBase):
         try:
             for receipt in run:
                 check_step(self._model, self._optimizer)  # a callback may have changed it
-                clipped = self._clip(self._sampler.draw(receipt, self._records.population))
+                clipped = self._clip(self._sampler.draw(receipt, self._records.population), receipt)
                 digest = release(
                     self._model, clipped, receipt, self._noise, with_digest=self._record_outputs,
                     optimizer=self._optimizer, clipping=self._engine.clipping,

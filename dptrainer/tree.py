@@ -20,6 +20,7 @@ from dptrainer.clipping.engine import trainable_parameters
 from dptrainer.data import Collate
 from dptrainer.losses import Loss
 from dptrainer.memory import PhysicalSize
+from dptrainer.noise.choice import require_secure
 from dptrainer.noise.tree import (
     PassNoise,
     SecureTreeNoise,
@@ -154,7 +155,7 @@ class TreeTrainer(TrainerBase):
 
     def _release(self, indices: Indices, receipt: Receipt, noise: PassNoise) -> bytes:
         """Clip, add the step's share of the tree's noise, and hand over; the hash of the noisy sum if it is wanted."""
-        clipped = self._clip(indices)
+        clipped = self._clip(indices, receipt)
         check_parameters(self._model, clipped)
         noisy = noise.privatise(clipped)
         digest = bytes.fromhex(output_digest(noisy)) if self._record_outputs else b""
@@ -168,8 +169,8 @@ def check_passes(model: nn.Module, run: Run, steps_per_pass: int, clipping: Clip
 
     Raises:
         InvalidParameter: ``steps_per_pass`` is no integer in [1, 2^24] (DP009).
-        PrivacyViolation: ``run`` is not a run (DP081), its plan samples (DP026) or is too small for the tree (DP018),
-            or the policy releases statistics or follows a schedule (DP019).
+        PrivacyViolation: ``run`` is not a run (DP081), its plan samples (DP026), is too small for the tree (DP018)
+            or has exact noise (DP054), or the policy releases statistics or follows a schedule (DP019).
     """
     if type(steps_per_pass) is not int or not 1 <= steps_per_pass <= MAX_STEPS_PER_PASS:
         raise InvalidParameter(
@@ -178,6 +179,7 @@ def check_passes(model: nn.Module, run: Run, steps_per_pass: int, clipping: Clip
             hint="dataset size / steps_per_pass is the expected batch size",
         )
     check_is_run(run)
+    require_secure(run.plan, "TreeTrainer")
     for phase in run.plan.phases:
         check_unsampled(phase.rate_k)
     check_tree_size(trainable_parameters(model), steps_per_pass, run.plan.max_parameters)

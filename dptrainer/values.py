@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from dpbudget.grid import Grid
+
 
 @dataclass(frozen=True)
 class ClippedSum:
@@ -22,12 +24,15 @@ class ClippedSum:
         sensitivity: the clipping norm C.
         statistics: further sums over the same examples (quantile bits), which the same noise covers.
         unit: public factor by which the noisy sum is multiplied after the noise.
+        grid: of an integer sum: all tensors are then int64, in units of the grid, and one example changes them by a
+            vector of squared length at most ``grid.bound``, without any rounding.
     """
 
     grads: Mapping[str, Tensor]
     sensitivity: float
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     unit: float = 1.0
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class NoisySum:
     """A clipped sum to which the noise of one receipt was added: safe to release, and anything may be computed from it.
 
     Attributes:
-        grads: parameter name -> noisy sum, with the names, order, shapes and types of the clipped sum.
+        grads: parameter name -> noisy sum, with the names, order, shapes and types of the clipped sum; float64 where
+            that was one of integers.
         statistics: the further sums, likewise.
     """
 

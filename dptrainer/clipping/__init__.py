@@ -5,6 +5,7 @@ from dptrainer.clipping.engine import ClippingEngine, Reduction, add_clipped, cl
 from dptrainer.clipping.factory import make_engine, self_test
 from dptrainer.clipping.grouping import Grouping
 from dptrainer.clipping.guard import buffer_guard
+from dptrainer.clipping.one_by_one import OneByOne
 from dptrainer.clipping.per_example import PerExample
 from dptrainer.clipping.policy import Clipping, FlatClipping, NormalisedClipping, PerLayerClipping
 from dptrainer.clipping.quantile import QuantileClipping
@@ -20,6 +21,7 @@ __all__ = [
     "Grouping",
     "LayerCall",
     "NormalisedClipping",
+    "OneByOne",
     "PerExample",
     "PerLayerClipping",
     "QuantileClipping",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -213,7 +214,7 @@ def add_clipped(first: ClippedSum, second: ClippedSum) -> ClippedSum:
     Raises:
         PrivacyViolation: (DP031) the two disagree on the parameters or on the clipping norm.
     """
-    same_form = (first.unit, list(first.statistics)) == (second.unit, list(second.statistics))
+    same_form = (first.unit, first.grid, *first.statistics) == (second.unit, second.grid, *second.statistics)
     if first.sensitivity != second.sensitivity or list(first.grads) != list(second.grads) or not same_form:
         raise PrivacyViolation(
             f"physical batches of one step must agree: clipping norms {first.sensitivity!r} and "
@@ -224,4 +225,4 @@ def add_clipped(first: ClippedSum, second: ClippedSum) -> ClippedSum:
     for name, value in first.grads.items():
         value += second.grads[name]
     statistics = {name: value + second.statistics[name] for name, value in first.statistics.items()}
-    return ClippedSum(grads=first.grads, sensitivity=first.sensitivity, statistics=statistics, unit=first.unit)
+    return replace(first, statistics=statistics)

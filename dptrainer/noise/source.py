@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from fractions import Fraction
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
 from dpbudget.errors import PrivacyViolation
 from dpbudget.ledger.receipt import Receipt
+from dpbudget.plan import NoiseMode
 from dptrainer.noise.gaussian import add_gaussians_
 from dptrainer.noise.keys import Purpose, step_key
 from dptrainer.values import ClippedSum, NoisySum
@@ -32,11 +33,14 @@ class SecureNoise:
     last parameter.
     """
 
+    mode: ClassVar[NoiseMode] = "secure"
+
     def privatise(self, clipped: ClippedSum, receipt: Receipt) -> NoisySum:
         """Add the noise of ``receipt``, in place, to ``clipped``, whose tensors become those of the result.
 
         Raises:
-            PrivacyViolation: the sum is of a wrong type or not finite (DP019; in the second case the receipt is spent
+            PrivacyViolation: the plan's noise is exact (DP054), the sum is of a wrong type or not finite (DP019; in the
+                second case the receipt is spent
                 and the sum destroyed), its sensitivity is above the plan's clipping norm (DP031), or it has more
                 elements than the plan allows (DP018). Nothing is released.
             ReceiptSpent: the receipt was used before (DP077) or in a forked process (DP076).
@@ -97,15 +101,9 @@ def check_releasable(clipped: ClippedSum, receipt: Receipt) -> None:
     Raises:
         PrivacyViolation: as :meth:`SecureNoise.privatise`.
     """
-    if not 0.0 < clipped.sensitivity <= receipt.clip_norm:
-        raise PrivacyViolation(
-            f"gradients were clipped to {clipped.sensitivity!r}, but the plan's clipping norm is {receipt.clip_norm!r}",
-            code="DP031",
-            hint="clip to receipt.clip_norm; noise is scaled to the plan",
-        )
-    released = {**clipped.grads, **clipped.statistics}
-    if len(released) != len(clipped.grads) + len(clipped.statistics):
-        raise PrivacyViolation("a statistic has the name of a parameter", code="DP019", hint="rename the parameter")
+    check_mode(receipt.noise, "secure")
+    check_sensitivity(clipped, receipt)
+    released = check_form(clipped)
     check_size(released.values(), receipt.max_parameters)
     for name, grad in released.items():
         if grad.dtype not in (torch.float32, torch.float64) or grad.requires_grad:
@@ -114,3 +112,43 @@ def check_releasable(clipped: ClippedSum, receipt: Receipt) -> None:
                 code="DP019",
                 hint="accumulate clipped gradients in float32",
             )
+
+
+def check_mode(planned: str, made: str) -> None:
+    """Refuse to make noise of another mode than the plan's.
+
+    Raises:
+        PrivacyViolation: (DP054).
+    """
+    if planned != made:
+        raise PrivacyViolation(
+            f"the plan's noise is {planned}, and this would be {made} noise",
+            code="DP054",
+            hint="leave noise= out: it follows from the plan",
+        )
+
+
+def check_sensitivity(clipped: ClippedSum, receipt: Receipt) -> None:
+    """Refuse a sum that is clipped to more than the plan's norm.
+
+    Raises:
+        PrivacyViolation: (DP031).
+    """
+    if not 0.0 < clipped.sensitivity <= receipt.clip_norm:
+        raise PrivacyViolation(
+            f"gradients were clipped to {clipped.sensitivity!r}, but the plan's clipping norm is {receipt.clip_norm!r}",
+            code="DP031",
+            hint="clip to receipt.clip_norm; noise is scaled to the plan",
+        )
+
+
+def check_form(clipped: ClippedSum) -> dict[str, torch.Tensor]:
+    """Everything of a sum that would be released, by name.
+
+    Raises:
+        PrivacyViolation: a name stands for two things (DP019).
+    """
+    released = {**clipped.grads, **clipped.statistics}
+    if len(released) != len(clipped.grads) + len(clipped.statistics):
+        raise PrivacyViolation("a statistic has the name of a parameter", code="DP019", hint="rename the parameter")
+    return released

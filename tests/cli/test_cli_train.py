@@ -334,3 +334,38 @@ class TestTables:
         said = info.value.message.replace(str(tmp_path), "")  # whose number may be any
         assert "31" not in said
         assert "37" not in said
+
+
+class TestExactNoise:
+    """A plan says how noise is made, and training follows it."""
+
+    def test_a_plan_with_exact_noise_trains_and_verify_says_so(self, run_cli: Cli, job: Path) -> None:
+        size = ("--dataset-size", "100", "--batch-size", "20", "--steps", "3", "--max-parameters", "5000")
+        plan = run_cli(
+            "plan", "new", "--ledger", "budget.ledger", "--epsilon", "1", "--noise", "exact", *size, "--json"
+        )
+        assert plan.code == 0, plan.err
+        assert plan.json["noise"] == "exact"
+        answer = run_cli(*TRAIN, "--plan", plan.json["run"], "--output", "w.safetensors", "--json")
+        assert answer.code == 0, answer.err
+        assert (answer.json["steps"], answer.json["charged"]) == (3, 3)
+        assert {run.noise: run.charged for run in verify("budget.ledger").runs} == {"secure": 0, "exact": 3}
+        said = run_cli("verify", "budget.ledger").out
+        assert "exact noise: integer sums and noise; the claim holds down to the bit" in said
+        assert "secure noise" not in said  # nothing of it was charged
+        assert run_cli(*TRAIN, "--plan", other_run(plan.json["run"]), "--output", "v.safetensors").code == 0
+        both = run_cli("verify", "budget.ledger").out
+        assert "exact noise in 1 runs" in both
+        assert "secure noise in 1 runs: bounded tail charged" in both
+
+    def test_a_word_that_is_no_mode_is_answered_with_those_that_are(self, run_cli: Cli, job: Path) -> None:
+        answer = run_cli("calibrate", "--epsilon", "1", "--noise", "exakt")
+        assert answer.code == 2
+        assert "DP060" in answer.err
+        assert "Did you mean exact?" in answer.err
+
+
+def other_run(run: str) -> str:
+    """The run of the ledger that is not this one."""
+    (other,) = (found.run_id for found in verify("budget.ledger").runs if found.run_id != run)
+    return other

@@ -1,0 +1,94 @@
+"""Does a record always have the same gradient, to the bit? What exact noise rests on, tried out at set-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from dpbudget.errors import InvalidParameter, PrivacyViolation
+from dptrainer.clipping.engine import trainable_parameters
+from dptrainer.clipping.factory import deterministic_copy
+from dptrainer.data import split_batch, to_device
+from dptrainer.isolation import seeded
+from dptrainer.losses import PerExampleLoss
+from dptrainer.untested import NOT_MY_CALL, tell_untested
+
+#: How often the record comes back, each time after another one.
+_TIMES = 3
+
+
+def check_repeatable(
+    model: nn.Module, loss: PerExampleLoss, record: Any, note: Callable[[str], None] | None = None
+) -> None:
+    """Compare the gradients of one synthetic record before and after others went through a copy of the model.
+
+    Dropout is off, and what else torch draws is the same every time. A test, not a proof.
+
+    Args:
+        model: in the state in which training will start.
+        loss: of the training.
+        record: one collated synthetic record.
+        note: is told where the test was not possible, which without it is a warning.
+
+    Raises:
+        PrivacyViolation: they differ in a bit (DP054).
+    """
+    twin = deterministic_copy(model)
+    record = to_device(record, next(model.parameters()).device)
+    first: list[Tensor | None] | None = None
+    for turn in range(_TIMES):
+        try:
+            found = _gradients(twin, loss, record)
+            _gradients(twin, loss, tree_map(lambda leaf, turn=turn: _other(leaf, turn), record))
+        except NOT_MY_CALL:
+            tell_untested("nobody tested that a record alone always has the same gradient, to the bit.", note)
+            return
+        if first is not None and not all(map(_same, first, found)):
+            raise PrivacyViolation(
+                "a record's gradient depends on which records went through the model before it, or is another every "
+                "time; exact noise is for a sum of what each record contributes by itself",
+                code="DP054",
+                hint="call torch.use_deterministic_algorithms(True) and let the model keep nothing, or plan secure "
+                "noise",
+            )
+        first = found
+
+
+def refuse_static_shapes(static_shapes: bool) -> None:
+    """Refuse to fill up batches of one record.
+
+    Raises:
+        InvalidParameter: (DP060).
+    """
+    if static_shapes:
+        raise InvalidParameter(
+            "static_shapes fills batches up, and with exact noise every record goes through the model alone",
+            code="DP060",
+            hint="leave static_shapes out; how many records were drawn shows in the time of a step",
+        )
+
+
+def _gradients(twin: nn.Module, loss: PerExampleLoss, batch: Any) -> list[Tensor | None]:
+    inputs, named, target = split_batch(batch)
+    with seeded(twin), torch.enable_grad():
+        losses = loss(twin(*inputs, **named), target, 1)
+        return list(torch.autograd.grad(losses.sum(), [*trainable_parameters(twin).values()], allow_unused=True))
+
+
+def _other(leaf: Any, turn: int) -> Any:
+    """A record that is not the first: other numbers where there are real ones."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return leaf
+    generator = torch.Generator().manual_seed(turn)
+    return torch.randn(leaf.shape, generator=generator, device="cpu").to(leaf)
+
+
+def _same(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    # Bits and not values: NaN is equal to itself.
+    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
