@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -136,3 +137,9 @@ def threads(work: int, each: int) -> int:
     The threads of OpenMP do not outlive a fork, and a region that asks for them would wait for ever.
     """
     return torch.get_num_threads() if work >= 2 * each and os.getpid() == _PROCESS else 1
+
+
+def disjoint(flats: Sequence[torch.Tensor]) -> bool:
+    """Whether no two contiguous tensors share memory, so that threads may write to them."""
+    ends = sorted((f.data_ptr(), f.data_ptr() + f.numel() * f.element_size()) for f in flats if f.numel())
+    return all(first[1] <= second[0] for first, second in pairwise(ends))

@@ -1,14 +1,17 @@
 /* The ChaCha20 keystream of RFC 8439, as many blocks at a time as a vector register has 32-bit lanes.
  *
- * Compiled by native.py in front of boxmuller.c. Addressing is that of chacha.py: counter and second nonce word are the
- * halves of the block index, the first nonce word is the stream. Lane b of every vector belongs to block b of a batch.
+ * Compiled in front of boxmuller.c by native.py, and of rounded.c by rounded_native.py. Addressing is that of chacha.py:
+ * counter and second nonce word are the halves of the block index, the first nonce word is the stream. Lane b of every
+ * vector belongs to block b of a batch.
  */
 #include <stdint.h>
 #include <string.h>
 
 typedef uint32_t lanes __attribute__((vector_size(4 * WIDE)));
 
+#ifndef FORMAT /* rounded_native.py names another */
 #define FORMAT 1u
+#endif
 #define ROTATE(x, n) ((x) << (n) | (x) >> (32 - (n)))
 #define QUARTER(a, b, c, d)                                                                                       \
     a += b; d ^= a; d = ROTATE(d, 16);                                                                            \

@@ -21,11 +21,10 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
-from dptrainer.native import threads
+from dptrainer.native import disjoint, threads
 from dptrainer.noise import boxmuller, native
 from dptrainer.noise.boxmuller import BLOCK_ELEMENTS
 from dptrainer.noise.chacha import fill
@@ -105,7 +104,7 @@ def _add(pieces: Sequence[_Piece], key: bytes, std: float) -> bool:
     kernel = native.kernel_for(count)
     work = [(flat, piece.param_id, piece.offset) for piece, flat in zip(pieces, flats, strict=True)]
     if kernel is not None and all(flat.device.type == "cpu" for flat in flats):
-        finite = kernel.add(work, key, std, threads(count, PER_THREAD) if _disjoint(flats) else 1)
+        finite = kernel.add(work, key, std, threads(count, PER_THREAD) if disjoint(flats) else 1)
     else:
         finite = all(map(all_finite, flats))
         _add_by_tiles(work, key, std, kernel)
@@ -118,12 +117,6 @@ def _add(pieces: Sequence[_Piece], key: bytes, std: float) -> bool:
 def all_finite(values: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite: both reach the extremes, and no tensor is allocated."""
     return values.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values))
-
-
-def _disjoint(flats: Sequence[torch.Tensor]) -> bool:
-    """Whether no two tensors share memory, so that threads may write to them."""
-    ends = sorted((f.data_ptr(), f.data_ptr() + f.numel() * f.element_size()) for f in flats if f.numel())
-    return all(first[1] <= second[0] for first, second in pairwise(ends))
 
 
 def _add_by_tiles(pieces: Sequence[native.Piece], key: bytes, std: float, kernel: native.Kernel | None) -> None:

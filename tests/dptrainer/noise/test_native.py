@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from dptrainer.native import Native, threads
+from dptrainer.native import Native, disjoint, threads
 from dptrainer.noise import boxmuller, gaussian, native
 from dptrainer.noise.chacha import keystream
 from dptrainer.noise.gaussian import add_gaussian_, add_gaussians_
@@ -161,9 +161,9 @@ def test_a_forked_child_makes_its_noise_with_its_one_thread(
 
 def test_tensors_that_share_memory_are_not_given_to_several_threads() -> None:
     base = torch.zeros(10)
-    assert gaussian._disjoint([base[:5], base[5:], torch.zeros(0)])
-    assert not gaussian._disjoint([base[:6], base[5:]])
-    assert not gaussian._disjoint([base, base])
+    assert disjoint([base[:5], base[5:], torch.zeros(0)])
+    assert not disjoint([base[:6], base[5:]])
+    assert not disjoint([base, base])
 
 
 @pytest.mark.parametrize("plain", [True, False])
