@@ -24,7 +24,7 @@ from dptrainer.losses import Loss, PerExampleLoss
 from dptrainer.memory import PhysicalSize, checked_size, physical_size
 from dptrainer.outside import refuse_trainable_criterion, refuse_trainable_loss, trainable_outside
 from dptrainer.probe import probe, probe_again, probe_loss
-from dptrainer.repeats import check_repeatable, refuse_static_shapes
+from dptrainer.repeats import check_repeatable, deterministic, refuse_static_shapes
 from dptrainer.sampling import Indices, physical_batches
 from dptrainer.untested import tell_untested, why_untested
 from dptrainer.update import check_run
@@ -166,7 +166,7 @@ class TrainerBase:
             for place in range(len(indices)):
                 batch, grouping = self._records.drawn(indices[place : place + 1])
                 rows, divisor = (1, 1) if grouping is None else (grouping.rows, grouping.divisor)
-                with torch.enable_grad():
+                with torch.enable_grad(), deterministic():
                     engine.add(self._losses(batch, rows), divisor)
             return engine.finish()
         finally:

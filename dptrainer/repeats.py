@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +45,13 @@ def check_repeatable(
         try:
             found = _gradients(twin, loss, record)
             _gradients(twin, loss, tree_map(lambda leaf, turn=turn: _other(leaf, turn), record))
-        except NOT_MY_CALL:
+        except NOT_MY_CALL as error:
+            if "deterministic" in str(error):
+                raise PrivacyViolation(
+                    f"the model has an operation that adds in another order every time: {error}"[:300],
+                    code="DP054",
+                    hint="replace it, train on the CPU, or plan secure noise",
+                ) from None
             tell_untested("nobody tested that a record alone always has the same gradient, to the bit.", note)
             return
         if first is not None and not all(map(_same, first, found)):
@@ -52,10 +59,26 @@ def check_repeatable(
                 "a record's gradient depends on which records went through the model before it, or is another every "
                 "time; exact noise is for a sum of what each record contributes by itself",
                 code="DP054",
-                hint="call torch.use_deterministic_algorithms(True) and let the model keep nothing, or plan secure "
-                "noise",
+                hint="let the model and the loss keep nothing and draw from torch alone, or plan secure noise",
             )
         first = found
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Within the block torch takes the ways of operations that always add in the same order.
+
+    Some on the CPU and more on a GPU have others that are faster. An operation without such a way raises RuntimeError.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # not annotated
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # takes time, no order
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def refuse_static_shapes(static_shapes: bool) -> None:
@@ -74,7 +97,7 @@ def refuse_static_shapes(static_shapes: bool) -> None:
 
 def _gradients(twin: nn.Module, loss: PerExampleLoss, batch: Any) -> list[Tensor | None]:
     inputs, named, target = split_batch(batch)
-    with seeded(twin), torch.enable_grad():
+    with seeded(twin), torch.enable_grad(), deterministic():
         losses = loss(twin(*inputs, **named), target, 1)
         return list(torch.autograd.grad(losses.sum(), [*trainable_parameters(twin).values()], allow_unused=True))
 

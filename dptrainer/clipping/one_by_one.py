@@ -77,7 +77,8 @@ class OneByOne:
         """Open a step; one that was not finished is dropped.
 
         Raises:
-            PrivacyViolation: (DP018) nothing is trainable; what the test of a changed model refuses.
+            PrivacyViolation: (DP018) nothing is trainable; (DP031) a parameter has hooks; what the test of a changed
+                model refuses.
         """
         self.abort()
         form = Form(self._model)
@@ -88,6 +89,14 @@ class OneByOne:
         parameters = trainable_parameters(self._model)
         if not parameters:
             raise PrivacyViolation("nothing is trainable.", hint="requires_grad_(True) on what to train.", code="DP018")
+        hooked = [name for name, parameter in parameters.items() if parameter._backward_hooks]
+        if hooked:
+            raise PrivacyViolation(
+                f'a hook on the gradient of "{hooked[0]}" would see every record, and could make of one what it learnt '
+                "from others.",
+                hint="remove it: handle.remove(), of the handle that register_hook returned.",
+                code="DP031",
+            )
         self._clipping.check(list(parameters), self._clip_norm)
         self._step = _Step(self._model, parameters, self._clipping, self._clip_norm, grid, self._make)
 

@@ -187,6 +187,42 @@ class TestRefusals:
         assert any("nobody tested for mixing" in text for text in said)
         assert run.charged == 0
 
+    def test_a_gradient_that_is_another_every_time(self) -> None:
+        class Wanders(torch.autograd.Function):
+            turns = 0
+
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor) -> Tensor:
+                Wanders.turns += 1
+                return grad * (1.0 + 2.0**-20 * (Wanders.turns % 7))
+
+        class Model(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return Wanders.apply(super().forward(x))
+
+        run = exact_run()
+        with refused("DP054") as caught:
+            trainer(Model(5, 3), run)
+        assert "every time" in str(caught.value)
+        assert run.charged == 0
+
+    def test_an_operation_without_a_deterministic_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Model(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                if torch.are_deterministic_algorithms_enabled():
+                    raise RuntimeError("put_ does not have a deterministic implementation")
+                return super().forward(x)
+
+        run = exact_run()
+        with refused("DP054") as caught:
+            trainer(Model(5, 3), run)
+        assert "another order every time: put_" in str(caught.value)
+        assert run.charged == 0
+
     def test_a_policy_that_is_none(self) -> None:
         with refused("DP060"):
             trainer(clipping="flat")
@@ -245,6 +281,30 @@ class TestWithinAStep:
         model.drifting = True
         with refused("DP031"):
             subject.fit()
+
+    def test_a_hook_on_a_gradient_would_see_all_records(self) -> None:
+        model = linear_model()
+        subject = trainer(model, exact_run(rate=1.0))
+        model.weight.register_hook(lambda grad: grad * 2.0)
+        with unchanged(model), refused("DP031"):
+            subject.fit()
+
+    def test_operations_add_in_the_same_order_and_the_program_gets_its_choice_back(self) -> None:
+        seen: list[bool] = []
+
+        class Looks(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                seen.append(torch.are_deterministic_algorithms_enabled())
+                return super().forward(x)
+
+        model = Looks(5, 3)
+        subject = trainer(model, exact_run(rate=1.0))
+        seen.clear()
+        subject.fit()
+        assert seen
+        assert all(seen)
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.utils.deterministic.fill_uninitialized_memory
 
     def test_a_hook_that_came_later_is_tested_again(self) -> None:
         model = nn.Sequential(nn.Linear(5, 3))
