@@ -1,33 +1,13 @@
 /* Noise in place from keystream words: the operations of boxmuller.py, one IEEE 754 binary64 rounding each.
  *
- * Compiled by native.py, which puts the constants and chacha.c before this text. Both state the same operations;
+ * Compiled by native.py, which puts the constants, chacha.c and lanes.c before this text. Both state the same operations;
  * contraction to fused multiply-add is off, so that their results have the same bits. Loops over LANES pairs have no
  * branches and no calls: compilers turn them into vector code.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
 #define BLOCKS 32            /* of a tile, a multiple of WIDE: 160 pairs, whose buffers stay in the first-level cache */
 #define LANES (5 * BLOCKS)
 
-static double number(int64_t bits) { double x; memcpy(&x, &bits, 8); return x; }
-static int64_t bits_of(double x) { int64_t b; memcpy(&b, &x, 8); return b; }
-
 struct tile { char words[64 * BLOCKS]; int64_t k[LANES]; int32_t a[LANES]; double z[2 * LANES]; };
-
-/* (double)n: most vector units cannot convert 64-bit integers. Halves as the low bits of 2^84 and 2^52, one rounding. */
-static double real(int64_t n)
-{
-#if defined(__AVX512DQ__) || defined(__aarch64__)
-    return (double)n;
-#else
-    double high = number((int64_t)(((uint64_t)n >> 32) ^ 0x80000000) | 0x4530000000000000);
-    return high - 19342822341709703277445120.0 + number((n & 0xffffffff) | 0x4330000000000000);
-#endif
-}
-
-static double small(int64_t n) { return number(0x4338000000000000 + n) - 6755399441055744.0; } /* |n| < 2^51 */
 
 static double radius(int64_t k)
 {
@@ -94,13 +74,6 @@ ADD(add_float, float)
 ADD(add_double, double)
 
 struct piece { void *out; int64_t count; uint64_t block; int64_t skip; uint32_t stream; uint32_t doubles; };
-
-/* What compilers keep of key and words in registers and below the stack's end, where calls before this one were. */
-static __attribute__((noinline)) void erase_stack(void)
-{
-    char below[16384];
-    erase(below, sizeof below);
-}
 
 #define SHARE 16384 /* elements that a thread takes at a time: some 50 microseconds; native.py knows it */
 

@@ -1,4 +1,4 @@
-/* Binary64 numbers and their bits, in loops that compilers turn into vector code. Compiled in front of rounded.c. */
+/* Binary64 numbers and their bits, in loops that compilers turn into vector code. Compiled after chacha.c. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

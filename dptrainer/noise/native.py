@@ -24,7 +24,7 @@ from dptrainer.noise import boxmuller
 from dptrainer.noise.boxmuller import BLOCK_ELEMENTS
 from dptrainer.noise.chacha import BLOCK_BYTES, keystream
 
-_SOURCES = (Path(__file__).with_name("chacha.c"), Path(__file__).with_name("boxmuller.c"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("chacha.c", "lanes.c", "boxmuller.c"))
 #: No fused multiply-add and no fast-math: the bits are those of the text. ``sqrt`` need not set errno.
 _FLAGS = ("-O3", "-std=gnu99", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 

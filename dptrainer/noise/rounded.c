@@ -95,13 +95,6 @@ static __attribute__((noinline)) void add_share(const struct cipher *c, uint64_t
     erase(&t, sizeof t);
 }
 
-/* What compilers keep of key and words in registers and below the stack's end, where calls before this one were. */
-static __attribute__((noinline)) void erase_stack(void)
-{
-    char below[16384];
-    erase(below, sizeof below);
-}
-
 #define SHARE 16384 /* elements that a thread takes at a time: some 60 microseconds; rounded_native.py knows it */
 
 /* Adds the values of every piece modulo 2^64, but for the doubtful ones: those are listed as far as there is room, and

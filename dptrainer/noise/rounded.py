@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dptrainer.native import disjoint, threads
@@ -130,9 +131,9 @@ def _add_in_place(
         flats = [flat for flat, _, _ in work]
         count = sum(flat.numel() for flat in flats)
         found = kernel.add(work, key, log2_width, threads(count, PER_THREAD) if disjoint(flats) else 1)
-        for piece, place in found.tolist():
+        for piece in np.unique(found[:, 0]).tolist():
             flat, stream, offset = work[piece]
-            ziv.settle(flat.numpy(), [place], key, stream, offset, log2_width)
+            ziv.settle(flat.numpy(), found[found[:, 0] == piece, 1], key, stream, offset, log2_width)
         found.fill(0)  # where large noise is
     else:
         with _bench() as bench:
@@ -148,7 +149,7 @@ def _add_tile(
     out = flat.numpy()
     block, skip = divmod(offset, BLOCK_ELEMENTS)
     fill(bench.room(-(-(skip + len(out)) // BLOCK_ELEMENTS)), key, stream, block, layout=ROUNDED)
-    ziv.settle(out, bench.add(out, skip, 2.0**log2_width).tolist(), key, stream, offset, log2_width)
+    ziv.settle(out, bench.add(out, skip, 2.0**log2_width), key, stream, offset, log2_width)
 
 
 def _tiles(count: int, offset: int) -> Iterator[tuple[int, int]]:

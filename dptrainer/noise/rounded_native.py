@@ -173,12 +173,12 @@ def _requests_agree(made: Kernel, pieces: Sequence[Piece], key: bytes, width: in
     mine = [(out.clone(), stream, offset) for out, stream, offset in pieces]
     found = made.add(mine, key, width, threads(3 * SHARE, 1))
     for position, (out, stream, offset) in enumerate(mine):
-        ziv.settle(out.numpy(), found[found[:, 0] == position, 1].tolist(), key, stream, offset, width)
+        ziv.settle(out.numpy(), found[found[:, 0] == position, 1], key, stream, offset, width)
         other = pieces[position][0].numpy().copy()
         block, skip = divmod(offset, BLOCK_ELEMENTS)
         plain = bounded.Workbench(-(-(skip + len(other)) // BLOCK_ELEMENTS))
         plain.words[:] = keystream(key, stream, block, plain.blocks, layout=ROUNDED)
-        ziv.settle(other, plain.add(other, skip, 2.0**width).tolist(), key, stream, offset, width)
+        ziv.settle(other, plain.add(other, skip, 2.0**width), key, stream, offset, width)
         if not np.array_equal(out.numpy(), other):
             return False
     return True

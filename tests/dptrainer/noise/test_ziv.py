@@ -112,5 +112,5 @@ def test_digits_that_never_decide_are_an_error_and_not_a_guess() -> None:
 def test_sums_are_taken_modulo_2_to_the_64() -> None:
     top, values = (1 << 63) - 1, [exact.element(KEY, 0, 5 + i, 40) for i in range(3)]
     out = np.array([top, 7, -top - 1])
-    ziv.settle(out, [0, 2], KEY, 0, 5, 40)
+    ziv.settle(out, np.array([0, 2]), KEY, 0, 5, 40)
     assert [int(x) % (1 << 64) for x in out] == [(top + values[0]) % (1 << 64), 7, (-top - 1 + values[2]) % (1 << 64)]
