@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dpbudget.errors import DPBudgetError, InvalidParameter, Unreadable
+from dpbudget_cli._output import detail
 
 if TYPE_CHECKING:
     from dpbudget.ledger.signing import Ed25519Signer
@@ -92,6 +93,7 @@ def key_path(given: str | None, ledger: str, role: str) -> str:
     candidates = (f"{name}.{role}.key", str(Path(name).with_name(f"{role}.key")))
     for name in candidates:
         if Path(name).exists():
+            detail(f"the {role}'s key is {name}")
             return name
     missing = " nor ".join(Path(name).name for name in candidates)
     raise Unreadable(

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     _ParamType = click.ParamType[Any]
 else:
     _ParamType = click.ParamType  # generic only in newer releases of click
@@ -50,14 +52,21 @@ def to_count(text: str) -> int | str:
 class Checked(_ParamType):
     """A parameter type made of a reader and a check from ``dpbudget._checks`` (imported when it is used)."""
 
-    def __init__(self, name: str, read: Callable[[str], Any], check: str) -> None:
+    def __init__(self, name: str, read: Callable[[str], Any], check: str, choices: tuple[str, ...] = ()) -> None:
         self.name = name
+        self.choices = choices
         self._read = read
         self._check = check
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The choices that begin so, where there are choices."""
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(name) for name in self.choices if name.startswith(incomplete)]
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The checked value; raises InvalidParameter with the parameter's own code."""
-        if not isinstance(value, str):
+        if not isinstance(value, str) or (ctx is not None and ctx.resilient_parsing):
             return value
         from dpbudget import _checks
 
@@ -125,11 +134,12 @@ NOISE = Checked("noise", to_float, "as_noise_multiplier")
 CLIP = Checked("norm", to_float, "as_clip_norm")
 COUNT = Checked("count", to_count, "as_count")
 EPOCHS = Checked("epochs", lambda text: parse_number(text) if parse_number(text) is not None else text, "as_epochs")
-ACCOUNTANT = Checked("accountant", str, "as_accountant")
-ANY_ACCOUNTANT = Checked("accountant", str, "as_any_accountant")
-ADJACENCY = Checked("adjacency", str, "as_adjacency")
-UNIT = Checked("unit", str, "as_unit")
-NOISE_MODE = Checked("mode", str, "as_noise_mode")
+# The choices are for completion; the check alone decides, and a test compares the two.
+ACCOUNTANT = Checked("accountant", str, "as_accountant", ("prv", "rdp"))
+ANY_ACCOUNTANT = Checked("accountant", str, "as_any_accountant", ("prv", "rdp", "pld"))
+ADJACENCY = Checked("adjacency", str, "as_adjacency", ("add-remove", "zero-out", "replace-one"))
+UNIT = Checked("unit", str, "as_unit", ("example", "user"))
+NOISE_MODE = Checked("mode", str, "as_noise_mode", ("secure", "exact"))
 MODE = click.option("--noise", type=NOISE_MODE, metavar="MODE", help="secure (default) or exact (integer sums).")
 
 

@@ -1,4 +1,7 @@
-"""The two voices of every command: one JSON object or a table on standard output, talk on standard error."""
+"""The two voices of every command: one JSON object or a table on standard output, talk on standard error.
+
+``--quiet`` leaves of the talk what somebody has to know, errors and warnings; ``--verbose`` adds details.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dpbudget.errors import DPBudgetError, DPBudgetWarning, NotComputable
+from dpbudget.errors import CODES, DPBudgetError, DPBudgetWarning, NotComputable
 
 if TYPE_CHECKING:
     from dpbudget._config import Assumed
@@ -23,6 +27,22 @@ WANTS_JSON = "--json"
 #: Characters that could drive a terminal or forge a line; file names and messages are data.
 _UNSAFE = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
 _INTERNAL_EXIT = 6
+
+
+@dataclass
+class Voice:
+    """How much is said on standard error; the answer on standard output is the same."""
+
+    quiet: bool = False
+    verbose: bool = False
+
+    def reset(self) -> None:
+        """As it is before any option was read."""
+        self.quiet = self.verbose = False
+
+
+#: Of the command that runs: a process runs one at a time, and every one begins with a reset.
+VOICE = Voice()
 
 
 def emit_json(answer: Mapping[str, Any]) -> None:
@@ -50,7 +70,18 @@ def emit_columns(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> No
 
 
 def talk(text: str) -> None:
-    """A line for people, on standard error."""
+    """A line for people, on standard error; with --quiet only if it begins with ``warning``."""
+    if not VOICE.quiet or text.startswith("warning"):
+        _say(text)
+
+
+def detail(text: str) -> None:
+    """A line for those who ask with --verbose; as public as everything else that is printed."""
+    if VOICE.verbose:
+        _say(text)
+
+
+def _say(text: str) -> None:
     click.echo(clean(text), err=True)
 
 
@@ -117,9 +148,10 @@ def report_error(error: Exception, as_json: bool) -> int:
     if as_json:
         emit_json({"error": {"code": code, "message": message, "hint": hint}})
     else:
-        talk(f"error {code}: {message}")
+        _say(f"error {code}: {message}")
         if hint:
-            talk(f"Fix: {hint}")
+            _say(f"Fix: {hint}")
+        detail(f"{code} means: {CODES.get(code, '')}")
     return exit_code
 
 

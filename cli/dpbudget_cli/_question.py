@@ -7,6 +7,7 @@ from typing import Any
 
 from dpbudget._config import Assumed, Settings, load_settings
 from dpbudget.errors import InvalidParameter
+from dpbudget_cli._output import detail
 
 _REAL_ARITHMETIC = Assumed(
     "noise", "real arithmetic", "the mechanism alone; the claim of a plan also covers the bounded tail of its noise"
@@ -20,6 +21,10 @@ class Question:
     values: dict[str, Any]
     settings: Settings = field(default_factory=load_settings)
     assumed: list[Assumed] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        source = self.settings.source
+        detail("no settings file; documented defaults hold" if source is None else f"settings are those of {source}")
 
     def need(self, *names: str) -> None:
         """Assume every one of ``names`` that has no value; delta may stay without one."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -59,38 +60,48 @@ def command(
       dpbudget ledger init budget.ledger --epsilon 3 --delta 1e-5 --whole-budget
       dpbudget ledger init other.ledger --epsilon 8 --delta 1/100000 --json
     """
-    from dpbudget._surface import create_ledger
     from dpbudget.mechanisms import Adjacency
     from dpbudget.plan import Budget
 
     _check_filter(kind, whole_budget)
     budget = Budget(epsilon=epsilon, delta=delta)
-    passphrases, made = read_passphrases(passphrase_fd), list[str]()
-
-    def build(owner: Signer, writer: Signer) -> Ledger:
-        return create_ledger(
-            path,
-            budget=budget,
-            owner=owner,
-            writer=writer,
-            adjacency=Adjacency(adjacency),
-            unit="user" if unit == "user" else "example",
-            public_data=public_data,
-            whole_budget=whole_budget,
-            kind="rdp" if kind == "rdp" else "portfolio",
-        )
-
-    try:
-        ledger = build(
-            _signer(path, owner_key, "owner", passphrases, made),
-            _signer(path, writer_key, "writer", passphrases, made),
-        )
-    except BaseException:
-        for name in made:  # a refused ledger leaves nothing behind
-            Path(name).unlink(missing_ok=True)
-        raise
+    ledger, made = make_ledger(
+        path,
+        budget,
+        keys={"owner": owner_key, "writer": writer_key},
+        passphrases=read_passphrases(passphrase_fd),
+        adjacency=Adjacency(adjacency),
+        unit="user" if unit == "user" else "example",
+        public_data=public_data,
+        whole_budget=whole_budget,
+        kind="rdp" if kind == "rdp" else "portfolio",
+    )
     with ledger:
         _report(shown(path), ledger, budget, made, as_json)
+
+
+def make_ledger(
+    path: str, budget: Budget, *, keys: Mapping[str, str | None], passphrases: tuple[bytes, ...], **options: Any
+) -> tuple[Ledger, list[str]]:
+    """A new ledger, and the names of the files of the keys that were made for it. A refusal leaves nothing behind.
+
+    Args:
+        path: its place.
+        budget: what it grants.
+        keys: files of the keys of ``owner`` and ``writer``; one that is not named is made beside the ledger.
+        passphrases: of encrypted keys.
+        options: the others of :func:`dpbudget.create_ledger`.
+    """
+    from dpbudget._surface import create_ledger
+
+    made: list[str] = []
+    try:
+        owner, writer = (_signer(path, keys.get(role), role, passphrases, made) for role in ("owner", "writer"))
+        return create_ledger(path, budget=budget, owner=owner, writer=writer, **options), made
+    except BaseException:
+        for name in made:
+            Path(name).unlink(missing_ok=True)
+        raise
 
 
 def _check_filter(kind: str, whole_budget: bool) -> None:

@@ -7,17 +7,24 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from dpbudget_cli._output import WANTS_JSON, report_error, warnings_told
+from dpbudget_cli._output import VOICE, WANTS_JSON, report_error, warnings_told
+from dpbudget_cli._shells import name_files
+from dpbudget_cli._voice import HELP_LINE, logs_told, voice_options
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 #: Exit codes, as every page of help states them.
 EXIT_CODES = (
     "Exit codes: 0 done, 1 invalid or tampered, 2 wrong usage, 3 budget refused, 4 unreadable input, "
     "5 valid but unanchored, 6 not computable, 130 interrupted, 141 broken pipe."
 )
+#: The variable by which a shell asks for completions; click's name for a command called dpbudget.
+COMPLETE_VAR = "_DPBUDGET_COMPLETE"
 #: What a shell reports for a command that SIGPIPE ended.
 _BROKEN_PIPE = 141
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -37,7 +44,9 @@ class Leaf(click.Command):
         # \b is click's mark for a paragraph that must not be wrapped.
         text = inspect.cleandoc(help or "").replace("Examples:\n", "\b\nExamples:\n")
         kwargs.setdefault("epilog", EXIT_CODES)
+        kwargs["params"] = [*(kwargs.get("params") or ()), *voice_options(hidden=True)]
         super().__init__(name, help=text, **kwargs)
+        name_files(self.params)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the arguments; an error of the parser learns whose they are."""
@@ -51,21 +60,45 @@ class Leaf(click.Command):
         """-h and --help, whoever made the context."""
         return ["-h", "--help"]
 
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """Its line says what else every command has."""
+        return _telling(super().get_help_option(ctx))
+
+
+def _telling(option: click.Option | None) -> click.Option | None:
+    if option is not None:
+        option.help = HELP_LINE
+    return option
+
 
 class LazyGroup(click.Group):
     """A group that knows its commands by name and imports one only when it runs.
 
     Attributes:
         lazy: command name to (``module:attribute``, one line of help).
+        sections: heading to the commands under it, for a group with many; those under none come last.
     """
 
-    def __init__(self, *args: Any, lazy: dict[str, tuple[str, str]], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        lazy: dict[str, tuple[str, str]],
+        sections: dict[str, tuple[str, ...]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        kwargs["params"] = [*kwargs.get("params", ()), *voice_options(hidden=sections is None)]
         super().__init__(*args, **kwargs)
         self.lazy = lazy
+        self.sections = sections or {}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names in the order of the work, not of the alphabet."""
         return list(self.lazy)
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """Its line says what else every command has."""
+        option = super().get_help_option(ctx)
+        return option if self.sections else _telling(option)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the command; None for an unknown name."""
@@ -78,17 +111,35 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands from the table, without importing any."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in self.lazy.items()])
+        formatter.write_paragraph()
+        width = max(map(len, self.lazy))
+        for heading, names in self.in_sections().items():
+            formatter.write(f"{heading}:\n")  # no empty lines between: all of it fits a screen
+            with formatter.indentation():
+                formatter.write_dl([(f"{name:<{width}}", self.lazy[name][1]) for name in names])
+
+    def in_sections(self) -> dict[str, list[str]]:
+        """Every command once, by heading; under More what no heading names."""
+        found = {heading: [name for name in names if name in self.lazy] for heading, names in self.sections.items()}
+        listed = {name for names in found.values() for name in names}
+        found["More" if self.sections else "Commands"] = [name for name in self.lazy if name not in listed]
+        return {heading: names for heading, names in found.items() if names}
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands and options that begin so, without importing any command."""
+        from click.shell_completion import CompletionItem
+
+        names = [CompletionItem(n, help=text) for n, (_, text) in self.lazy.items() if n.startswith(incomplete)]
+        return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command; an unknown name is refused with the nearest known one."""
-        from dpbudget._checks import did_you_mean
-
         name = args[0]
-        if name not in self.lazy and not name.startswith("-"):
+        if name not in self.lazy and not name.startswith("-") and not ctx.resilient_parsing:
+            from dpbudget._checks import did_you_mean  # here, for it loads much that a right name needs not
+
             hint = did_you_mean(name, tuple(self.lazy)) or f"the commands are {', '.join(self.lazy)}"
             raise click.UsageError(f"unknown command {name!r}. Fix: {hint}", ctx)
         return super().resolve_command(ctx, args)
@@ -111,7 +162,7 @@ class Root(LazyGroup):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, and say what dpbudget warns of meanwhile."""
         try:
-            with warnings_told():
+            with warnings_told(), logs_told():
                 return super().invoke(ctx)
         except BrokenPipeError:
             raise _ReaderGone from None
@@ -129,7 +180,8 @@ class Root(LazyGroup):
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         words = list(sys.argv[1:] if args is None else args)
         as_json = WANTS_JSON in words
-        if os.environ.get("NO_COLOR"):
+        VOICE.reset()
+        if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
             extra.setdefault("color", False)
         try:
             code = super().main(words, prog_name or "dpbudget", complete_var, standalone_mode=False, **extra)
@@ -190,7 +242,17 @@ app = Root(
             ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version."
         )
     ],
+    sections={
+        "Begin": ("init", "doctor"),
+        "Plan": ("calibrate", "epsilon", "delta", "plan"),
+        "Budget and ledger": ("ledger", "verify"),
+        "Train": ("train",),
+        "Keys": ("key",),
+        "Help": ("explain", "completion"),
+    },
     lazy={
+        "init": (_leaf("init"), "Five questions, and a ledger, its keys and settings from them."),
+        "doctor": (_leaf("doctor"), "Whether everything here is in order, and what to do if not."),
         "calibrate": (_leaf("calibrate"), "The smallest noise (or the most steps) for a budget."),
         "epsilon": (_leaf("epsilon"), "The epsilon of a schedule at a delta."),
         "delta": (_leaf("delta"), "The delta of a schedule at an epsilon."),
@@ -198,8 +260,9 @@ app = Root(
         "ledger": ("dpbudget_cli.main:ledger", "Grant a budget; show, export, prove and verify its ledger."),
         "plan": ("dpbudget_cli.main:plan", "Sign a training plan into a ledger."),
         "train": (_leaf("train"), "Train a model on a file under a signed plan."),
-        "verify": (_leaf("ledger_verify"), "Check a ledger and recompute its epsilon (same as ledger verify)."),
+        "verify": (_leaf("ledger_verify"), "Check a ledger, recompute its epsilon (ledger verify)."),
         "explain": (_leaf("explain"), "What an error code means."),
+        "completion": (_leaf("completion"), "A script by which your shell completes commands."),
     },
 )
 

@@ -381,7 +381,7 @@ def _fit(
 @contextmanager
 def _progress(run: Run) -> Iterator[Callable[[Bounds | None], None]]:
     """A bar with live epsilon on a terminal; silence elsewhere. It shows the run's clock, which is public."""
-    if not sys.stderr.isatty():
+    if out.VOICE.quiet or not sys.stderr.isatty():
         yield lambda epsilon: None
         return
     from rich.console import Console

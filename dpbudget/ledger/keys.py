@@ -85,6 +85,15 @@ def load_key(path: str | os.PathLike[str], passphrase: bytes | None = None) -> E
     return Ed25519Signer(key)
 
 
+def check_key_file(path: str | os.PathLike[str]) -> None:
+    """Whether a private key file is as safe as :func:`load_key` wants it; nothing of it is decoded.
+
+    Raises:
+        UnsafeKeyFile, Unreadable: as :func:`load_key`.
+    """
+    _read_private(as_path(path))
+
+
 def load_public_key(source: str | os.PathLike[str]) -> PublicKey:
     """A public key from 64 hexadecimal digits, from a line ``dpbudget-ed25519 <hex> [comment]``, or a file with it.
 
