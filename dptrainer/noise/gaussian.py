@@ -18,9 +18,12 @@ shards. (On other devices the last sum is rounded as the device does it.)
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -29,11 +32,12 @@ from dptrainer.noise import boxmuller, native
 from dptrainer.noise.boxmuller import BLOCK_ELEMENTS
 from dptrainer.noise.chacha import fill
 
-#: Blocks at a time of noise that NumPy makes, or that goes to another device: a quarter of a MiB of words and 1.3 MiB
-#: of work space. Larger tiles leave the cache, smaller ones spend their time in calls.
-BLOCKS = 1 << 12
-#: Values of one request for each further thread.
-PER_THREAD = 1 << 14
+#: Blocks at a time of noise that NumPy makes, or that goes to another device: a MiB of words and 4 MiB of work space.
+#: Smaller tiles spend their time in calls, and two threads in handing the interpreter's lock to each other.
+BLOCKS = 1 << 14
+#: Values of one request for each further thread, compiled and in NumPy. NumPy has two at most, and only for what takes
+#: longer than the milliseconds in which PyTorch's threads wait actively for more work and would compete with them.
+PER_THREAD, PER_NUMPY_THREAD = 1 << 14, 1 << 20
 
 
 def add_gaussian_(tensor: torch.Tensor, key: bytes, param_id: int, std: float, *, offset: int = 0) -> torch.Tensor:
@@ -106,8 +110,8 @@ def _add(pieces: Sequence[_Piece], key: bytes, std: float) -> bool:
     if kernel is not None and all(flat.device.type == "cpu" for flat in flats):
         finite = kernel.add(work, key, std, threads(count, PER_THREAD) if disjoint(flats) else 1)
     else:
-        finite = all(map(all_finite, flats))
-        _add_by_tiles(work, key, std, kernel)
+        alone = kernel is not None or any(flat.device.type != "cpu" for flat in flats) or not disjoint(flats)
+        finite = _add_by_tiles(work, key, std, kernel, 1 if alone else numpy_threads(count))
     for piece, flat in zip(pieces, flats, strict=True):
         if flat.data_ptr() != piece.tensor.data_ptr():
             piece.tensor.detach().copy_(flat.view(piece.tensor.shape))
@@ -119,30 +123,76 @@ def all_finite(values: torch.Tensor) -> bool:
     return values.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values))
 
 
-def _add_by_tiles(pieces: Sequence[native.Piece], key: bytes, std: float, kernel: native.Kernel | None) -> None:
-    """Without the kernel, or for tensors elsewhere: a tile of noise at a time."""
+def numpy_threads(count: int) -> int:
+    """How many threads make so many values without the kernel."""
+    return min(2, threads(count, PER_NUMPY_THREAD))
+
+
+class _Tile(NamedTuple):
+    """As many elements of a tensor as there is room for at a time, and the address of their noise."""
+
+    part: torch.Tensor
+    stream: int
+    block: int
+    skip: int  # elements of the first block that are not theirs
+
+
+def _add_by_tiles(
+    pieces: Sequence[native.Piece], key: bytes, std: float, kernel: native.Kernel | None, share: int = 1
+) -> bool:
+    """Without the kernel, or for tensors elsewhere: a tile at a time, for ``share`` threads as they come.
+
+    Returns:
+        Whether all that noise was added to was finite.
+    """
+    tiles = deque(tile for piece in pieces for tile in _tiles(*piece, share))
+    if share == 1:
+        return _work_off(tiles, key, std, kernel)
+    with ThreadPoolExecutor(share - 1) as others:
+        try:
+            helping = [others.submit(_work_off, tiles, key, std, kernel) for _ in range(share - 1)]
+            return all([_work_off(tiles, key, std, kernel), *(each.result() for each in helping)])
+        finally:
+            tiles.clear()  # after an error, nothing more for the others
+
+
+def _work_off(tiles: deque[_Tile], key: bytes, std: float, kernel: native.Kernel | None) -> bool:
+    finite = True
     with _bench() as bench:
-        for flat, stream, offset in pieces:
-            for start, stop, block, skip in _tiles(flat.numel(), offset):
-                here = flat.device.type == "cpu"
-                out = flat[start:stop] if here else torch.zeros(stop - start, dtype=torch.float64, device="cpu")
-                if kernel is not None:
-                    kernel.add([(out, stream, offset + start)], key, std if here else 1.0)
-                else:
-                    fill(bench.room(-(-(skip + stop - start) // BLOCK_ELEMENTS)), key, stream, block)
-                    bench.add(out, skip, std if here else 1.0)
-                if not here:
-                    flat[start:stop].add_(out.to(flat.device), alpha=std)
+        while tiles:
+            try:
+                tile = tiles.popleft()
+            except IndexError:  # another thread took the last one
+                break
+            finite &= _add_tile(bench, tile, key, std, kernel)
+    return finite
 
 
-def _tiles(count: int, offset: int) -> Iterator[tuple[int, int, int, int]]:
-    """(start, stop, block, elements of it to leave out) of every tile of ``count`` elements from ``offset`` on."""
+def _add_tile(bench: boxmuller.Workbench, tile: _Tile, key: bytes, std: float, kernel: native.Kernel | None) -> bool:
+    part, stream, block, skip = tile
+    if part.device.type != "cpu":
+        noise = torch.zeros(len(part), dtype=torch.float64, device="cpu")
+        _add_tile(bench, _Tile(noise, stream, block, skip), key, 1.0, kernel)
+        finite = all_finite(part)
+        part.add_(noise.to(part.device), alpha=std)
+        return finite
+    if kernel is not None:
+        return kernel.add([(part, stream, BLOCK_ELEMENTS * block + skip)], key, std)
+    fill(bench.room(-(-(skip + len(part)) // BLOCK_ELEMENTS)), key, stream, block)
+    return bench.add(part, skip, std)
+
+
+def _tiles(flat: torch.Tensor, stream: int, offset: int, share: int = 1) -> Iterator[_Tile]:
+    """Equal tiles of a tensor whose first element is ``offset`` in its stream: one, or as many for each thread."""
     block, skip = divmod(offset, BLOCK_ELEMENTS)
+    blocks = -(-(skip + len(flat)) // BLOCK_ELEMENTS)
+    number = -(-blocks // (BLOCKS * share)) * share if blocks > BLOCKS else 1
+    most = -(-blocks // number)
     start = 0
-    while start < count:
-        stop = min(start + BLOCKS * BLOCK_ELEMENTS - skip, count)
-        yield start, stop, block, skip
-        start, block, skip = stop, block + BLOCKS, 0
+    while start < len(flat):
+        stop = min(start + most * BLOCK_ELEMENTS - skip, len(flat))
+        yield _Tile(flat[start:stop], stream, block, skip)
+        start, block, skip = stop, block + most, 0
 
 
 _IDLE: list[boxmuller.Workbench] = []  # erased, so that nothing is kept but memory

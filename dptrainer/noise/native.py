@@ -4,8 +4,8 @@ The first large request compiles. What was built is used only if its keystream i
 wraps, and its values have the bits of :mod:`dptrainer.noise.boxmuller` on ordinary and extreme words. Otherwise noise
 is made by OpenSSL and NumPy, with the same values: :func:`status` says which, and so does the log at level INFO.
 
-A library's cipher would be dearer here: ``cryptography`` holds the interpreter's lock, so that threads would wait for
-each other, and its words would pass through memory.
+A library's cipher would be dearer here: its words would pass through memory, and threads of Python's compete with those
+of PyTorch.
 """
 
 from __future__ import annotations
