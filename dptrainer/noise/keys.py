@@ -24,7 +24,7 @@ class Purpose(StrEnum):
 
 
 def step_key(receipt: Receipt, purpose: Purpose) -> bytes:
-    """The 32-byte key of one step and purpose: HKDF-Expand with SHA-256 (RFC 5869, 2.3) of the lease's key.
+    """The 32-byte key of one step and purpose: HKDF-Expand with SHA-256 (RFC 5869, 2.3) of the step's key.
 
     The info field is 88 bytes of fixed-width fields, so that no two inputs collide: ``"dpnoise/v1"`` and the purpose,
     each padded with zero bytes to 16; the 32-byte lease nonce; the step as u64, little-endian; the 16 fresh bytes that
