@@ -21,6 +21,7 @@ from dpbudget.ledger.journal import Draft, Journal
 from dpbudget.ledger.noise_keys import LeaseKey, Lifetime, StepKeys
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.renyi import steps_that_fit
+from dpbudget.ledger.sealed import SealedKeys
 from dpbudget.ledger.state import LedgerState, Portfolio, RunState, SpendingFilter
 from dpbudget.meter import Meter
 from dpbudget.plan import Plan
@@ -82,11 +83,12 @@ class Run:
         filter: SpendingFilter | None,
         meter: Meter | None,
         lease_steps: int | None,
+        keep_keys: SealedKeys | None = None,
     ) -> None:
         state = journal.state.runs[run_id]
         self._run_id, self._plan, self.meter = run_id, state.plan, meter
         self._digest = state.statement
-        self._journal, self._filter = journal, filter
+        self._journal, self._filter, self._keep = journal, filter, keep_keys
         self._lease_steps = default_lease_steps(self.planned) if lease_steps is None else lease_steps
         if not 1 <= self._lease_steps <= min(self.planned, MOST_LEASE_STEPS):
             raise InvalidParameter(
@@ -151,7 +153,7 @@ class Run:
         Raises:
             PlanExhausted: every planned step is charged (DP050).
             BudgetExceeded: the first lease of a portfolio does not fit the budget (DP052).
-            StorageFailed: the charge could not be made durable; nothing may be released (DP075).
+            StorageFailed: the charge could not be made durable, or the key not kept; nothing may be released (DP075).
             ReceiptSpent: this process was forked from the one that started the run (DP076).
             PrivacyViolation: the run is closed (DP078).
         """
@@ -266,6 +268,15 @@ class Run:
         # Before the lease exists, so that whoever closes the run or the ledger from now on ends its keys.
         self._journal.keys.setdefault(self.run_id, weakref.WeakSet()).add(lifetime)
         nonce, key = os.urandom(32), LeaseKey(lifetime)
+        if self._keep is not None:
+            # Before the lease: a key that could not be kept costs nothing.
+            self._keep.keep(
+                "lease-key",
+                ledger=self._journal.state.genesis.ledger_id,
+                run=self.run_id,
+                commitment=key.commitment,
+                key=key.reveal(),
+            )
         taken: _Held | None = None
         while taken is None:
             state = self._journal.state
