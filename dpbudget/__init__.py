@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from dpbudget.curve import Bounds, PrivacyCurve, round_down, round_up
     from dpbudget.errors import DPBudgetError, DPBudgetWarning
     from dpbudget.filters import PortfolioFilter, RDPFilter
+    from dpbudget.ledger.auditor import load_auditor_key, load_auditor_public_key, new_auditor_key
     from dpbudget.ledger.keys import load_key, load_public_key, new_key
     from dpbudget.ledger.ledger import Ledger
+    from dpbudget.ledger.replay import RunReplay, StepKey
+    from dpbudget.ledger.sealed import SealedKeys
     from dpbudget.mechanisms import Adjacency, Charge, Gaussian, PoissonSampled
     from dpbudget.meter import Meter
     from dpbudget.plan import Budget, Phase, Plan
@@ -44,14 +47,20 @@ _HOMES = {
     "PrivacyCurve": "dpbudget.curve",
     "RDPFilter": "dpbudget.filters",
     "Report": "dpbudget._verify",
+    "RunReplay": "dpbudget.ledger.replay",
+    "SealedKeys": "dpbudget.ledger.sealed",
+    "StepKey": "dpbudget.ledger.replay",
     "calibrate": "dpbudget._calibrate",
     "create_ledger": "dpbudget._surface",
     "delta_of": "dpbudget._calibrate",
     "epsilon_of": "dpbudget._calibrate",
     "get_accountant": "dpbudget.accountants",
+    "load_auditor_key": "dpbudget.ledger.auditor",
+    "load_auditor_public_key": "dpbudget.ledger.auditor",
     "load_key": "dpbudget.ledger.keys",
     "load_public_key": "dpbudget.ledger.keys",
     "max_steps": "dpbudget._calibrate",
+    "new_auditor_key": "dpbudget.ledger.auditor",
     "new_key": "dpbudget.ledger.keys",
     "noise_for": "dpbudget._calibrate",
     "open_ledger": "dpbudget._surface",
@@ -79,14 +88,20 @@ __all__ = [
     "PrivacyCurve",
     "RDPFilter",
     "Report",
+    "RunReplay",
+    "SealedKeys",
+    "StepKey",
     "calibrate",
     "create_ledger",
     "delta_of",
     "epsilon_of",
     "get_accountant",
+    "load_auditor_key",
+    "load_auditor_public_key",
     "load_key",
     "load_public_key",
     "max_steps",
+    "new_auditor_key",
     "new_key",
     "noise_for",
     "open_ledger",

@@ -13,6 +13,7 @@ from dpbudget.plan import Budget, Unit
 
 if TYPE_CHECKING:
     from dpbudget.ledger.run import Run
+    from dpbudget.ledger.sealed import SealedKeys
     from dpbudget.ledger.signing import PublicKey, Signer
 
 
@@ -81,13 +82,20 @@ def open_ledger(path: str | Path, *, writer: Signer | None = None, trust: Public
     return Ledger.open(path, writer=writer, filter=LedgerFilter(), trust=trust)
 
 
-def start(ledger: Ledger, run_id: str | None = None, *, lease_steps: int | None = None) -> Run:
+def start(
+    ledger: Ledger,
+    run_id: str | None = None,
+    *,
+    lease_steps: int | None = None,
+    keep_keys: SealedKeys | None = None,
+) -> Run:
     """Start or resume a signed plan, with a meter for live epsilon.
 
     Args:
         ledger: opened with the writer's key.
         run_id: the run that ``sign_plan`` returned; None takes the only one that has steps left.
         lease_steps: steps charged together; the default follows from the plan alone.
+        keep_keys: whoever opens this file can remove all noise: it keeps the noise keys, sealed to an auditor.
 
     Raises:
         PlanExhausted: every run has used up its plan (DP050).
@@ -124,4 +132,5 @@ def start(ledger: Ledger, run_id: str | None = None, *, lease_steps: int | None 
         run_id = unfinished[0]
     if run_id not in state.runs:
         raise InvalidParameter(f"the ledger has no run {run_id!r}", code="DP081", hint="see dpbudget ledger show")
-    return ledger.start(run_id, meter=build_meter(state.runs[run_id].plan), lease_steps=lease_steps)
+    meter = build_meter(state.runs[run_id].plan)
+    return ledger.start(run_id, meter=meter, lease_steps=lease_steps, keep_keys=keep_keys)

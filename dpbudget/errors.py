@@ -88,6 +88,10 @@ CODES: dict[str, str] = {
     "DP081": "The ledger knows no plan or run of this name.",
     "DP082": "A record or number is not in the canonical form of the ledger format.",
     "DP083": "The ledger's store is unsafe (network file system, unexpected schema, symbolic link).",
+    "DP084": "The noise key of the run is committed, and something that goes with it is missing or does not fit: the "
+    "key itself, the auditor's entropy, or the outside anchor without which a copy would repeat noise.",
+    "DP085": "There is no noise key for this step: it was not sealed, what is sealed does not open with this key or is "
+    "not what the ledger commits to, or the step has no settle.",
     "DP090": "An optional dependency is missing.",
     "DP091": "The data file cannot be read or lacks what was asked for.",
     "DP092": "The configuration file cannot be read.",
@@ -155,6 +159,9 @@ WAYS_OUT: dict[str, str] = {
     "DP081": "dpbudget ledger runs lists the runs; dpbudget plan new signs one in.",
     "DP082": "pass what dpbudget printed or wrote, unchanged; write no records by hand.",
     "DP083": "keep the ledger on a local disk, or in PostgreSQL (docs/ledger-stores.md).",
+    "DP084": "dpbudget ledger commit, then ledger entropy; then start the run with its key file and the newest head "
+    "that you know.",
+    "DP085": "ask for steps that are settled, with the file and the auditor's key that the run was started with.",
     "DP090": "pip install what the message names, such as 'dpbudget[train]'.",
     "DP091": "the message names the file, and the column or array that is wanted.",
     "DP092": "mend or remove [tool.dpbudget] in pyproject.toml, or dpbudget.toml.",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -13,8 +14,10 @@ from dpbudget.errors import DPBudgetError, InvalidParameter, Unreadable
 from dpbudget_cli._output import detail
 
 if TYPE_CHECKING:
+    from dpbudget.ledger.auditor import AuditorKey
     from dpbudget.ledger.signing import Ed25519Signer
 
+_Key = TypeVar("_Key")
 _MAX_PASSPHRASE = 4096
 
 PASSPHRASE_FD = click.option(
@@ -110,33 +113,44 @@ def load_signer(path: str, passphrases: tuple[bytes, ...] = ()) -> Ed25519Signer
     """
     from dpbudget.ledger.keys import load_key
 
+    return _open(load_key, path, passphrases)
+
+
+def load_auditor(path: str, passphrases: tuple[bytes, ...] = ()) -> AuditorKey:
+    """The private key of an auditor, found as :func:`load_signer` finds a signer's."""
+    from dpbudget.ledger.auditor import load_auditor_key
+
+    return _open(load_auditor_key, path, passphrases)
+
+
+def _open(load: Callable[[str, bytes | None], _Key], path: str, passphrases: tuple[bytes, ...]) -> _Key:
     try:
-        return load_key(path)
+        return load(path, None)
     except Unreadable as error:
         if "needs a passphrase" not in error.message:
             raise
         refusal = error
     for passphrase in passphrases:
         try:
-            return load_key(path, passphrase)
+            return load(path, passphrase)
         except Unreadable as error:
             refusal = error
     if not passphrases:
         kept = _kept_passphrase(path)
         if kept is not None:
-            return load_key(path, kept)
+            return load(path, kept)
     if passphrases or not sys.stdin.isatty():
         raise refusal
-    return load_key(path, ask_passphrase())
+    return load(path, ask_passphrase())
 
 
 def _kept_passphrase(path: str) -> bytes | None:
     """What the keyring has for the key whose public half lies beside it; None for nothing."""
-    from dpbudget.ledger.keys import load_public_key
+    from dpbudget.ledger.keys import read_any_public
     from dpbudget_cli._keyring import recall
 
     try:
-        public = load_public_key(f"{path}.pub")
+        _, public = read_any_public(f"{path}.pub")
     except DPBudgetError:
         return None
-    return recall(public.hex)
+    return recall(public)

@@ -123,6 +123,13 @@ def to_open_share(text: str) -> float | str:
     return number if isinstance(number, float) and 0.0 < number < 1.0 else text
 
 
+def to_step(text: str) -> int | str:
+    """A whole number from 0; the text itself otherwise."""
+    number = to_count(text)
+    return number if isinstance(number, int) and number >= 0 else text
+
+
+STEP = Plain("step", to_step, "a whole number, counted from 0")
 INSIDE = Plain("share", to_open_share, "a number strictly between 0 and 1")
 POSITIVE = Plain("number", to_positive, "a number above 0")
 SEED = Plain("seed", to_seed, "a whole number in [0, 2^63)")

@@ -269,14 +269,16 @@ app = Root(
 key = LazyGroup(
     "key",
     context_settings=_CONTEXT,
-    help="Make, show and rotate signing keys. The owner's key grants budget, the writer's key spends it.\n\n"
+    help="Make, show and rotate signing keys. The owner's key grants budget, the writer's key spends it; an auditor's "
+    "opens noise keys that were kept.\n\n"
     "\b\nExamples:\n  dpbudget key new owner.key\n  dpbudget key show owner.key",
     epilog=EXIT_CODES,
     lazy={
-        "new": (_leaf("key_new"), "Make a new Ed25519 key file."),
+        "new": (_leaf("key_new"), "Make a new key file."),
         "show": (_leaf("key_show"), "Show the public half of a key."),
         "sign": (_leaf("key_sign"), "Sign a request away from the ledger."),
         "rotate": (_leaf("key_rotate"), "Hand a role of a ledger to a new key."),
+        "replay": (_leaf("key_replay"), "Open the noise key of one step, for an auditor."),
     },
 )
 

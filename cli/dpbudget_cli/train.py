@@ -22,6 +22,7 @@ from dpbudget_cli import _output as out
 from dpbudget_cli._checkpoints import Checkpoints
 from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, local_name, read_passphrases, require_ledger
 from dpbudget_cli._lock import hold_output
+from dpbudget_cli._noise_keys import keep_options, kept_keys
 from dpbudget_cli._options import COUNT, JSON, POSITIVE, SEED, SHARE
 from dpbudget_cli.ledger_init import USERS_TRAIN
 from dpbudget_cli.main import Leaf
@@ -54,6 +55,7 @@ class _Job:
     public_eval: str | None
     physical_batch_size: int | None
     checkpoint_every: int
+    record_outputs: bool
 
 
 _SIGNED = "leave it out: the signed plan has it (dpbudget plan show); for another, dpbudget plan new"
@@ -74,7 +76,7 @@ _IN_PLAN = (
 @click.option("--ledger", "path", required=True, metavar="PATH", help="The ledger that holds the plan.")
 @click.option("--plan", "run_id", metavar="RUN", help="The run, if several have steps left.")
 @click.option("--writer-key", metavar="FILE", help="PATH.writer.key or writer.key beside it if not given.")
-@click.option("--data", required=True, metavar="FILE", help="Private data: .csv with a header, or .npz.")
+@click.option("--data", required=True, metavar="FILE", help="Private .csv with a header, or .npz.")
 @click.option("--target", default="y", metavar="COL", help="Column or array with the labels (y).")
 @click.option("--classes", type=COUNT, required=True, metavar="K", help="Number of classes: declared, not counted.")
 @click.option("--model", default="linear", metavar="M", help="linear, mlp, or module:factory(features, classes).")
@@ -83,15 +85,23 @@ _IN_PLAN = (
 @click.option("--momentum", type=SHARE, default=0.0, metavar="M", help="Momentum (0).")
 @click.option("--feature-scale", type=POSITIVE, default=1.0, metavar="F", help="Public factor for all features (1).")
 @click.option("--seed", type=SEED, default=0, metavar="N", help="Seed of the initial weights alone (0).")
-@click.option("--output", metavar="FILE", help="New file for weights; PATH.RUN.safetensors if not given.")
+@click.option("--output", metavar="FILE", help="New file for weights (PATH.RUN.safetensors).")
 @click.option("--init", metavar="FILE", help="Begin with these weights: public, or an --output.")
 @click.option("--public-eval", metavar="FILE", help="File that you declare public, for an accuracy.")
 @click.option("--physical-batch-size", type=COUNT, metavar="B", help="Most records in memory at once.")
 @click.option("--checkpoint-every", type=COUNT, default=100, metavar="T", help="Steps between two checkpoints (100).")
+@keep_options
 @PASSPHRASE_FD
 @JSON
 def command(
-    path: str, run_id: str | None, writer_key: str | None, passphrase_fd: int | None, as_json: bool, **values: Any
+    path: str,
+    run_id: str | None,
+    writer_key: str | None,
+    keep_keys: str | None,
+    auditor: str | None,
+    passphrase_fd: int | None,
+    as_json: bool,
+    **values: Any,
 ) -> None:
     """Train on a file under a signed plan; noise, clipping, sampling and steps come from the plan alone.
 
@@ -103,7 +113,8 @@ def command(
       dpbudget train --ledger budget.ledger --data train.csv --target label --classes 2
       dpbudget train --ledger budget.ledger --data train.npz --classes 10 --model mlp --output mlp.safetensors
     """
-    job = _Job(**values)
+    keep = kept_keys(keep_keys, auditor)
+    job = _Job(**values, record_outputs=keep is not None)
     _require_torch()
     if job.output is not None:
         _check_output(job.output)
@@ -120,7 +131,7 @@ def command(
             table = _read(job, job.data)
             held_out = _read(job, job.public_eval) if job.public_eval else None
             model = _make_model(job, table)
-            with _stop_on_interrupt() as interrupt, start(ledger, chosen) as run:
+            with _stop_on_interrupt() as interrupt, start(ledger, chosen, keep_keys=keep) as run:
                 if run.remaining:
                     _check_output(output)
                 _say_before(run, str(ledger.head))
@@ -361,6 +372,7 @@ def _fit(
                 dataset,
                 run,
                 physical_batch_size=job.physical_batch_size,
+                record_outputs=job.record_outputs,
                 callbacks=[each],
                 note=out.talk,
             )

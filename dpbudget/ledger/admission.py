@@ -19,7 +19,7 @@ from dpbudget.ledger.signing import RECORD_TYPE, STATEMENT_TYPE, Signer, sign_en
 from dpbudget.ledger.state import LedgerState, Portfolio, SpendingFilter
 from dpbudget.ledger.statement import plan_statement, statement_digest
 from dpbudget.mechanisms.gaussian import MAX_NOISE_MULTIPLIER
-from dpbudget.plan import Plan
+from dpbudget.plan import Budget, Plan
 
 
 def seal_record(owner: Signer, line: bytes) -> bytes:
@@ -312,3 +312,26 @@ def _write(target: Target, plan: Plan, owner: Signer, run_id: str, draft: Draft)
     fields = {"run": run_id, "statement": statement_digest(payload), "portfolio": portfolio.index}
     draft.add("plan", seal=lambda _: envelope, **fields)
     return True
+
+
+def check_lowering(state: LedgerState, budget: Budget, allowances: tuple[float, ...] | None) -> None:
+    """Refuse totals below what is in use, with the least that would do."""
+    if state.account is not None:
+        account = state.account.copy()
+        account.grant(allowances or (), budget.delta)
+        if not account.fits:
+            raise InvalidParameter(
+                f"epsilon {budget.epsilon:g} at delta {budget.delta:g} is below what is spent at every Renyi order",
+                code="DP052",
+                hint="lower it less; what is spent cannot be taken back",
+            )
+        return
+    taken = state.epsilon - out_of(state.remaining_epsilon), state.delta - out_of(state.remaining_delta)
+    used = [Fraction(state.epsilon) - state.remaining_epsilon, Fraction(state.delta) - state.remaining_delta]
+    if Fraction(budget.epsilon) < used[0] or Fraction(budget.delta) < used[1]:
+        raise InvalidParameter(
+            f"totals of epsilon {budget.epsilon:g} and delta {budget.delta:g} are below what the portfolios take: "
+            f"epsilon {taken[0]:.10g}, delta {taken[1]:.10g}",
+            code="DP052",
+            hint="lower it to no less; what is spent or promised to a portfolio cannot be taken back",
+        )

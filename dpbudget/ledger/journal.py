@@ -18,7 +18,7 @@ from dpbudget.errors import InvalidParameter, ReceiptSpent, Tampered
 from dpbudget.ledger.entries import Entry, draft, read
 from dpbudget.ledger.head import Head, key_hash, key_hint, origin_of, read_head, sign_head
 from dpbudget.ledger.high_water import HighWater, Mark
-from dpbudget.ledger.receipt import LeaseKey
+from dpbudget.ledger.noise_keys import Lifetime
 from dpbudget.ledger.rules import Machine
 from dpbudget.ledger.signing import PublicKey, Signer
 from dpbudget.ledger.state import LedgerState
@@ -230,8 +230,8 @@ class Journal:
     ) -> None:
         self.store, self.writer, self.state, self.head = store, writer, state, head
         self.high_water = high_water
-        #: By run; weak: the key of a used-up lease dies with the last receipt that still needs it.
-        self.keys: dict[str, weakref.WeakSet[LeaseKey]] = {}
+        #: By run, one for each lease; weak: the key of a step dies with the receipt that needs it.
+        self.keys: dict[str, weakref.WeakSet[Lifetime]] = {}
         # Marks that are known to be part of the history, and roots of the newest sizes, to judge others by.
         self._known_marks: tuple[Mark | None, Mark | None] = (None, None)
         self._roots: dict[int, bytes] = {}
@@ -357,8 +357,8 @@ class Journal:
     def wipe_keys(self, run_id: str | None = None) -> None:
         """Erase the noise keys of one run, or of all."""
         for run in [run_id] if run_id is not None else list(self.keys):
-            for key in list(self.keys.get(run, ())):
-                key.wipe()
+            for lifetime in list(self.keys.get(run, ())):
+                lifetime.end()
 
     def reading(self) -> AbstractContextManager[Reading]:
         """The whole store, consistently."""

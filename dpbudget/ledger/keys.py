@@ -8,9 +8,12 @@ import pwd
 import re
 import stat
 from pathlib import Path
+from typing import Literal
 
 from cryptography.exceptions import InternalError, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -25,7 +28,14 @@ from dpbudget.ledger.signing import Ed25519Signer, PublicKey
 from dpbudget.ledger.store.files import as_path, read_regular, sync_folder
 
 MAX_KEY_BYTES = 16 * 1024
-_PUBLIC_LINE = re.compile(r"dpbudget-ed25519 (?P<key>[0-9a-f]{64})(?: [\x21-\x7e]{1,200})?\n?")
+#: Signing keys, and the keys of auditors, who open sealed noise keys (:mod:`dpbudget.ledger.auditor`).
+Algorithm = Literal["ed25519", "x25519"]
+_PUBLIC_LINE = re.compile(r"dpbudget-(?P<algorithm>ed25519|x25519) (?P<key>[0-9a-f]{64})(?: [\x21-\x7e]{1,200})?\n?")
+#: What to say of a key of another kind than is wanted.
+WRONG_KIND = {
+    "ed25519": "this is a signing key: name the key of an auditor (dpbudget key new --auditor)",
+    "x25519": "this is an auditor's key, which signs nothing: name a signing key",
+}
 
 
 def new_key(path: str | os.PathLike[str], passphrase: bytes | None = None) -> Ed25519Signer:
@@ -37,9 +47,22 @@ def new_key(path: str | os.PathLike[str], passphrase: bytes | None = None) -> Ed
         InvalidParameter: a file of either name exists (DP074), or an empty passphrase.
         Unreadable: the folder cannot be written (DP070).
     """
+    encryption = protection(passphrase)
+    key = Ed25519PrivateKey.generate()
+    signer = Ed25519Signer(key)
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
+    write_key_pair(path, pem, f"dpbudget-ed25519 {signer.public.hex}")
+    return signer
+
+
+def write_key_pair(path: str | os.PathLike[str], private: bytes, public_line: str | None) -> None:
+    """Write the private half of a key to ``path`` (mode 0600), and the public half, if any, to ``path`` + ".pub".
+
+    Raises:
+        InvalidParameter, Unreadable: as :func:`new_key`.
+    """
     place = as_path(path)
     public = place.with_name(place.name + ".pub")
-    protection = _protection(passphrase)
     for name in (place, public):
         if os.path.lexists(name):
             raise InvalidParameter(
@@ -48,18 +71,16 @@ def new_key(path: str | os.PathLike[str], passphrase: bytes | None = None) -> Ed
                 hint="use the key that is there (dpbudget.load_key, or its name in a command), or choose another path; "
                 "keys are not overwritten",
             )
-    key = Ed25519PrivateKey.generate()
-    signer = Ed25519Signer(key)
     try:
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write_new(place, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, protection), 0o600)
-        _write_new(public, f"dpbudget-ed25519 {signer.public.hex}\n".encode("ascii"), 0o644)
+        _write_new(place, private, 0o600)
+        if public_line is not None:
+            _write_new(public, f"{public_line}\n".encode("ascii"), 0o644)
         sync_folder(place.parent)
     except FileExistsError as error:
         raise InvalidParameter(f"{error.filename} exists", code="DP074", hint="choose another path") from None
     except OSError as error:
         raise Unreadable(f"cannot write {place}: {error.strerror}", hint="choose a folder of your own") from None
-    return signer
 
 
 def load_key(path: str | os.PathLike[str], passphrase: bytes | None = None) -> Ed25519Signer:
@@ -69,10 +90,21 @@ def load_key(path: str | os.PathLike[str], passphrase: bytes | None = None) -> E
         UnsafeKeyFile: a symbolic link, not a regular file, of another user, or open to group or world (DP073).
         Unreadable: missing, too big, not an Ed25519 key in PKCS#8 PEM, or a wrong or missing passphrase (DP070).
     """
+    key = load_private(path, passphrase)
+    if not isinstance(key, Ed25519PrivateKey):
+        hint = WRONG_KIND["x25519"] if isinstance(key, X25519PrivateKey) else "make keys with dpbudget"
+        raise Unreadable(f"{as_path(path)} holds a key of another algorithm than Ed25519", hint=hint)
+    return Ed25519Signer(key)
+
+
+def load_private(path: str | os.PathLike[str], passphrase: bytes | None) -> PrivateKeyTypes:
+    """The key of whatever algorithm in a file; raises as :func:`load_key`."""
     place = as_path(path)
-    data = _read_private(place)
+    data = read_private_file(place)
+    if b"PRIVATE KEY" not in data:
+        raise Unreadable(f"{place} is not a private key in PKCS#8 PEM", hint="make keys with dpbudget")
     try:
-        key = load_pem_private_key(data, passphrase)
+        return load_pem_private_key(data, passphrase)
     except TypeError:
         problem = "needs a passphrase" if passphrase is None else "is not encrypted, but a passphrase was given"
         raise Unreadable(f"the key {place} {problem}", hint="give the passphrase that the key was made with") from None
@@ -80,9 +112,6 @@ def load_key(path: str | os.PathLike[str], passphrase: bytes | None = None) -> E
         raise Unreadable(
             f"{place} is not a private key in PKCS#8 PEM, or the passphrase is wrong", hint="make keys with dpbudget"
         ) from None
-    if not isinstance(key, Ed25519PrivateKey):
-        raise Unreadable(f"{place} holds a key of another algorithm than Ed25519", hint="make keys with dpbudget")
-    return Ed25519Signer(key)
 
 
 def check_key_file(path: str | os.PathLike[str]) -> None:
@@ -91,7 +120,7 @@ def check_key_file(path: str | os.PathLike[str]) -> None:
     Raises:
         UnsafeKeyFile, Unreadable: as :func:`load_key`.
     """
-    _read_private(as_path(path))
+    read_private_file(as_path(path))
 
 
 def load_public_key(source: str | os.PathLike[str]) -> PublicKey:
@@ -101,20 +130,42 @@ def load_public_key(source: str | os.PathLike[str]) -> PublicKey:
         Unreadable: no such key (DP070).
         Tampered: the key is not a safe Ed25519 point (DP080).
     """
+    return PublicKey.from_hex(read_public(source, "ed25519"))
+
+
+def read_public(source: str | os.PathLike[str], algorithm: Algorithm) -> str:
+    """The digits of a public key of one algorithm, as :func:`load_public_key` finds them.
+
+    Raises:
+        Unreadable: no such key (DP070).
+    """
     text = os.fspath(source)
     if re.fullmatch(r"[0-9a-f]{64}", text):
-        return PublicKey.from_hex(text)
-    match = _PUBLIC_LINE.fullmatch(text)
+        return text
+    found, digits = read_any_public(text)
+    if found != algorithm:
+        raise Unreadable(f"{text[:200]} is not a public key of the kind {algorithm}", hint=WRONG_KIND[found])
+    return digits
+
+
+def read_any_public(source: str) -> tuple[str, str]:
+    """Algorithm and digits of a public key, from its line or from a file with it.
+
+    Raises:
+        Unreadable: no such key (DP070).
+    """
+    match, hint = _PUBLIC_LINE.fullmatch(source), "name the .pub file of the key"
     if match is None:
-        data = read_regular(Path(as_path(text)), MAX_KEY_BYTES)
+        data = read_regular(Path(as_path(source)), MAX_KEY_BYTES)
         try:
             match = _PUBLIC_LINE.fullmatch(data.decode("ascii"))
         except UnicodeDecodeError:
             match = None
+        if b"PRIVATE KEY" in data:
+            hint = "this is a private key: keep it, and name the file that ends in .pub"
     if match is None:
-        hint = "this is a private key: keep it, and name the file that ends in .pub" if b"PRIVATE KEY" in data else ""
-        raise Unreadable(f"{text[:200]} is not a dpbudget public key", hint=hint or "name the .pub file of the key")
-    return PublicKey.from_hex(match["key"])
+        raise Unreadable(f"{source[:200]} is not a dpbudget public key", hint=hint)
+    return match["algorithm"], match["key"]
 
 
 def _check_folder(place: Path) -> None:
@@ -139,7 +190,8 @@ def _own_group(gid: int) -> bool:
     return user.pw_gid == gid and set(group.gr_mem) <= {user.pw_name}
 
 
-def _protection(passphrase: bytes | None) -> KeySerializationEncryption:
+def protection(passphrase: bytes | None) -> KeySerializationEncryption:
+    """How a private key is written; refuses an empty passphrase (InvalidParameter, DP073)."""
     if passphrase is None:
         return NoEncryption()
     if not passphrase:
@@ -155,7 +207,8 @@ def _write_new(place: Path, data: bytes, mode: int) -> None:
         os.fsync(descriptor)
 
 
-def _read_private(place: Path) -> bytes:
+def read_private_file(place: Path) -> bytes:
+    """The bytes of a private file, which nobody but this user can read or replace; raises as :func:`load_key`."""
     try:
         # O_NOFOLLOW and fstat on the descriptor: what was checked is what is read. O_NONBLOCK: a FIFO must not wait.
         descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -172,7 +225,7 @@ def _read_private(place: Path) -> bytes:
             os.pread(descriptor, MAX_KEY_BYTES, 0).decode("latin-1")
         ):  # before "chmod 600" misleads
             raise Unreadable(
-                f"{place} is a public key, and signing needs the private one",
+                f"{place} is a public key, and the private one is needed",
                 hint="name the file of the key, without .pub",
             )
         _check_folder(place)
@@ -185,7 +238,4 @@ def _read_private(place: Path) -> bytes:
             )
         if status.st_size > MAX_KEY_BYTES:
             raise Unreadable(f"{place} has {status.st_size} bytes; a key has less than {MAX_KEY_BYTES}")
-        data = file.read(MAX_KEY_BYTES + 1)
-    if b"PRIVATE KEY" not in data:
-        raise Unreadable(f"{place} is not a private key in PKCS#8 PEM", hint="make keys with dpbudget")
-    return data
+        return file.read(MAX_KEY_BYTES + 1)

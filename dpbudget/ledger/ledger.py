@@ -16,13 +16,12 @@ import os
 import secrets
 import weakref
 from contextlib import ExitStack
-from fractions import Fraction
 from functools import partial
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self, cast
 
 from dpbudget.errors import InvalidParameter, StorageFailed, Tampered
-from dpbudget.ledger.admission import admit_plan, check_frozen, check_owner, out_of, seal_record
+from dpbudget.ledger.admission import admit_plan, check_frozen, check_lowering, check_owner, out_of, seal_record
 from dpbudget.ledger.entries import NOTES
 from dpbudget.ledger.head import Head, verifier_key
 from dpbudget.ledger.high_water import HighWater
@@ -30,6 +29,7 @@ from dpbudget.ledger.journal import CheckedReading, Draft, Journal, check_writer
 from dpbudget.ledger.rekey import change_key
 from dpbudget.ledger.requests import apply_request, request_budget, request_plan
 from dpbudget.ledger.run import Run
+from dpbudget.ledger.sealed import SealedKeys
 from dpbudget.ledger.signing import PublicKey, Signer, check_signer
 from dpbudget.ledger.state import LedgerState, SpendingFilter
 from dpbudget.ledger.store import files
@@ -319,7 +319,7 @@ class Ledger:
         state = self.refresh()
         check_frozen(state, self._arithmetic())
         allowances = self._allowances(state, budget)
-        _check_lowering(state, budget, allowances)
+        check_lowering(state, budget, allowances)
         return request_budget(state, budget, allowances)
 
     def apply_request(self, signed: bytes) -> str | None:
@@ -357,7 +357,7 @@ class Ledger:
         if (state.portfolios, state.grants) != (seen.portfolios, seen.grants):
             return False
         allowances = self._allowances(state, budget)
-        _check_lowering(state, budget, allowances)
+        check_lowering(state, budget, allowances)
         seal = partial(seal_record, owner)
         draft.add("budget", seal=seal, epsilon=budget.epsilon, delta=budget.delta, allowances=allowances)
         return True
@@ -395,23 +395,36 @@ class Ledger:
             )
         return self._filter
 
-    def start(self, run: str | Plan, *, meter: Meter | None = None, lease_steps: int | None = None) -> Run:
+    def start(
+        self,
+        run: str | Plan,
+        *,
+        meter: Meter | None = None,
+        lease_steps: int | None = None,
+        keep_keys: SealedKeys | None = None,
+    ) -> Run:
         """The run of a signed plan, from its first step that is not charged yet.
 
         Args:
             run: a run id, or a plan: then its newest run with steps left.
             meter: live epsilon.
             lease_steps: steps charged together; the default follows from the plan alone.
+            keep_keys: whoever opens this file can remove all noise: it keeps the noise keys, sealed to an auditor.
 
         Raises:
             InvalidParameter: no such plan was signed (DP081).
+            UnsafeKeyFile: others could read what ``keep_keys`` writes (DP073).
         """
         run_id = run if isinstance(run, str) else self._run_of(run)
         if run_id not in self.state.runs:
             self.refresh()
         if run_id not in self.state.runs:
             raise InvalidParameter(f"the ledger has no run {run_id[:80]!r}", code="DP081", hint="sign the plan first")
-        started = Run(self._journal, run_id, filter=self._filter, meter=meter, lease_steps=lease_steps)
+        if keep_keys is not None:
+            keep_keys.prepare()
+        started = Run(
+            self._journal, run_id, filter=self._filter, meter=meter, lease_steps=lease_steps, keep_keys=keep_keys
+        )
         self._runs.add(started)
         return started
 
@@ -480,26 +493,3 @@ def _first_portfolio(budget: Budget, whole_budget: bool) -> dict[str, Any]:
 def _renyi_record(filter: SpendingFilter, budget: Budget) -> dict[str, Any]:
     terms = filter.renyi_terms(budget)
     return {"orders": terms.orders, "shares": terms.shares, "allowances": terms.allowances}
-
-
-def _check_lowering(state: LedgerState, budget: Budget, allowances: tuple[float, ...] | None) -> None:
-    """Refuse totals below what is in use, with the least that would do."""
-    if state.account is not None:
-        account = state.account.copy()
-        account.grant(allowances or (), budget.delta)
-        if not account.fits:
-            raise InvalidParameter(
-                f"epsilon {budget.epsilon:g} at delta {budget.delta:g} is below what is spent at every Renyi order",
-                code="DP052",
-                hint="lower it less; what is spent cannot be taken back",
-            )
-        return
-    taken = state.epsilon - out_of(state.remaining_epsilon), state.delta - out_of(state.remaining_delta)
-    used = [Fraction(state.epsilon) - state.remaining_epsilon, Fraction(state.delta) - state.remaining_delta]
-    if Fraction(budget.epsilon) < used[0] or Fraction(budget.delta) < used[1]:
-        raise InvalidParameter(
-            f"totals of epsilon {budget.epsilon:g} and delta {budget.delta:g} are below what the portfolios take: "
-            f"epsilon {taken[0]:.10g}, delta {taken[1]:.10g}",
-            code="DP052",
-            hint="lower it to no less; what is spent or promised to a portfolio cannot be taken back",
-        )

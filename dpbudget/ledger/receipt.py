@@ -6,80 +6,17 @@ process that took the lease, and never prints or pickles its key.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import os
-import weakref
 from dataclasses import dataclass, field
 from typing import NoReturn
 
 from dpbudget.errors import ReceiptSpent
 from dpbudget.grid import Grid, grid_for
+from dpbudget.ledger.noise_keys import SecretKey
 from dpbudget.mechanisms import Adjacency
 from dpbudget.plan import NoiseMode
 
-_live_keys: weakref.WeakSet[LeaseKey] = weakref.WeakSet()
-
-
-class LeaseKey:
-    """The 32-byte key K_run of one process and one lease, from ``os.urandom``.
-
-    Its commitment stands in the lease record. The key leaves the process in no form: a crash loses it, a fork drops it,
-    ``repr`` and pickling refuse it. Overwriting on :meth:`wipe` is best effort, since Python may have copied it.
-    """
-
-    # What an interrupt in the middle of __init__ leaves for __del__.
-    _key: bytearray | None = None
-
-    def __init__(self) -> None:
-        self._key = bytearray(os.urandom(32))
-        self._pid = os.getpid()
-        _live_keys.add(self)
-
-    @property
-    def commitment(self) -> str:
-        """SHA-256("dpbudget/lease-key/v1" || 0x00 || K_run), 64 hexadecimal digits; hiding, since K_run is uniform."""
-        return hashlib.sha256(b"dpbudget/lease-key/v1\0" + self.reveal()).hexdigest()
-
-    def reveal(self) -> bytes:
-        """The key, for derivation only; raises ReceiptSpent (DP076) in a forked process and after :meth:`wipe`."""
-        if os.getpid() != self._pid:
-            self.wipe()
-            raise ReceiptSpent(
-                f"noise key of process {self._pid} asked for in process {os.getpid()}",
-                code="DP076",
-                hint="open the ledger in the process that trains; a fork would repeat its parent's noise",
-            )
-        held = self._key
-        found = b"" if held is None else bytes(held)
-        if held is None or self._key is not held:  # erased, perhaps while it was copied
-            raise ReceiptSpent("the noise key of this lease was erased", code="DP076", hint="take the next receipt")
-        return found
-
-    def wipe(self) -> None:
-        """Overwrite and drop the key (best effort)."""
-        # Dropped first: an interrupt in between must not leave a key of zeros that works.
-        held, self._key = self._key, None
-        if held is not None:
-            held[:] = bytes(len(held))
-
-    def __del__(self) -> None:
-        # A key lives as long as its run's current lease or a receipt of it, and no longer.
-        self.wipe()
-
-    def __repr__(self) -> str:
-        return "<LeaseKey: hidden>"
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a lease key is never pickled or copied: a second holder would repeat its noise")
-
-
-def _drop_keys_in_child() -> None:
-    for key in list(_live_keys):
-        key.wipe()
-
-
-os.register_at_fork(after_in_child=_drop_keys_in_child)
+#: The purposes of a step; after both of them its key is good for nothing.
+_RELEASE = frozenset({"sampling", "grad-noise"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +37,7 @@ class Receipt:
         plan_digest: SHA-256 of the signed plan statement.
         lease_nonce: 32 public random bytes of the lease.
         fresh: 16 bytes drawn from the operating system after the commit; they stand in the settle record.
-        key: the lease's secret key.
+        key: the step's secret key; erased once both noise and sampling were derived from it, and with the receipt.
     """
 
     run_id: str
@@ -116,7 +53,7 @@ class Receipt:
     plan_digest: str
     lease_nonce: bytes
     fresh: bytes
-    key: LeaseKey = field(repr=False)
+    key: SecretKey = field(repr=False)
     _used: dict[str, object] = field(default_factory=dict, repr=False)
 
     @property
@@ -135,20 +72,29 @@ class Receipt:
         return grid_for(self.noise_multiplier, self.max_parameters)
 
     def use(self, purpose: str) -> bytes:
-        """Mark the receipt as used for ``purpose`` and return the lease key for the derivation.
+        """Mark the receipt as used for ``purpose`` and return the step's key for the derivation.
 
         Raises:
-            ReceiptSpent: the receipt was used for this purpose before (DP077) or in a forked process (DP076).
+            ReceiptSpent: the receipt was used for this purpose before (DP077), its key was erased with its run, or this
+                is a forked process (DP076).
         """
+        self.key.check_process()
+        if purpose in self._used:
+            raise self._spent(purpose)
         key = self.key.reveal()
         # One atomic operation: of two threads that ask at once, one is refused.
         mine = object()
         if self._used.setdefault(purpose, mine) is not mine:
-            raise ReceiptSpent(
-                f"receipt of step {self.step} of run {self.run_id} was already used for {purpose}",
-                hint="take a new receipt for every release; the same noise on two gradients cancels",
-            )
+            raise self._spent(purpose)
+        if self._used.keys() >= _RELEASE:
+            self.key.wipe()
         return key
+
+    def _spent(self, purpose: str) -> ReceiptSpent:
+        return ReceiptSpent(
+            f"receipt of step {self.step} of run {self.run_id} was already used for {purpose}",
+            hint="take a new receipt for every release; the same noise on two gradients cancels",
+        )
 
     def was_used(self, purpose: str) -> bool:
         """Whether :meth:`use` was called for ``purpose``."""
@@ -156,9 +102,3 @@ class Receipt:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a receipt is never pickled or copied: it works once, in one process")
-
-
-def commitment_matches(commitment: str, key: bytes) -> bool:
-    """Whether a revealed key is the one that a lease committed to (constant time)."""
-    expected = hashlib.sha256(b"dpbudget/lease-key/v1\0" + key).hexdigest()
-    return hmac.compare_digest(expected, commitment)

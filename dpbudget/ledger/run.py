@@ -18,13 +18,16 @@ from dpbudget.errors import BudgetExceeded, InvalidParameter, PlanExhausted, Pri
 from dpbudget.ledger.admission import out_of
 from dpbudget.ledger.claims import portfolio_claim
 from dpbudget.ledger.journal import Draft, Journal
-from dpbudget.ledger.receipt import LeaseKey, Receipt
+from dpbudget.ledger.noise_keys import LeaseKey, Lifetime, StepKeys
+from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.renyi import steps_that_fit
+from dpbudget.ledger.sealed import SealedKeys
 from dpbudget.ledger.state import LedgerState, Portfolio, RunState, SpendingFilter
 from dpbudget.meter import Meter
 from dpbudget.plan import Plan
 
-MAX_LEASE_STEPS = 64
+#: Most steps of a lease where the caller names no number, and where they do: the keys of its steps are kept ready.
+MAX_LEASE_STEPS, MOST_LEASE_STEPS = 64, 1 << 16
 
 
 def default_lease_steps(steps: int) -> int:
@@ -44,7 +47,7 @@ class _Held:
     first: int
     end: int
     nonce: bytes
-    key: LeaseKey
+    keys: StepKeys
     # Taking a step is one call, so that neither a thread nor a signal handler between two instructions gets it again.
     steps: Iterator[int]
 
@@ -80,15 +83,17 @@ class Run:
         filter: SpendingFilter | None,
         meter: Meter | None,
         lease_steps: int | None,
+        keep_keys: SealedKeys | None = None,
     ) -> None:
         state = journal.state.runs[run_id]
         self._run_id, self._plan, self.meter = run_id, state.plan, meter
         self._digest = state.statement
-        self._journal, self._filter = journal, filter
+        self._journal, self._filter, self._keep = journal, filter, keep_keys
         self._lease_steps = default_lease_steps(self.planned) if lease_steps is None else lease_steps
-        if not 1 <= self._lease_steps <= self.planned:
+        if not 1 <= self._lease_steps <= min(self.planned, MOST_LEASE_STEPS):
             raise InvalidParameter(
-                f"a lease of {self._lease_steps} steps; it must hold 1 to {self.planned}", hint="leave lease_steps out"
+                f"a lease of {self._lease_steps} steps; it must hold 1 to {min(self.planned, MOST_LEASE_STEPS)}",
+                hint="leave lease_steps out",
             )
         self._held: _Held | None = None
         self._issued: list[_Issued] = []
@@ -148,7 +153,7 @@ class Run:
         Raises:
             PlanExhausted: every planned step is charged (DP050).
             BudgetExceeded: the first lease of a portfolio does not fit the budget (DP052).
-            StorageFailed: the charge could not be made durable; nothing may be released (DP075).
+            StorageFailed: the charge could not be made durable, or the key not kept; nothing may be released (DP075).
             ReceiptSpent: this process was forked from the one that started the run (DP076).
             PrivacyViolation: the run is closed (DP078).
         """
@@ -256,13 +261,23 @@ class Run:
             plan_digest=self._digest,
             lease_nonce=held.nonce,
             fresh=fresh,
-            key=held.key,
+            key=held.keys.take(step - held.first),
         )
 
     def _take_lease(self) -> _Held:
-        nonce, key = os.urandom(32), LeaseKey()
-        # Before the lease exists, so that whoever closes the run or the ledger from now on wipes it.
-        self._journal.keys.setdefault(self.run_id, weakref.WeakSet()).add(key)
+        lifetime = Lifetime()
+        # Before the lease exists, so that whoever closes the run or the ledger from now on ends its keys.
+        self._journal.keys.setdefault(self.run_id, weakref.WeakSet()).add(lifetime)
+        nonce, key = os.urandom(32), LeaseKey(lifetime)
+        if self._keep is not None:
+            # Before the lease: a key that could not be kept costs nothing.
+            self._keep.keep(
+                "lease-key",
+                ledger=self._journal.state.genesis.ledger_id,
+                run=self.run_id,
+                commitment=key.commitment,
+                key=key.reveal(),
+            )
         taken: _Held | None = None
         while taken is None:
             state = self._journal.state
@@ -271,8 +286,9 @@ class Run:
             claim = None if seen is None or seen.frozen else self._joint_claim(state, seen)
             taken = self._journal.transact(partial(self._write_lease, seen, claim, nonce, key))
         self._issued, self._held = [], taken
+        key.wipe()  # the keys of the steps are made, and nothing leads back from one to those before it
         if self._closed:  # by a signal handler meanwhile
-            key.wipe()
+            lifetime.end()
             self._guard()
         return taken
 
@@ -315,7 +331,7 @@ class Run:
             count=count,
             claim=claim,
         )
-        return _Held(first, first + count, nonce, key, iter(range(first, first + count)))
+        return _Held(first, first + count, nonce, key.ratchet(count), iter(range(first, first + count)))
 
     def _steps_with_room(self, state: LedgerState, most: int) -> int:
         """Steps of the next lease of a run in an rdp ledger: as many as some order has room for."""

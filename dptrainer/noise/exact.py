@@ -46,10 +46,17 @@ class ExactNoise:
         released = check_form(clipped)
         check_size(released.values(), receipt.max_parameters)
         check_integers(released, clipped.grid, receipt.grid)
-        add_rounded_(released.values(), step_key(receipt, Purpose.GRAD_NOISE), receipt.grid.log2_width)
-        unit = receipt.grid.unit(clipped.sensitivity)
-        lengths = {name: one.double().mul_(unit) for name, one in released.items()}
-        return NoisySum(*({name: lengths[name] for name in part} for part in (clipped.grads, clipped.statistics)))
+        return add_exactly(clipped, receipt.grid, step_key(receipt, Purpose.GRAD_NOISE))
+
+
+def add_exactly(clipped: ClippedSum, grid: Grid, key: bytes) -> NoisySum:
+    """Integer sums with the noise of a step key, as gradients; the tensors of ``clipped`` are used up."""
+    add_rounded_((*clipped.grads.values(), *clipped.statistics.values()), key, grid.log2_width)
+    unit = grid.unit(clipped.sensitivity)
+    both = (
+        {name: one.double().mul_(unit) for name, one in part.items()} for part in (clipped.grads, clipped.statistics)
+    )
+    return NoisySum(*both)
 
 
 def check_integers(sums: Mapping[str, Tensor], grid: Grid | None, wanted: Grid) -> None:

@@ -28,7 +28,7 @@ class SecureNoise:
     """Gaussian noise from the step key of a receipt: ChaCha20, 64 radius bits (``secure`` in a plan).
 
     Guarantee: the released vector is ``sum + N(0, (noise_multiplier C)^2 I)`` truncated as docs/adr/0002 charges, with
-    randomness that no one without the lease key can tell from uniform (ChaCha20 and HKDF as pseudo-random functions),
+    randomness that no one without the step's key can tell from uniform (ChaCha20 and HKDF as pseudo-random functions),
     up to floating-point rounding. Parameter i of the sum, in order, takes the noise stream i; statistics come after the
     last parameter.
     """

@@ -76,13 +76,13 @@ class SecurePass:
     """The noise of one pass of :class:`SecureTreeNoise`. Whatever fails ends it: its receipt pays for nothing more."""
 
     def __init__(self, receipt: Receipt, steps: int, *, averaged: bool) -> None:
-        self._receipt, self._steps, self._taken = receipt, steps, 0
+        self._receipt, self._steps, self._taken, self._over = receipt, steps, 0, False
         self._nodes = averaged_nodes if averaged else plain_nodes
         self._last: list[Weighted] = []
         self._node_std = node_scale(receipt.noise_multiplier, receipt.clip_norm, steps)
         self._layout: list[tuple[str, torch.Size]] | None = None
-        # Derived once, since a receipt works once; kept no longer than the pass lasts.
-        self._key: bytearray | None = bytearray(step_key(receipt, Purpose.GRAD_NOISE))
+        # Derived once, since a receipt works once; kept no longer than the pass and the run last.
+        self._key = receipt.key.beside(step_key(receipt, Purpose.GRAD_NOISE))
 
     @property
     def std(self) -> float:
@@ -111,22 +111,21 @@ class SecurePass:
 
     def close(self) -> None:
         """Overwrite and drop the key (best effort, since Python may have copied it); idempotent."""
-        held, self._key = self._key, None
-        if held is not None:
-            held[:] = bytes(len(held))
+        self._over = True
+        self._key.wipe()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("the noise of a pass is never pickled or copied: a second holder would repeat it")
 
     def _usable_key(self) -> bytes:
-        self._receipt.key.reveal()  # refuses in a forked process and after the run was closed
-        if self._key is None or self._taken == self._steps:
+        self._key.check_process()
+        if self._over or self._taken == self._steps:
             raise ReceiptSpent(
                 f"the pass that step {self._receipt.step} of run {self._receipt.run_id} pays for is over, after "
                 f"{self._taken} of {self._steps} steps",
                 hint="take a new receipt; a pass that was broken off stays charged and is not continued",
             )
-        return bytes(self._key)
+        return self._key.reveal()
 
     def _check(self, clipped: ClippedSum) -> None:
         check_releasable(clipped, self._receipt)

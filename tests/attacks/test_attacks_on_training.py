@@ -44,7 +44,8 @@ from trainkit import begin, new_model, same, some_data, train
 
 import dptrainer.base
 from dpbudget.errors import PlanExhausted, PrivacyViolation, Tampered
-from dpbudget.ledger.receipt import Receipt, commitment_matches
+from dpbudget.ledger.noise_keys import LeaseKey, StepKeys, commitment_matches, run_ratchet
+from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.store.jsonl import read_export
 from dptrainer import PrivateTrainer, SecureNoise, load_checkpoint, make_engine, make_private, save_checkpoint
 from dptrainer.clipping import policy
@@ -305,8 +306,17 @@ def _replayed(receipt: Receipt, key: bytes, sums: dict[str, torch.Tensor]) -> st
     return output_digest(NoisySum(noisy))
 
 
-def test_attack_26_a_replay_with_a_mutated_example_and_the_same_noise_has_another_digest(tmp_path: Path) -> None:
-    path = tmp_path / "ledger"
+def test_attack_26_a_replay_with_a_mutated_example_and_the_same_noise_has_another_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, leases = tmp_path / "ledger", list[bytes]()
+
+    class Seen(LeaseKey):
+        def ratchet(self, count: int) -> StepKeys:
+            leases.append(self.reveal())
+            return super().ratchet(count)
+
+    monkeypatch.setattr("dpbudget.ledger.run.LeaseKey", Seen)
     ledger, run = begin(path, 1)
     noise = Kept()
     train(new_model(), run, noise=noise, record_outputs=True)
@@ -314,7 +324,8 @@ def test_attack_26_a_replay_with_a_mutated_example_and_the_same_noise_has_anothe
     ((receipt, key, sums),) = noise.steps
     records = [json.loads(entry.line) for entry in read_export(export(path)).entries]
     (settle,), (lease,) = ([r for r in records if r["type"] == kind] for kind in ("settle", "lease"))
-    assert commitment_matches(lease["commitment"], key)
+    assert commitment_matches(lease["commitment"], leases[0])
+    assert run_ratchet(leases[0], 1) == key
     assert settle["fresh"] == receipt.fresh.hex()
     assert _replayed(receipt, key, sums) == settle["output"]
 

@@ -257,6 +257,11 @@ def test_every_example_of_every_help_page_runs(run_cli: Cli, folder: Path, words
         assert run_cli("key", "sign", "plan.request", "plan.signed", *key).code == 0
     if words == ("ledger", "prove"):
         line = line.replace("3f9c", run_cli("ledger", "runs", "budget.ledger", "--json").json["runs"][0]["run"][:8])
+    if words == ("key", "replay"):
+        assert run_cli("key", "new", "auditor.key", "--auditor").code == 0
+        kept = ("--keep-keys", "noise.sealed", "--auditor", "auditor.key.pub")
+        assert run_cli(*shlex.split(TRAIN), *kept).code == 0
+        line = line.replace(" b.ledger", " budget.ledger")
     answer = run_cli(*shlex.split(line)[1:])
     assert answer.code == 0, answer.err
 

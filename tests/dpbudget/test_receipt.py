@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
+import hmac
 import os
 import pickle
 
 import pytest
 
 from dpbudget.errors import ReceiptSpent
-from dpbudget.ledger.receipt import LeaseKey, Receipt, commitment_matches
+from dpbudget.ledger.noise_keys import LeaseKey, commitment_matches
+from dpbudget.ledger.receipt import Receipt
 from dpbudget.mechanisms import Adjacency
 
 
@@ -32,13 +35,27 @@ def test_a_receipt_works_once_for_each_purpose():
     assert not receipt.was_used("init")
 
 
+def test_the_key_of_a_receipt_is_erased_when_noise_and_sampling_are_derived():
+    for order in (["sampling", "grad-noise"], ["grad-noise", "sampling"]):
+        receipt = make_receipt()
+        held = receipt.key._key
+        receipt.use(order[0])
+        assert any(held)
+        receipt.use(order[1])
+        assert held == bytes(32)
+        for purpose, code in ((order[0], "DP077"), ("tie-break", "DP076")):
+            with pytest.raises(ReceiptSpent) as caught:
+                receipt.use(purpose)
+            assert caught.value.code == code
+
+
 def test_the_divisor_comes_from_the_public_nominal_size():
     assert make_receipt().expected_batch_size == 25.0
 
 
 def test_a_receipt_and_its_key_are_never_copied_or_pickled():
     receipt = make_receipt()
-    for value in (receipt, receipt.key):
+    for value in (receipt, receipt.key, LeaseKey().ratchet(2)):
         for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
             with pytest.raises(TypeError, match="never pickled or copied"):
                 attempt(value)
@@ -66,6 +83,50 @@ def test_an_erased_key_gives_nothing():
     key.wipe()
     with pytest.raises(ReceiptSpent, match="erased"):
         key.reveal()
+
+
+def test_the_ratchet_is_hmac_of_the_key_before_and_gives_each_step_once():
+    key = LeaseKey()
+    link, expected = key.reveal(), []
+    for _ in range(5):
+        expected.append(hmac.new(link, b"step", hashlib.sha256).digest())
+        link = hmac.new(link, b"next", hashlib.sha256).digest()
+    keys = key.ratchet(5)
+    buffer = keys._key
+    assert [keys.take(offset).reveal() for offset in (2, 0, 1, 4, 3)] == [expected[i] for i in (2, 0, 1, 4, 3)]
+    assert buffer == bytes(160)
+    for taken in (0, 4, 5):  # and what was never there
+        with pytest.raises(ReceiptSpent) as caught:
+            keys.take(taken)
+        assert caught.value.code == "DP077"
+
+
+def test_what_ends_erases_its_secrets_and_those_that_come_too_late():
+    key = LeaseKey()
+    keys, derived = key.ratchet(2), key.beside(b"\x07" * 32)
+    taken = keys.take(0)
+    buffers = [secret._key for secret in (key, keys, derived, taken)]
+    key.lifetime.end()
+    key.lifetime.end()
+    assert [any(buffer) for buffer in buffers] == [False] * 4
+    late = derived.beside(b"\x08" * 32)
+    for secret in (key, derived, taken, late):
+        with pytest.raises(ReceiptSpent, match="erased") as caught:
+            secret.reveal()
+        assert caught.value.code == "DP076"
+    with pytest.raises(ReceiptSpent, match="erased"):
+        keys.take(1)
+
+
+def test_a_secret_that_nobody_holds_is_overwritten_and_forgotten():
+    key = LeaseKey()
+    derived = key.beside(b"\x07" * 32)
+    buffer, lifetime = derived._key, key.lifetime
+    assert len(lifetime._secrets) == 2
+    del derived
+    gc.collect()
+    assert buffer == bytes(32)
+    assert len(lifetime._secrets) == 1
 
 
 def test_two_keys_are_never_equal():

@@ -20,7 +20,8 @@ from dpbudget.errors import InvalidParameter, PrivacyViolation, ReceiptSpent, St
 from dpbudget.ledger.entries import read
 from dpbudget.ledger.journal import replay
 from dpbudget.ledger.ledger import Ledger
-from dpbudget.ledger.receipt import LeaseKey, Receipt
+from dpbudget.ledger.noise_keys import LeaseKey
+from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dpbudget.ledger.store.reader import read_ledger
 
@@ -31,6 +32,8 @@ PLACES = {
     ("run.py", "_write_issued"),
     ("run.py", "close"),
     ("run.py", "_write_close"),
+    ("noise_keys.py", "ratchet"),
+    ("noise_keys.py", "take"),
     ("journal.py", "transact"),
     ("sqlite.py", "transaction"),
     ("sqlite.py", "_begin"),

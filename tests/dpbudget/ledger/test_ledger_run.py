@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import hashlib
+import hmac
 import json
 import os
 import pickle
@@ -32,7 +33,8 @@ from dpbudget.errors import (
 from dpbudget.ledger import run as run_module
 from dpbudget.ledger.entries import read
 from dpbudget.ledger.ledger import Ledger
-from dpbudget.ledger.receipt import Receipt, commitment_matches
+from dpbudget.ledger.noise_keys import LeaseKey, commitment_matches, run_ratchet
+from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import MAX_LEASE_STEPS, Run, default_lease_steps
 from dpbudget.ledger.store.reader import read_ledger
 from dpbudget.meter import Meter
@@ -41,6 +43,19 @@ from dpbudget.plan import Phase, rate_from_float
 
 def records(ledger: Ledger, kind: str) -> list[dict[str, Any]]:
     return [record for entry in snapshot_of(ledger).entries if (record := read(entry.line))["type"] == kind]
+
+
+def lease_keys(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The first key of every lease that is taken from now on."""
+    kept: list[bytes] = []
+
+    class Kept(LeaseKey):
+        def __init__(self, *facts: Any) -> None:
+            super().__init__(*facts)
+            kept.append(self.reveal())
+
+    monkeypatch.setattr(run_module, "LeaseKey", Kept)
+    return kept
 
 
 def started(steps: int = 4, *, path: Path | None = None, **options: Any) -> tuple[Ledger, Run]:
@@ -76,19 +91,23 @@ def test_a_receipt_carries_the_facts_of_the_signed_plan() -> None:
     assert third.adjacency == plan.adjacency
 
 
-def test_the_lease_on_disk_commits_to_the_key_and_the_nonce_of_its_receipts() -> None:
+def test_the_lease_on_disk_commits_to_the_key_and_the_nonce_of_its_receipts(monkeypatch: pytest.MonkeyPatch) -> None:
+    first_keys = lease_keys(monkeypatch)
     ledger, run = started(4, lease_steps=2)
     receipts = [run.next_receipt() for _ in range(4)]
     keys = [receipt.use("grad-noise") for receipt in receipts]
     leases = records(ledger, "lease")
     assert [lease["first"] for lease in leases] == [0, 2]
-    for receipt, key in zip(receipts, keys, strict=True):
-        lease = leases[receipt.step // 2]
-        assert receipt.lease_nonce.hex() == lease["nonce"]
+    for lease, key in zip(leases, first_keys, strict=True):
         assert commitment_matches(lease["commitment"], key)
         assert hashlib.sha256(b"dpbudget/lease-key/v1\0" + key).hexdigest() == lease["commitment"]
-    assert keys[0] == keys[1] != keys[2] == keys[3]
-    assert len({receipt.fresh for receipt in receipts}) == 4
+    for receipt, key in zip(receipts, keys, strict=True):
+        assert receipt.lease_nonce.hex() == leases[receipt.step // 2]["nonce"]
+        link = first_keys[receipt.step // 2]
+        for _ in range(receipt.step % 2):
+            link = hmac.new(link, b"next", hashlib.sha256).digest()
+        assert key == hmac.new(link, b"step", hashlib.sha256).digest()
+    assert len(set(keys)) == len({receipt.fresh for receipt in receipts}) == 4
 
 
 def test_fresh_bytes_are_drawn_after_the_lease_is_committed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +343,7 @@ def test_closing_a_run_ends_its_receipts() -> None:
     assert caught.value.code == "DP078"
 
 
-def test_the_key_of_a_used_lease_dies_with_its_last_receipt() -> None:
+def test_the_key_of_a_step_dies_with_its_receipt_and_what_nobody_holds_is_forgotten() -> None:
     _, run = started(4, lease_steps=1)
     old = run.next_receipt()
     key = old.key
@@ -335,6 +354,44 @@ def test_the_key_of_a_used_lease_dies_with_its_last_receipt() -> None:
     gc.collect()
     assert buffer == bytes(32)
     assert len(run._journal.keys[run.run_id]) == 1
+
+
+def test_a_step_leaves_nothing_of_its_key_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    first_keys = lease_keys(monkeypatch)
+    _, run = started(4, lease_steps=4)
+    first = run.next_receipt()
+    assert run._held is not None
+    ready = run._held.keys._key
+    assert ready is not None
+    made = bytes(run_ratchet(first_keys[0], 4))
+    assert (first.key.reveal(), ready[:32], ready[32:]) == (made[:32], bytes(32), made[32:])
+    second = run.next_receipt()
+    assert (second.key.reveal(), ready[:64], ready[64:]) == (made[32:64], bytes(64), made[64:])
+    assert len(first.use("grad-noise")) == 32  # a receipt that outlives the next one still pays for its step
+    run.close()
+    assert ready == bytes(128)
+
+
+def test_the_first_key_of_a_lease_is_erased_before_the_first_receipt_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[LeaseKey] = []
+
+    class Seen(LeaseKey):
+        def __init__(self, *facts: Any) -> None:
+            super().__init__(*facts)
+            made.append(self)
+            self.buffer = self._key
+
+    monkeypatch.setattr(run_module, "LeaseKey", Seen)
+    _, run = started(4, lease_steps=2)
+    receipt = run.next_receipt()
+    assert made[0]._key is None
+    assert made[0].buffer == bytes(32)  # type: ignore[attr-defined]
+    assert any(receipt.key.reveal())
+
+
+def test_a_lease_of_more_steps_than_keys_are_kept_for_is_refused() -> None:
+    with pytest.raises(InvalidParameter, match="must hold 1 to 65536"):
+        started(10**6, lease_steps=65537)
 
 
 def test_receipts_and_keys_are_never_copied() -> None:

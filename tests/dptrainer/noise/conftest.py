@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from dpbudget.ledger.receipt import LeaseKey, Receipt
+from dpbudget.ledger.noise_keys import LeaseKey
+from dpbudget.ledger.receipt import Receipt
 from dpbudget.mechanisms import Adjacency
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from scipy import special
 
 from dpbudget.errors import ReceiptSpent
-from dpbudget.ledger.receipt import LeaseKey, Receipt
+from dpbudget.ledger.noise_keys import LeaseKey
+from dpbudget.ledger.receipt import Receipt
 from dptrainer import sampling
 from dptrainer._binomial import _floors, binomial_counts, distribution_floors
 from dptrainer.noise.chacha import keystream

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpbudget.errors import PrivacyViolation, ReceiptSpent
-from dpbudget.ledger.receipt import LeaseKey, Receipt
+from dpbudget.ledger.noise_keys import LeaseKey
+from dpbudget.ledger.receipt import Receipt
 from dptrainer.noise import native
 from dptrainer.noise.gaussian import standard_gaussian
 from dptrainer.noise.keys import Purpose, step_key

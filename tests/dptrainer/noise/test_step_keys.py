@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from dpbudget.errors import ReceiptSpent
-from dpbudget.ledger.receipt import LeaseKey, Receipt
+from dpbudget.ledger.noise_keys import LeaseKey
+from dpbudget.ledger.receipt import Receipt
 from dptrainer.noise.keys import Purpose, encode_info, step_key
 
 NewReceipt = Callable[..., Receipt]

@@ -1,0 +1,86 @@
+"""Replay of single steps by an auditor: the batch from its sampling key, the output from its noise key.
+
+The step keys come from :meth:`dpbudget.RunReplay.step_key`, or from a file that ``dpbudget key replay`` wrote. Only
+someone who is cleared for the raw data may have either of them. A replayed output is the one that was released: it
+costs no budget, and nothing but a comparison should become of it.
+
+Guarantee: :func:`output_matches` is True only if this clipped sum with the noise of this key is, bit for bit, what the
+ledger has the hash of. The clipped sum must be computed as the trainer did: same code, types, device and physical
+batches, since floating-point sums depend on them. Integer sums of ``exact`` plans depend on the records alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dpbudget.errors import InvalidParameter, Unreadable
+from dpbudget.ledger.replay import StepKey
+from dpbudget.ledger.step_keys import Purpose
+from dptrainer.noise.exact import add_exactly
+from dptrainer.noise.gaussian import add_gaussians_
+from dptrainer.noise.source import noise_scale
+from dptrainer.sampling import Indices, poisson_indices
+from dptrainer.update import output_digest
+from dptrainer.values import ClippedSum, NoisySum
+
+
+def replayed_batch(step: StepKey, population: int) -> Indices:
+    """The records that were in the batch, increasing int64 indices below ``population``.
+
+    Args:
+        step: a key of purpose ``sampling``.
+        population: number of records of the dataset, which is private.
+
+    Raises:
+        InvalidParameter: the key is of another purpose (DP060).
+    """
+    _check_purpose(step, Purpose.SAMPLING)
+    return poisson_indices(step.key, step.rate_k, population)
+
+
+def replayed_output(step: StepKey, clipped: ClippedSum) -> NoisySum:
+    """The clipped sum with the noise of the step; ``clipped`` stays as it is.
+
+    Args:
+        step: a key of purpose ``grad-noise``.
+        clipped: what the clipping engine makes of the step's batch, at the weights that the step began with.
+
+    Raises:
+        InvalidParameter: the key is of another purpose (DP060).
+    """
+    _check_purpose(step, Purpose.GRAD_NOISE)
+    grads = {name: total.detach().clone() for name, total in clipped.grads.items()}
+    statistics = {name: total.detach().clone() for name, total in clipped.statistics.items()}
+    if clipped.grid is not None:
+        return add_exactly(replace(clipped, grads=grads, statistics=statistics), clipped.grid, step.key)
+    std = noise_scale(step.noise_multiplier, step.clip_norm)
+    add_gaussians_((*grads.values(), *statistics.values()), step.key, std)
+    return NoisySum(grads, statistics)
+
+
+def output_matches(step: StepKey, clipped: ClippedSum) -> bool:
+    """Whether the clipped sum with the noise of the step is what was released.
+
+    For a step of :class:`~dptrainer.PrivateTrainer` or ``make_private``; a pass of ``TreeTrainer`` records a hash of
+    the hashes of its steps.
+
+    Raises:
+        InvalidParameter: the key is of another purpose (DP060).
+        Unreadable: the settle record has no hash to compare with (DP085).
+    """
+    if step.output is None:
+        raise Unreadable(
+            f"step {step.step} of run {step.run_id} was settled without a hash of its output",
+            code="DP085",
+            hint="train with record_outputs=True, so that there is something to compare with",
+        )
+    return output_digest(replayed_output(step, clipped)) == step.output
+
+
+def _check_purpose(step: StepKey, wanted: Purpose) -> None:
+    if step.purpose is not wanted:
+        raise InvalidParameter(
+            f"a step key of {step.purpose}, where one of {wanted} is needed",
+            code="DP060",
+            hint=f"open the step for the purpose {wanted}",
+        )
