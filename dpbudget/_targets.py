@@ -7,13 +7,13 @@ a true positive rate solved for here holds for the noise that is drawn.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from statistics import NormalDist
 from typing import Any
 
-from dpbudget._calibrate import _Draft, _draft, _load
+from dpbudget._calibrate import _Draft, _draft
 from dpbudget._checks import as_count, as_epsilon, as_noise_multiplier
 from dpbudget._guarantee import as_real
 from dpbudget._schedule import Schedule, make_schedule
@@ -21,6 +21,8 @@ from dpbudget._search import most_steps, smallest_noise
 from dpbudget._truncation import truncation_delta, truncation_factor_log
 from dpbudget.curve import Bounds, PrivacyCurve
 from dpbudget.errors import InvalidParameter, NotComputable
+from dpbudget.filters import PortfolioFilter
+from dpbudget.mechanisms import Adjacency
 from dpbudget.mechanisms.gaussian import MAX_NOISE_MULTIPLIER, MIN_NOISE_MULTIPLIER
 from dpbudget.plan import MAX_SIZE, Phase, Plan
 from dpbudget.risk import Profile, power_bound
@@ -32,13 +34,21 @@ class TailCurve(PrivacyCurve):
     """The profile of a composition together with the bounded tail of its noise.
 
     The upper end covers the tail; the lower end is that of the mechanism in real arithmetic.
+
+    Args:
+        ideal: the profile in real arithmetic.
+        parts: phases with the most values of bounded noise in a step of them.
+        replace: neighbours differ by the replacement of a record.
     """
 
-    def __init__(self, ideal: PrivacyCurve, phases: tuple[Phase, ...], bounded: int) -> None:
-        triples = [(phase.rate, phase.noise_multiplier, phase.steps) for phase in phases]
-        self._ideal = ideal
-        self._added = truncation_delta(triples, bounded)
-        self._log_factor = truncation_factor_log(sum(phase.steps for phase in phases), bounded)
+    def __init__(
+        self, ideal: PrivacyCurve, parts: Sequence[tuple[tuple[Phase, ...], int]], *, replace: bool = False
+    ) -> None:
+        self._ideal, self._added, self._log_factor = ideal, 0.0, 0.0
+        for phases, bounded in parts:
+            triples = [(phase.rate, phase.noise_multiplier, phase.steps) for phase in phases]
+            self._added += truncation_delta(triples, bounded, replace)
+            self._log_factor += truncation_factor_log(sum(phase.steps for phase in phases), bounded)
 
     def epsilon(self, delta: float) -> Bounds:
         """Epsilon at ``delta``; raises InvalidParameter (DP053) where delta does not cover the tail."""
@@ -59,8 +69,15 @@ class TailCurve(PrivacyCurve):
 
 def curve_of(plan: Plan) -> PrivacyCurve:
     """The certified profile of a plan, bounded noise tail included."""
-    ideal = _load(plan.claim.accountant).curve(plan.charges, plan.adjacency)
-    return TailCurve(ideal, plan.phases, plan.bounded_values)
+    return joint_curve_of((plan,))
+
+
+def joint_curve_of(plans: Sequence[Plan]) -> PrivacyCurve:
+    """The certified profile of plans of one adjacency that compose jointly, bounded noise tails included."""
+    charges = [charge for plan in plans for charge in plan.charges]
+    ideal = PortfolioFilter().accountant_for(plans).curve(charges, plans[0].adjacency)
+    parts = [(plan.phases, plan.bounded_values) for plan in plans]
+    return TailCurve(ideal, parts, replace=plans[0].adjacency is Adjacency.REPLACE_ONE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +112,8 @@ def calibrate_to_attack(
     def profile(sigma: float) -> Profile:
         phase = Phase(rate_k=schedule.rate_k, noise_multiplier=sigma, steps=schedule.steps)
         ideal = draft.accountant.curve([phase.charge], draft.adjacency)
-        return Profile(TailCurve(ideal, (phase,), draft.bounded_values).delta)
+        replaced = draft.adjacency is Adjacency.REPLACE_ONE
+        return Profile(TailCurve(ideal, [((phase,), draft.bounded_values)], replace=replaced).delta)
 
     sigma = _smallest(profile, goal, _guess(schedule, goal.mu))
     if sigma is None:

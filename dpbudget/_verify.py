@@ -80,16 +80,51 @@ def verify(
             code="DP060",
             hint="verify what everybody sees: pass the path; a ledger in memory is exported first",
         )
-    anchors = [*_parse_anchors(expect_head), *map(_anchor_of, checkpoints)]
     if witnesses and not checkpoints:
         raise InvalidParameter(
             "a witness cosigns a checkpoint, and none was given", code="DP064", hint="pass the checkpoint's file too"
         )
+    return examine(location, trust, expect_head, checkpoints, witnesses, all_heads, time_limit).report
+
+
+@dataclass(frozen=True)
+class Examination:
+    """A verdict, and what it was reached from.
+
+    Attributes:
+        report: the verdict.
+        state: what follows from the records; None where they do not even hold together.
+        clock: the time that was allowed, and is still running.
+    """
+
+    report: Report
+    state: LedgerState | None
+    clock: Clock
+
+
+def examine(
+    location: Location,
+    trust: PublicKey | None = None,
+    expect_head: str | Sequence[str] | None = None,
+    checkpoints: Sequence[bytes] = (),
+    witnesses: Sequence[str] = (),
+    all_heads: bool = False,
+    time_limit: float | None = None,
+    *,
+    see: Callable[[Entry], None] | None = None,
+) -> Examination:
+    """:func:`verify`, for those who tell more of a ledger than the verdict; ``see`` is shown every record in order.
+
+    What was seen is worth something only when the verdict is reached: a record is seen before its rules are checked.
+    """
+    anchors = [*_parse_anchors(expect_head), *map(anchor_of, checkpoints)]
+    clock = Clock(UNTRUSTED_SECONDS if time_limit is None else time_limit)
     try:
-        history = _replay(location, trust, anchors, all_heads, time_limit)
+        history = _replay(location, trust, anchors, all_heads, time_limit, see)
     except Tampered as error:
-        return Report(ok=False, problems=(str(error),), trusted=trust is not None)
-    return _judge(history, anchors, _check_notes(history.state, checkpoints, witnesses))
+        return Examination(Report(ok=False, problems=(str(error),), trusted=trust is not None), None, clock)
+    report = _judge(history, anchors, _check_notes(history.state, checkpoints, witnesses))
+    return Examination(report, history.state, history.clock)
 
 
 @dataclass(frozen=True)
@@ -109,6 +144,7 @@ def _replay(
     anchors: Sequence[tuple[int, str]],
     all_heads: bool,
     time_limit: float | None,
+    see: Callable[[Entry], None] | None,
 ) -> _History:
     with reading_at(location) as reading:
         _, owner, entries = begin(reading)
@@ -119,7 +155,8 @@ def _replay(
         if all_heads:
             watch |= {_size_of(note) for note in _some(clock, reading.heads())}
         machine = Machine(LedgerState(trust=trust), watch=watch, remember=True)
-        machine.feed(_within(clock, entries, machine, limited=limited))
+        timed = _within(clock, entries, machine, limited=limited)
+        machine.feed(timed if see is None else _seen(timed, see))
         if limited and machine.trusted:
             clock.lift()
         state, head = conclude(machine, reading.newest())
@@ -158,6 +195,12 @@ def _within(clock: Clock, entries: Iterator[Entry], machine: Machine, *, limited
         asked = entry.envelope is not None or not index & 63
         if asked and clock.over and not (limited and machine.trusted):
             raise Tampered(f"after {clock.seconds:g} s only {index} records were read", hint=_more_time(trust))
+        yield entry
+
+
+def _seen(entries: Iterator[Entry], see: Callable[[Entry], None]) -> Iterator[Entry]:
+    for entry in entries:
+        see(entry)
         yield entry
 
 
@@ -221,7 +264,7 @@ def _parse_anchors(expect_head: str | Sequence[str] | None) -> list[tuple[int, s
     return anchors
 
 
-def _anchor_of(note: bytes) -> tuple[int, str]:
+def anchor_of(note: bytes) -> tuple[int, str]:
     """Size and root that a checkpoint names, before its signature is looked at."""
     lines = note.split(b"\n", 3)
     size = _size_of(note)

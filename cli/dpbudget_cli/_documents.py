@@ -1,4 +1,4 @@
-"""What ``dpbudget verify`` takes beside ledgers and exports: proofs, signed verdicts, checkpoints."""
+"""What ``dpbudget verify`` takes beside ledgers and exports: reports, proofs, signed verdicts, checkpoints."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from dpbudget_cli import _output as out
 
 _HEAD = re.compile(r"\s*[0-9]+:.*")
 _Show = Callable[[str, str | None, tuple[str, ...], bool], None]
+#: As much of a document as shows what it is, white space left out.
+_START = 64
 
 
 def other_document(path: str) -> _Show | None:
@@ -23,10 +25,15 @@ def other_document(path: str) -> _Show | None:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return None
-            start = file.read(12)
+            start = b"".join(file.read(_START).split())
     except (OSError, ValueError):
         return None
     return next((show for mark, show in _DOCUMENTS.items() if start.startswith(mark)), None)
+
+
+def is_report(path: str) -> bool:
+    """Whether ``path`` seems to be a report, as JSON or as a page."""
+    return other_document(path) is _show_report
 
 
 def read_anchors(given: tuple[str, ...]) -> tuple[list[str], list[bytes]]:
@@ -145,7 +152,15 @@ def _show_attestation(path: str, trust: str | None, expect_head: tuple[str, ...]
     out.talk("This is the signer's word; verify the ledger with this head to see for yourself.")
 
 
+def _show_report(path: str, trust: str | None, expect_head: tuple[str, ...], as_json: bool) -> None:
+    from dpbudget_cli._reports import show_report
+
+    show_report(path, trust, expect_head, as_json)
+
+
 _DOCUMENTS: dict[bytes, _Show] = {
+    b'{"report":': _show_report,
+    b"<!doctypehtml>": _show_report,
     b'{"payload":': _show_attestation,
     b'{"head":': _show_run_proof,
     b'{"new_size":': _show_consistency,

@@ -1,8 +1,9 @@
-"""New files that a command writes: never over an old one."""
+"""New files that a command writes: over an old one only where that was asked for."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 
 from dpbudget.errors import InvalidParameter, Unreadable
 
@@ -25,3 +26,26 @@ def write_new(name: str, data: bytes) -> None:
         raise Unreadable(f"cannot create {name}: {reason}", hint="make the folder first") from None
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
+
+
+def write_anew(name: str, data: bytes) -> None:
+    """Write a file whole, in the place of an old one: a reader sees one of both and never a part.
+
+    Raises:
+        Unreadable: its folder is missing or not writable, or something else than a plain file is there (DP070).
+    """
+    if os.path.lexists(name) and not (os.path.isfile(name) and not os.path.islink(name)):
+        raise Unreadable(f"{name} is not a plain file", hint="choose another path; nothing was written")
+    try:
+        descriptor, made = tempfile.mkstemp(prefix=".dpbudget-", dir=os.path.dirname(name) or ".")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+            os.chmod(made, 0o644)
+            os.replace(made, name)
+        except BaseException:
+            os.unlink(made)
+            raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise Unreadable(f"cannot write {name}: {reason}", hint="make the folder first") from None

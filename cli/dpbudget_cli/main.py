@@ -261,6 +261,8 @@ app = Root(
         "plan": ("dpbudget_cli.main:plan", "Sign a training plan into a ledger."),
         "train": (_leaf("train"), "Train a model on a file under a signed plan."),
         "verify": (_leaf("ledger_verify"), "Check a ledger, recompute its epsilon (ledger verify)."),
+        "report": (_leaf("report"), "What a ledger guarantees, as one page (or JSON, Markdown, PDF)."),
+        "plot": (_leaf("plot"), "Figures of ledgers, plans and schedules for a paper."),
         "explain": (_leaf("explain"), "What an error code means."),
         "completion": (_leaf("completion"), "A script by which your shell completes commands."),
     },

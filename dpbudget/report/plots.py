@@ -7,7 +7,7 @@ Style: three panels in a row, at most three lines each, colours of Okabe and Ito
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from dpbudget.curve import Bounds, PrivacyCurve, round_up, show_delta
 from dpbudget.errors import InvalidParameter, MissingExtra, NotComputable, Unreadable
 from dpbudget.mechanisms import Adjacency, Charge
 from dpbudget.plan import Plan
-from dpbudget.risk import Profile, power_bound
+from dpbudget.report.lines import epsilon_grid, kink, least_false_negatives, pair_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,6 +112,13 @@ def save_figure(picture: Picture, path: str | Path, *, size: tuple[float, float]
         MissingExtra: matplotlib is not installed (DP090).
         Unreadable: the place cannot be written (DP070).
     """
+    save_drawing(lambda figure: _draw(figure, picture), path, size, _STYLE, dpi=150)
+
+
+def save_drawing(
+    draw: Callable[[Figure], None], path: str | Path, size: tuple[float, float], style: dict[Any, Any], *, dpi: int
+) -> None:
+    """Let ``draw`` fill a figure of ``size`` inches, and write it as :func:`save_figure` does."""
     target = Path(path)
     suffix = target.suffix.lower()
     if suffix not in _SUFFIXES:
@@ -126,16 +133,16 @@ def save_figure(picture: Picture, path: str | Path, *, size: tuple[float, float]
         raise MissingExtra(
             "a figure needs matplotlib, which is not installed", hint="pip install 'dpbudget[plot]'"
         ) from error
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
-        _draw(figure, picture)
+        draw(figure)
         # No date and no version of a library in the file: the same input gives the same bytes.
         metadata: dict[str, Any] = {
             ".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}, ".pdf": {"CreationDate": None},
         }[suffix]  # fmt: skip
         try:
-            figure.savefig(target, dpi=150, format=suffix[1:], metadata=metadata)
+            figure.savefig(target, dpi=dpi, format=suffix[1:], metadata=metadata)
         except OSError as error:
             raise Unreadable(
                 f"the figure {str(path)!r} could not be written: {error.strerror or error}", hint="choose another place"
@@ -153,8 +160,7 @@ def _draw(figure: Figure, picture: Picture) -> None:
 
 def _draw_profile(axes: Axes, picture: Picture) -> None:
     """Log delta against epsilon."""
-    end = 1.25 * max(picture.epsilon.upper, 1e-3)
-    grid = [end * i / (_POINTS - 1) for i in range(_POINTS)]
+    grid = epsilon_grid(picture.epsilon.upper, _POINTS)
     known = picture.curve.profile(grid)
     axes.set_yscale("log")
     rdp = [max(bounds.upper, _LEAST) for bounds in picture.rdp.profile(grid)]
@@ -163,42 +169,23 @@ def _draw_profile(axes: Axes, picture: Picture) -> None:
     lower = [bounds.lower if bounds.lower >= _LEAST else math.nan for bounds in known]
     axes.plot(grid, lower, color=_GREEN, linestyle=":", label="lower bound")
     axes.plot([picture.epsilon.upper], [picture.delta], "o", color=_BLUE, markersize=5)
-    axes.set(title="Privacy profile", xlabel="epsilon (nats)", ylabel="delta (probability)", xlim=(0.0, end))
+    axes.set(title="Privacy profile", xlabel="epsilon (nats)", ylabel="delta (probability)", xlim=(0.0, grid[-1]))
     axes.set_ylim(max(picture.delta * 1e-3, _LEAST), 2.0)
     axes.legend(loc="lower left")
 
 
 def _draw_trade_off(axes: Axes, picture: Picture) -> None:
     """Type II error against type I error; the region below the curve is closed to every attack."""
-    alphas = sorted({*_ALPHAS, _kink(picture)})
+    epsilon = picture.epsilon.upper
+    alphas = sorted({*_ALPHAS, kink(epsilon, picture.delta)})
     axes.plot([0.0, 1.0], [1.0, 0.0], color=_GREY, linestyle=":", linewidth=1.0, label="guessing")
-    axes.plot(alphas, _guarantee(picture, alphas), color=_BLUE, label="guarantee")
-    line = [_line(alpha, picture.epsilon.upper, picture.delta) for alpha in alphas]
+    guarantee = least_false_negatives(picture.curve, epsilon, alphas, _POINTS)
+    axes.plot(alphas, guarantee, color=_BLUE, label="guarantee")
+    line = [pair_line(alpha, epsilon, picture.delta) for alpha in alphas]
     axes.plot(alphas, line, color=_ORANGE, linestyle="--", label="one (ε, δ) alone")
     axes.set(title="Trade-off", xlabel="type I error (false positive rate)", ylabel="type II error (1 - TPR)")
     axes.set(xlim=(-0.01, 1.0), ylim=(-0.01, 1.02))
     axes.legend(loc="upper right")
-
-
-def _guarantee(picture: Picture, alphas: Sequence[float]) -> list[float]:
-    """Lower bounds of the type II error from one grid of thresholds; each threshold is a line below the curve."""
-    profile = Profile(picture.curve.delta)
-    end = min(1.25 * max(picture.epsilon.upper, 1e-3), 700.0)
-    half = _POINTS // 2
-    shares = [i / half for i in range(-half, half + 1)]
-    # Evenly spaced thresholds, and others that are dense near 1, where a strong guarantee is decided.
-    xs = sorted({end * share for share in shares} | {end * share**3 for share in shares})
-    return [max(0.0, *(1.0 - power_bound(profile, alpha, x) for x in xs)) for alpha in alphas]
-
-
-def _kink(picture: Picture) -> float:
-    """The type I error at which the two lines of one pair (epsilon, delta) meet."""
-    return (1.0 - picture.delta) / (1.0 + math.exp(min(picture.epsilon.upper, 700.0)))
-
-
-def _line(alpha: float, epsilon: float, delta: float) -> float:
-    """What one pair (epsilon, delta) says: max(0, 1 - delta - e^epsilon alpha, e^-epsilon (1 - delta - alpha))."""
-    return max(0.0, 1.0 - delta - math.exp(min(epsilon, 700.0)) * alpha, math.exp(-epsilon) * (1.0 - delta - alpha))
 
 
 def _draw_steps(axes: Axes, picture: Picture) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from dpbudget import calibrate
 from dpbudget.errors import InvalidParameter, MissingExtra, Unreadable
-from dpbudget.report import plots
+from dpbudget.report.lines import least_false_negatives, pair_line
 from dpbudget.report.plots import Picture, figure_of_plan, figure_of_schedule, save_figure
 
 MAGIC = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
@@ -46,16 +46,16 @@ def test_extreme_answers_are_drawn_without_a_warning(sigma: float, delta: float,
 
 def test_the_drawn_trade_off_never_exceeds_the_true_one(picture: Picture) -> None:
     alphas = [1e-6, 0.003, 0.1, 0.37, 0.9, 1.0]
-    drawn = plots._guarantee(picture, alphas)
+    drawn = least_false_negatives(picture.curve, picture.epsilon.upper, alphas, 41)
     for low, bounds in zip(drawn, picture.curve.trade_off(alphas), strict=True):
         assert low <= bounds.upper
         assert low >= bounds.lower - 0.01
 
 
 def test_the_line_of_one_pair_is_its_own_trade_off() -> None:
-    assert plots._line(0.0, 1.0, 0.1) == pytest.approx(0.9)
-    assert plots._line(0.5, 1.0, 0.1) == pytest.approx(math.exp(-1.0) * 0.4)
-    assert plots._line(1.0, 1.0, 0.1) == 0.0
+    assert pair_line(0.0, 1.0, 0.1) == pytest.approx(0.9)
+    assert pair_line(0.5, 1.0, 0.1) == pytest.approx(math.exp(-1.0) * 0.4)
+    assert pair_line(1.0, 1.0, 0.1) == 0.0
 
 
 def test_another_suffix_is_refused(picture: Picture, tmp_path: Path) -> None:
