@@ -13,8 +13,8 @@ from dpbudget_cli import _output as out
 if TYPE_CHECKING:
     from dpbudget.report.document import Document
 
-#: Seconds for a report, which nobody signed.
-SECONDS = 6.0
+#: Seconds for a report, which nobody signed; an honest one takes one or two.
+SECONDS = 30.0
 _NOT_SHOWN = (
     "that the ledger holds these plans and charges and no others: verify it against the head",
     "that owner and writer are who they should be: verify the ledger with --trust",
@@ -88,7 +88,8 @@ def show_report(path: str, trust: str | None, expect_head: tuple[str, ...], as_j
         _tell(document.name, problems, notes)
         if not problems and ends is not None and document.delta is not None:
             upper, lower = round_up(ends.upper, 10), round_down(ends.lower, 10)
-            click.echo(f"  epsilon <= {upper} at delta {show_delta(document.delta)}, lower bound {lower}")
+            spent = f"epsilon <= {upper} at delta {show_delta(document.delta)}, lower bound {lower}"
+            click.echo(f"  {spent if document.steps else 'nothing spent yet'}")
             click.echo(out.clean(f"  head {document.head}"))
             for line in _NOT_SHOWN:
                 click.echo(f"  not shown: {line}")

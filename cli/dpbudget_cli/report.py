@@ -75,9 +75,9 @@ def command(
 ) -> None:
     """Verify LEDGER and write its report: the claim in plain words, budget, attacks, plans, limits, how to repeat it.
 
-    The page is one file that loads nothing, for screens, phones, paper and screen readers. The JSON form, and the page
-    too, is computed again by dpbudget verify. A PDF is printed by an installed Chromium. Reads the ledger only; exits
-    as dpbudget verify does, and the report then says what does not hold.
+    The page is one file that loads nothing, for screens, phones, paper and screen readers. Its numbers, as those of the
+    JSON form, are computed again by the command verify. A PDF is printed by an installed Chromium. The ledger is only
+    read. Exits as verify does; the report then says what does not hold.
 
     Examples:
       dpbudget report budget.ledger --trust budget.ledger.owner.key.pub
@@ -133,7 +133,9 @@ def _tell(document: Document, output: str, kind: str, size: int, as_json: bool) 
         out.emit_json({**facts, "epsilon": ends, "delta": document.delta, "problems": list(document.problems)})
         return
     spent = "no guarantee"
-    if epsilon is not None:
+    if epsilon is not None and not document.steps:
+        spent = "nothing yet"
+    elif epsilon is not None:
         spent = f"epsilon <= {round_up(epsilon.upper, 10)} at delta {show_delta(document.delta or 0.0)}"
     rows = [("report", output), ("verdict", document.verdict), ("spent", spent), ("head", document.head or "none")]
     out.emit_table(rows)

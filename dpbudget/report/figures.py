@@ -22,15 +22,16 @@ from dpbudget.ledger.renyi import RenyiAccount, uses_of
 from dpbudget.ledger.state import LedgerState, Portfolio
 from dpbudget.plan import Plan
 from dpbudget.report.document import AttackPart, Ends, EventPart, ProfilePart, SpentPart, TradePart
-from dpbudget.report.lines import PairCurve, epsilon_grid, least_false_negatives
+from dpbudget.report.lines import PairCurve, Remembered, epsilon_grid, least_false_negatives
 
 #: ``spent``: the profile of everything charged; ``planned``: of plans that did not begin; ``pair``: all that one pair
 #: (epsilon, delta) says, that of the totals, where plans may be chosen one after the other; ``none``: nothing to draw.
 Scope = Literal["spent", "planned", "pair", "none"]
 #: Points of the profile, thresholds of the trade-off, and places where spending is looked at.
 PROFILE_POINTS, THRESHOLDS, SPENDING_POINTS = 41, 41, 48
-#: Seconds for all figures of a ledger whose owner is trusted; what is not done by then is left out, and said.
-SECONDS = 60.0
+#: Seconds for all figures of a ledger, of one whose owner is trusted and of any other; what is not done by then is left
+#: out, and said.
+SECONDS, UNTRUSTED_SECONDS = 60.0, 20.0
 #: A composition of fewer steps has a rugged law, which costs seconds to invert.
 _FEW_STEPS = 10
 #: False positive rates of the trade-off: dense near 0, where few are accused.
@@ -38,8 +39,9 @@ FALSE_POSITIVES = (
     *(a * 10.0**-k for k in (4, 3, 2) for a in (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)),
     *(i / 40 for i in range(4, 41)),
 )
-#: Those that a table shows, for which the best threshold is searched for.
-TABLED = (1.0 * 10.0**-3, 1.0 * 10.0**-2, 5.0 * 10.0**-2, 4 / 40, 10 / 40, 20 / 40)
+#: Those for which the best threshold is searched for, as for an attack at them, and those that a table shows.
+SOUGHT = (1.0 * 10.0**-3, 1.0 * 10.0**-2)
+TABLED = (*SOUGHT, 5.0 * 10.0**-2, 4 / 40, 10 / 40, 20 / 40)
 T = TypeVar("T")
 
 
@@ -93,14 +95,14 @@ def _curve_of(state: LedgerState, epsilon: Bounds) -> tuple[PrivacyCurve | None,
     begun = [portfolio for portfolio in state.portfolios if portfolio.frozen]
     waiting = [portfolio for portfolio in state.portfolios if not portfolio.frozen and portfolio.runs]
     if len(begun) == 1:
-        return joint_curve_of(state.plans_of(begun[0])), "spent", epsilon.upper
+        return Remembered(joint_curve_of(state.plans_of(begun[0]))), "spent", epsilon.upper
     if begun or epsilon.upper > 0.0:
         # Portfolios, and the steps of an rdp ledger, may be chosen after what the others gave. No joint law is known
         # then, and what was spent is itself an outcome: an attack is bounded by what was granted in advance.
         return PairCurve(state.epsilon, state.delta), "pair", state.epsilon
     if waiting:
         plans = state.plans_of(waiting[-1])
-        curve = joint_curve_of(plans)
+        curve = Remembered(joint_curve_of(plans))
         return curve, "planned", curve.epsilon(waiting[-1].delta).upper
     return None, "none", 0.0
 
@@ -122,7 +124,7 @@ def _profile(curve: PrivacyCurve, epsilon: float) -> tuple[ProfilePart, ...]:
 
 def _trade_off(curve: PrivacyCurve, epsilon: float) -> tuple[TradePart, ...]:
     known = least_false_negatives(curve, epsilon, FALSE_POSITIVES, THRESHOLDS)
-    best = dict(zip(TABLED, (bounds.lower for bounds in curve.trade_off(TABLED)), strict=True))
+    best = dict(zip(SOUGHT, (bounds.lower for bounds in curve.trade_off(SOUGHT)), strict=True))
     known = [max(beta, best.get(alpha, 0.0)) for alpha, beta in zip(FALSE_POSITIVES, known, strict=True)]
     return tuple(
         TradePart(false_positives=alpha, false_negatives=beta)

@@ -12,6 +12,23 @@ from dpbudget.risk import Profile, as_probability, power_bound
 _FARTHEST = 700.0
 
 
+class Remembered(PrivacyCurve):
+    """A curve of which each delta is asked once: the figures of a report share most of their questions."""
+
+    def __init__(self, curve: PrivacyCurve) -> None:
+        self._curve, self._known = curve, dict[float, Bounds]()
+
+    def epsilon(self, delta: float) -> Bounds:
+        """That of the curve."""
+        return self._curve.epsilon(delta)
+
+    def delta(self, epsilon: float) -> Bounds:
+        """That of the curve."""
+        if epsilon not in self._known:
+            self._known[epsilon] = self._curve.delta(epsilon)
+        return self._known[epsilon]
+
+
 class PairCurve(PrivacyCurve):
     """All that one pair (epsilon, delta) says: the profile of the worst mechanism that has it.
 
@@ -62,13 +79,14 @@ def least_false_negatives(
         curve: the profile.
         epsilon: where its delta is small, so that thresholds beyond a quarter more are of no use.
         false_positives: type I errors in [0, 1].
-        points: how many thresholds, about, on each of two grids.
+        points: how many thresholds, about, on each of two grids; an odd number.
     """
-    profile, half = Profile(curve.delta), points // 2
-    end = min(1.25 * max(epsilon, 1e-3), _FARTHEST)
-    shares = [i / half for i in range(-half, half + 1)]
-    # Evenly spaced thresholds, and others that are dense near 1, where a strong guarantee is decided.
-    xs = sorted({end * share for share in shares} | {end * share**3 for share in shares})
+    profile = Profile(curve.delta)
+    # Evenly spaced thresholds, every second one of the drawn profile's, and others that are dense near 1, where a
+    # strong guarantee is decided.
+    even = [x for x in epsilon_grid(epsilon, points)[::2] if x <= _FARTHEST]
+    dense = [even[-1] * (i / (points // 2)) ** 3 for i in range(points // 2)]
+    xs = sorted({sign * x for x in (*even, *dense) for sign in (-1.0, 1.0)})
     return [max(0.0, *(1.0 - power_bound(profile, alpha, x) for x in xs)) for alpha in false_positives]
 
 

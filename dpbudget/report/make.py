@@ -10,7 +10,7 @@ from typing import Any
 from dpbudget._recompute import Clock
 from dpbudget._renyi import PhaseCost
 from dpbudget._verdict import Report
-from dpbudget._verify import UNTRUSTED_SECONDS, Examination, examine
+from dpbudget._verify import Examination, examine
 from dpbudget.accountants import ACCOUNTANTS, get_accountant
 from dpbudget.ledger.signing import PublicKey
 from dpbudget.ledger.state import LedgerState
@@ -29,7 +29,7 @@ from dpbudget.report.document import (
     RenyiPart,
     RunPart,
 )
-from dpbudget.report.figures import SECONDS, Figures, figures_of
+from dpbudget.report.figures import SECONDS, UNTRUSTED_SECONDS, Figures, figures_of
 from dpbudget.report.history import History
 from dpbudget.report.words import statement
 

@@ -113,9 +113,9 @@ def _verification(document: Document) -> Iterator[str]:
     for text, command in commands(document, "report.json"):
         told = text.replace("from this file alone", "from its JSON form alone")
         # An indented block: whatever a name holds cannot end it.
-        yield f"{plain(told)}\n\n    {command}\n"
+        yield f"{plain(told)}\n\n    {' '.join(command.split())}\n"
     names = ", ".join(f"{name} {version}" for name, version in document.accountants.items())
-    yield f"Made by dpbudget {document.dpbudget} (accountants {names}).\n"
+    yield plain(f"Made by dpbudget {document.dpbudget} (accountants {names}).") + "\n"
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from dpbudget.report.svg import bar
 from dpbudget.report.words import NOISE, percent, small, span
 
 #: Rows that a page has room for; the JSON form has all.
-MOST_RUNS, MOST_EVENTS, MOST_PHASES, MOST_NOTES = 200, 60, 40, 60
+MOST_RUNS, MOST_EVENTS, MOST_PHASES, MOST_NOTES = 200, 60, 20, 60
 #: A longer table stands below its chart, not beside it.
 _FEW_EVENTS = 10
 _EVENTS = {
