@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dpbudget.errors import InvalidParameter, Tampered
+from dpbudget.errors import InvalidParameter, NotComputable, Tampered
 from dpbudget_cli import _output as out
 from dpbudget_cli._options import DELTA, JSON, PhaseType, question_options
 from dpbudget_cli.main import Leaf
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from dpbudget.report.paper import Line
 
 _PANELS = ("profile", "trade-off", "steps")
+#: For the plans of one ledger.
+_SECONDS = 120.0
 
 
 class ScheduleType(PhaseType):
@@ -91,12 +93,22 @@ def command(
 
 
 def _lines_of(source: str, plans: bool) -> list[Line]:
+    from dpbudget._pause import interruptible
+    from dpbudget._recompute import Clock, OutOfTime
     from dpbudget.report.paper import line_of_plan, line_of_report
 
     document = _document(source)
     if not plans:
         return [line_of_report(document, None)]
-    return [line_of_plan(run.plan.plan(), f"run {run.run[:8]}") for run in document.runs]
+    clock = Clock(_SECONDS)
+    try:
+        # Nobody may have vouched for the plans, and some would take for ever.
+        with interruptible(clock.check):
+            return [line_of_plan(run.plan.plan(), f"run {run.run[:8]}") for run in document.runs]
+    except OutOfTime:
+        raise NotComputable(
+            f"the plans of {document.name} were not drawn in {_SECONDS:g} s", hint="draw the ledger as a whole"
+        ) from None
 
 
 def _document(source: str) -> Document:

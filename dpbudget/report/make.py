@@ -123,7 +123,7 @@ def verdict_parts(report: Report) -> dict[str, Any]:
 def name_of(location: Location) -> str:
     """The last part of a file's path, or the name after the # of a database: a report tells no hosts and no folders."""
     if is_database(location):
-        return PostgresUrl.parse(str(location)).name
+        return f"postgresql://...#{PostgresUrl.parse(str(location)).name}"
     name = os.path.basename(os.fspath(location).rstrip("/"))
     return printable(name or "ledger")[:_LONGEST_NAME]
 

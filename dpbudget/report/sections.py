@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dpbudget.curve import round_down, round_up
+from dpbudget.mechanisms import Adjacency
 from dpbudget.report.charts import profile_figure, spending_figure, table, trade_off_figure
 from dpbudget.report.document import Document, EventPart, RunPart
 from dpbudget.report.html import Child, Safe, join, tag
@@ -13,6 +14,7 @@ from dpbudget.report.words import NOISE, percent, small, span
 
 #: Rows that a page has room for; the JSON form has all.
 MOST_RUNS, MOST_EVENTS, MOST_PHASES, MOST_NOTES = 200, 60, 20, 60
+_LONGEST_NOTE = 2000
 #: A longer table stands below its chart, not beside it.
 _FEW_EVENTS = 10
 _EVENTS = {
@@ -40,7 +42,8 @@ def attack_section(document: Document) -> Safe | None:
     if (figure := profile_figure(document)) is not None:
         parts += [tag("h3", "Privacy profile"), tag("p", _PROFILE), figure]
     parts += [tag("p", "Left out: ", text, class_="quiet") for text in document.left_out]
-    return section("attack", "What an attacker gains", tag("p", _ATTACKER[document.scope]), *parts)
+    said = _ATTACKER[document.scope] + (_REPLACED if document.adjacency is Adjacency.REPLACE_ONE else "")
+    return section("attack", "What an attacker gains", tag("p", said), *parts)
 
 
 _TRADE_OFF = (
@@ -60,6 +63,12 @@ _ATTACKER = {
     "itself an outcome. An attack is bounded by the total that was granted in advance, and these are its numbers.",
     "none": "",
 }
+
+
+_REPLACED = (
+    " Neighbours differ by a replacement here: the attacker guesses which of two records was used, and below, read "
+    "“used” as the one and “others” as the other."
+)
 
 
 def _tiles(document: Document) -> Safe | None:
@@ -110,7 +119,7 @@ def _plan(run: RunPart) -> Safe:
         ("Epsilon, alone", f"at most {round_up(claim.epsilon)} at delta {small(claim.delta)}"),
         ("Accountant", f"{claim.accountant}, version {claim.accountant_version}"),
         ("Steps T", f"{run.charged:,} of {run.planned:,} charged"),
-        ("Sampling", "every record in every batch" if set(rates) == {1.0} else f"{plan.sampling}, independent"),
+        ("Sampling", "every record in every step" if set(rates) == {1.0} else f"{plan.sampling}, independent"),
         ("Sampling rate q", span(rates)),
         ("Expected batch", "–" if size is None else span(rate * size for rate in rates)),
         ("Noise multiplier sigma", span(phase.noise_multiplier for phase in plan.phases)),
@@ -247,7 +256,7 @@ def verdict_lists(document: Document) -> Iterable[Safe]:
     for title, texts in (("Problems", document.problems), ("Notes", document.warnings)):
         if texts:
             more = len(texts) - MOST_NOTES
-            items = [tag("li", text) for text in texts[:MOST_NOTES]]
+            items = [tag("li", text[:_LONGEST_NOTE]) for text in texts[:MOST_NOTES]]
             items += [tag("li", f"{more} more: dpbudget verify lists them")] if more > 0 else []
             yield tag("h3", title)
             yield tag("ul", *items, class_="list")

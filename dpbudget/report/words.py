@@ -132,7 +132,7 @@ def _sampling(plans: Sequence[PlanPart]) -> str:
     units = " or ".join(sorted({plan.unit for plan in plans}))
     rates = [phase.sample_rate for plan in plans for phase in plan.phases]
     if set(rates) == {1.0}:
-        return f"Every {units} is in every batch (q = 1)"
+        return f"Every {units} takes part in every step (q = 1)"
     return f"Every {units} enters every batch independently (Poisson sampling) with probability q = {span(rates)}"
 
 

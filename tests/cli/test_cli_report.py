@@ -212,3 +212,13 @@ def test_what_cannot_be_drawn_is_refused(run_cli: Cli, spent: Path) -> None:
     for arguments, code, exit_code in refused:
         answer = run_cli("plot", *arguments)
         assert (answer.code, code in answer.err) == (exit_code, True), (arguments, answer.err)
+
+
+def test_plans_that_would_take_too_long_are_given_up(
+    run_cli: Cli, spent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("dpbudget_cli.plot._SECONDS", 0.0)
+    answer = run_cli("plot", LEDGER, "--plans", "-o", "f.svg")
+    assert (answer.code, "DP063" in answer.err) == (6, True)
+    assert not (spent / "f.svg").exists()

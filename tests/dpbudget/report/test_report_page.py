@@ -210,7 +210,7 @@ def test_a_file_with_a_hostile_name_is_shown_and_quoted(shelf: Shelf, tmp_path: 
 
 def test_names_hold_no_folders_hosts_or_directions() -> None:
     assert name_of("/srv/secret/folder/a.ledger") == "a.ledger"
-    assert name_of("postgresql://user:word@host/base#team") == "team"
+    assert name_of("postgresql://user:word@host/base#team") == "postgresql://...#team"
     assert printable("a\u202eb\x1b[0m\ud800 c") == "a\ufffdb\ufffd[0m\ufffd c"
     assert len(name_of("a" * 300)) == 120
 

@@ -66,7 +66,7 @@ def test_a_statement_names_everything_that_decides_the_privacy(shelf: Shelf) -> 
         ("users", "they differ in one user"),
         ("users", "exact (integers"),
         ("users", "which of two users"),
-        ("two", "is in every batch (q = 1)"),
+        ("two", "takes part in every step (q = 1)"),
         ("rdp", "Renyi filter"),
         ("rdp", "depend on earlier outputs"),
         ("two", "in 2 runs"),
