@@ -245,7 +245,7 @@ app = Root(
     sections={
         "Begin": ("init", "doctor"),
         "Plan": ("calibrate", "epsilon", "delta", "plan"),
-        "Budget and ledger": ("ledger", "verify"),
+        "Budget and ledger": ("ledger", "verify", "report", "plot"),
         "Train": ("train",),
         "Keys": ("key",),
         "Help": ("explain", "completion"),

@@ -299,3 +299,15 @@ def test_the_raise_of_a_total_is_seen_in_the_spending(shelf: Shelf) -> None:
     assert [event.kind for event in document.history if event.kind in ("budget", "note")] == ["budget", "note"]
     assert any("raised" in text for text in document.warnings)
     assert document.scope == "pair"
+
+
+def test_a_plan_in_a_report_has_every_field_of_a_plan(shelf: Shelf) -> None:
+    from dpbudget.plan import Claim, Phase, Plan
+    from dpbudget.report.document import ClaimPart, PhasePart, PlanPart
+
+    renamed = {"nominal_size": "dataset_size", "rate_k": "sample_rate"}
+    for whole, part in ((Plan, PlanPart), (Phase, PhasePart), (Claim, ClaimPart)):
+        assert {renamed.get(name, name) for name in whole.model_fields} == set(part.model_fields)
+    for name in NAMES:
+        for run in shelf.report(name).runs:
+            assert PlanPart.of(run.plan.plan()) == run.plan

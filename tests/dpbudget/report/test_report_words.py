@@ -85,3 +85,12 @@ def test_numbers_are_rounded_against_the_guarantee() -> None:
     assert small(0.0) == "0"
     assert span([0.5, 0.25, 0.5]) == "0.25 to 0.5"
     assert span([0.5]) == "0.5"
+
+
+def test_every_mode_of_noise_adjacency_and_unit_has_words() -> None:
+    from dpbudget.plan import NOISE_MODES, UNITS
+    from dpbudget.report import words
+
+    assert set(words.NOISE) == set(words._NOISE) == set(NOISE_MODES)
+    assert set(words._KIND) == set(UNITS)
+    assert set(words._NEIGHBOURS) == set(Adjacency)
