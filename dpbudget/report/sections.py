@@ -160,7 +160,9 @@ def _meter(document: Document) -> Safe | None:
     spent = document.epsilon.upper if document.epsilon else 0.0
     total = document.budget.epsilon
     text = f"{round_up(spent)} of {total:.6g} spent" if document.epsilon else f"{total:.6g} granted"
-    left = f"delta {small(document.delta)} of {small(document.budget.delta)}" if document.delta is not None else ""
+    granted = small(document.budget.delta)
+    taken = small(document.delta or 0.0) if document.steps else "none"
+    left = f"delta {taken} of {granted}"
     charged = f"{document.steps:,} steps charged"
     return tag(
         "div",
