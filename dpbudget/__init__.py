@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dpbudget.ledger.auditor import load_auditor_key, load_auditor_public_key, new_auditor_key
     from dpbudget.ledger.keys import load_key, load_public_key, new_key
     from dpbudget.ledger.ledger import Ledger
+    from dpbudget.ledger.plan_key import load_plan_key, new_plan_key
     from dpbudget.ledger.replay import RunReplay, StepKey
     from dpbudget.ledger.sealed import SealedKeys
     from dpbudget.mechanisms import Adjacency, Charge, Gaussian, PoissonSampled
@@ -58,10 +59,12 @@ _HOMES = {
     "load_auditor_key": "dpbudget.ledger.auditor",
     "load_auditor_public_key": "dpbudget.ledger.auditor",
     "load_key": "dpbudget.ledger.keys",
+    "load_plan_key": "dpbudget.ledger.plan_key",
     "load_public_key": "dpbudget.ledger.keys",
     "max_steps": "dpbudget._calibrate",
     "new_auditor_key": "dpbudget.ledger.auditor",
     "new_key": "dpbudget.ledger.keys",
+    "new_plan_key": "dpbudget.ledger.plan_key",
     "noise_for": "dpbudget._calibrate",
     "open_ledger": "dpbudget._surface",
     "plan_for": "dpbudget._calibrate",
@@ -99,10 +102,12 @@ __all__ = [
     "load_auditor_key",
     "load_auditor_public_key",
     "load_key",
+    "load_plan_key",
     "load_public_key",
     "max_steps",
     "new_auditor_key",
     "new_key",
+    "new_plan_key",
     "noise_for",
     "open_ledger",
     "plan_for",

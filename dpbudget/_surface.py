@@ -12,6 +12,7 @@ from dpbudget.mechanisms import Adjacency
 from dpbudget.plan import Budget, Unit
 
 if TYPE_CHECKING:
+    from dpbudget.ledger.plan_key import PlanKey
     from dpbudget.ledger.run import Run
     from dpbudget.ledger.sealed import SealedKeys
     from dpbudget.ledger.signing import PublicKey, Signer
@@ -88,6 +89,8 @@ def start(
     *,
     lease_steps: int | None = None,
     keep_keys: SealedKeys | None = None,
+    plan_key: PlanKey | None = None,
+    expect_head: str | None = None,
 ) -> Run:
     """Start or resume a signed plan, with a meter for live epsilon.
 
@@ -96,10 +99,15 @@ def start(
         run_id: the run that ``sign_plan`` returned; None takes the only one that has steps left.
         lease_steps: steps charged together; the default follows from the plan alone.
         keep_keys: whoever opens this file can remove all noise: it keeps the noise keys, sealed to an auditor.
+        plan_key: the key of a run whose noise is committed (``Ledger.commit``).
+        expect_head: ``size:root`` of the newest head that you know by another way than the ledger, which must be part
+            of it; a committed run needs it, since a copy would repeat its noise.
 
     Raises:
         PlanExhausted: every run has used up its plan (DP050).
-        InvalidParameter: there is no run, or more than one has steps left (DP081).
+        InvalidParameter: there is no run, or more than one has steps left (DP081); or something that a committed run
+            needs is missing (DP084).
+        Unanchored: ``expect_head`` is not part of this history (DP079).
     """
     from dpbudget._live import build_meter
 
@@ -133,4 +141,6 @@ def start(
     if run_id not in state.runs:
         raise InvalidParameter(f"the ledger has no run {run_id!r}", code="DP081", hint="see dpbudget ledger show")
     meter = build_meter(state.runs[run_id].plan)
-    return ledger.start(run_id, meter=meter, lease_steps=lease_steps, keep_keys=keep_keys)
+    return ledger.start(
+        run_id, meter=meter, lease_steps=lease_steps, keep_keys=keep_keys, plan_key=plan_key, expect_head=expect_head
+    )

@@ -22,6 +22,8 @@ class RunReport:
         charged: steps that stand in durable leases, whether or not they were released.
         released: steps whose receipt is recorded as issued.
         noise: mode of its noise: ``secure`` is certified in real arithmetic, ``exact`` down to the bit.
+        commitment: what the run's noise key is committed to; None for fresh keys, a new one in every lease.
+        entropy: what an auditor added after the commitment; None before.
     """
 
     run_id: str
@@ -30,6 +32,13 @@ class RunReport:
     charged: int
     released: int
     noise: str
+    commitment: str | None = None
+    entropy: str | None = None
+
+    @property
+    def noise_keys(self) -> str:
+        """``fresh`` or ``committed``."""
+        return "fresh" if self.commitment is None else "committed"
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,9 @@ class Report:
                     "charged": run.charged,
                     "released": run.released,
                     "noise": run.noise,
+                    "noise_keys": run.noise_keys,
+                    "commitment": run.commitment,
+                    "entropy": run.entropy,
                 }
                 for run in self.runs
             ],
@@ -139,6 +151,7 @@ class Report:
             )
         if self.head:
             lines.append(f"  head {self.head}")
+        lines += self._noise_keys()
         lines += [f"  anchored by the head {anchor}" for anchor in self.anchors]
         if self.heads is not None:
             lines.append(f"  all {self.heads} heads that the store kept are the writer's and part of this history")
@@ -158,6 +171,17 @@ class Report:
             for mode, count in used.items()
             if count
         ]
+
+    def _noise_keys(self) -> list[str]:
+        """Where the noise of every run comes from."""
+        committed = [run for run in self.runs if run.commitment is not None]
+        fresh = len(self.runs) - len(committed)
+        lines = [f"  noise keys of {fresh} run{'s' * (fresh > 1)}: fresh, a new one in every lease"] if fresh else []
+        for run in committed[:_MOST_SHOWN]:
+            after = f"with the entropy {run.entropy}" if run.entropy else "without an auditor's entropy yet"
+            lines.append(f"  noise keys of run {run.run_id}: committed to {run.commitment}, {after}")
+        more = len(committed) - _MOST_SHOWN
+        return lines + ([f"  and of {more} more runs: committed (--json lists them)"] if more > 0 else [])
 
     def _claims(self) -> list[str]:
         """What the signed plans may claim once they begin, and of which budget."""

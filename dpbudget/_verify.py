@@ -241,6 +241,8 @@ def _judge(history: _History, anchors: Sequence[tuple[int, str]], forged: Sequen
                 run.charged,
                 run.reserved,
                 run.plan.noise,
+                run.commitment,
+                run.entropy,
             )
             for run in state.runs.values()
         ),
@@ -323,6 +325,11 @@ def _warnings(state: LedgerState, delta: float, *, anchored: bool) -> list[str]:
         found.append("the owner's key was taken from the file itself, which proves nothing; pass the trusted key")
     if not anchored:
         found.append("unanchored: a cut tail or a re-signed history cannot be seen without an expected head")
+    if any(run.commitment is not None for run in state.runs.values()):
+        found.append(
+            "noise of a committed run follows from its plan key: of two copies that both went on, the difference of "
+            "two releases has no noise. Keep every head, and ask that all of them are part of one history"
+        )
     for before, after in zip(state.grants, state.grants[1:], strict=False):
         if after.charged and (after.epsilon > before.epsilon or after.delta > before.delta):
             pairs = (("epsilon", before.epsilon, after.epsilon), ("delta", before.delta, after.delta))

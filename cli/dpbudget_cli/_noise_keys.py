@@ -1,15 +1,18 @@
-"""What the commands that train share about noise keys: whether, and for whom, they are kept."""
+"""What the commands share about noise keys: whether they are kept, for whom, and the plan key of a committed run."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dpbudget.errors import InvalidParameter
+from dpbudget.errors import InvalidParameter, Unreadable
+from dpbudget_cli._keys import ask_passphrase
 
 if TYPE_CHECKING:
+    from dpbudget.ledger.plan_key import PlanKey
     from dpbudget.ledger.sealed import SealedKeys
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -22,6 +25,16 @@ def keep_options(command: _Command) -> _Command:
         click.option(
             "--keep-keys", "keep_keys", metavar="FILE", help="Noise keys, sealed: opening them removes all noise."
         ),
+    ):
+        command = option(command)
+    return command
+
+
+def committed_options(command: _Command) -> _Command:
+    """--plan-key and --expect-head."""
+    for option in (
+        click.option("--expect-head", metavar="HEAD", help="The newest head that you know, SIZE:ROOT."),
+        click.option("--plan-key", metavar="FILE", help="The key of a committed run (ledger commit)."),
     ):
         command = option(command)
     return command
@@ -46,3 +59,22 @@ def kept_keys(keep_keys: str | None, auditor: str | None) -> SealedKeys | None:
     from dpbudget.ledger.sealed import SealedKeys
 
     return SealedKeys(keep_keys, load_auditor_public_key(auditor))
+
+
+def open_plan_key(path: str, passphrases: tuple[bytes, ...]) -> PlanKey:
+    """The plan key of a file, by the first passphrase that opens it; a person at the terminal is asked for none given.
+
+    Raises:
+        Unreadable: missing, unsafe, no plan key, or no passphrase opens it (DP070, DP073).
+    """
+    from dpbudget.ledger.plan_key import load_plan_key
+
+    refusal: Unreadable | None = None
+    for passphrase in passphrases:
+        try:
+            return load_plan_key(path, passphrase)
+        except Unreadable as error:
+            refusal = error
+    if refusal is not None:
+        raise refusal
+    return load_plan_key(path, ask_passphrase() if sys.stdin.isatty() else None)

@@ -34,7 +34,7 @@ def plans(path: str, as_json: bool) -> None:
 @click.argument("path")
 @JSON
 def runs(path: str, as_json: bool) -> None:
-    """List the runs of the ledger PATH: steps charged, steps known to be released, steps left.
+    """List the runs of the ledger PATH: steps charged, steps known to be released, steps left, kind of noise keys.
 
     A charged step that was never reserved may have been released all the same: it counts.
 
@@ -47,10 +47,10 @@ def runs(path: str, as_json: bool) -> None:
     with Ledger.open(path) as ledger:
         state = ledger.state
     rows = [
-        (run.run_id, run.plan.steps, run.charged, run.reserved, run.plan.steps - run.charged, len(run.leases))
+        (run.run_id, run.plan.steps, run.charged, run.reserved, run.plan.steps - run.charged, len(run.leases), run.keys)
         for run in state.runs.values()
     ]
-    names = ("run", "planned", "charged", "released", "left", "open_leases")
+    names = ("run", "planned", "charged", "released", "left", "open_leases", "noise_keys")
     if as_json:
         out.emit_json({"ledger": state.genesis.ledger_id, "runs": [dict(zip(names, row, strict=True)) for row in rows]})
     elif rows:

@@ -141,6 +141,7 @@ def runs_json(state: LedgerState) -> list[dict[str, Any]]:
             "dataset_size": run.plan.nominal_size,
             "planned": run.plan.steps,
             "charged": run.charged,
+            "noise_keys": run.keys,
         }
         for run in state.runs.values()
     ]

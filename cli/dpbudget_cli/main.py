@@ -299,6 +299,8 @@ ledger = LazyGroup(
         "show": (_leaf("ledger_show"), "What was granted, planned and spent."),
         "plans": ("dpbudget_cli.ledger_runs:plans", "The signed plans."),
         "runs": ("dpbudget_cli.ledger_runs:runs", "What became of every plan."),
+        "commit": ("dpbudget_cli.ledger_commit:commit", "Fix the noise of a run, for a replay."),
+        "entropy": ("dpbudget_cli.ledger_commit:entropy", "Write an auditor's part of that noise."),
         "note": (_leaf("ledger_note"), "Record that something happened."),
         "verify": (_leaf("ledger_verify"), "Check every record and recompute epsilon."),
         "prove": (_leaf("ledger_prove"), "Prove a run, or a head, without the ledger."),

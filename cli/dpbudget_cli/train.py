@@ -22,7 +22,7 @@ from dpbudget_cli import _output as out
 from dpbudget_cli._checkpoints import Checkpoints
 from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, local_name, read_passphrases, require_ledger
 from dpbudget_cli._lock import hold_output
-from dpbudget_cli._noise_keys import keep_options, kept_keys
+from dpbudget_cli._noise_keys import committed_options, keep_options, kept_keys, open_plan_key
 from dpbudget_cli._options import COUNT, JSON, POSITIVE, SEED, SHARE
 from dpbudget_cli.ledger_init import USERS_TRAIN
 from dpbudget_cli.main import Leaf
@@ -91,6 +91,7 @@ _IN_PLAN = (
 @click.option("--physical-batch-size", type=COUNT, metavar="B", help="Most records in memory at once.")
 @click.option("--checkpoint-every", type=COUNT, default=100, metavar="T", help="Steps between two checkpoints (100).")
 @keep_options
+@committed_options
 @PASSPHRASE_FD
 @JSON
 def command(
@@ -99,6 +100,8 @@ def command(
     writer_key: str | None,
     keep_keys: str | None,
     auditor: str | None,
+    plan_key: str | None,
+    expect_head: str | None,
     passphrase_fd: int | None,
     as_json: bool,
     **values: Any,
@@ -114,14 +117,16 @@ def command(
       dpbudget train --ledger budget.ledger --data train.npz --classes 10 --model mlp --output mlp.safetensors
     """
     keep = kept_keys(keep_keys, auditor)
-    job = _Job(**values, record_outputs=keep is not None)
+    job = _Job(**values, record_outputs=keep is not None or plan_key is not None)
     _require_torch()
     if job.output is not None:
         _check_output(job.output)
     from dpbudget._surface import open_ledger, start
 
     require_ledger(path)
-    writer = load_signer(key_path(writer_key, path, "writer"), read_passphrases(passphrase_fd))
+    passphrases = read_passphrases(passphrase_fd)
+    writer = load_signer(key_path(writer_key, path, "writer"), passphrases)
+    key = None if plan_key is None else open_plan_key(plan_key, passphrases)
     with ExitStack() as held:
         with open_ledger(path, writer=writer) as ledger:
             _refuse_users(ledger.state)
@@ -131,7 +136,10 @@ def command(
             table = _read(job, job.data)
             held_out = _read(job, job.public_eval) if job.public_eval else None
             model = _make_model(job, table)
-            with _stop_on_interrupt() as interrupt, start(ledger, chosen, keep_keys=keep) as run:
+            with (
+                _stop_on_interrupt() as interrupt,
+                start(ledger, chosen, keep_keys=keep, plan_key=key, expect_head=expect_head) as run,
+            ):
                 if run.remaining:
                     _check_output(output)
                 _say_before(run, str(ledger.head))

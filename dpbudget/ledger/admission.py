@@ -7,6 +7,7 @@ import secrets
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 from dpbudget._renyi import PhaseCost
 from dpbudget.curve import round_down, round_up
@@ -335,3 +336,16 @@ def check_lowering(state: LedgerState, budget: Budget, allowances: tuple[float, 
             code="DP052",
             hint="lower it to no less; what is spent or promised to a portfolio cannot be taken back",
         )
+
+
+def first_portfolio(budget: Budget, whole_budget: bool) -> dict[str, Any]:
+    """The fields of a new ledger's first portfolio."""
+    if whole_budget:
+        return {"index": 1, "delta": budget.delta, "epsilon": budget.epsilon}
+    return {"index": 1, "delta": budget.delta / 2, "epsilon": None}
+
+
+def renyi_record(filter: SpendingFilter, budget: Budget) -> dict[str, Any]:
+    """The fields of the second record of an ``rdp`` ledger."""
+    terms = filter.renyi_terms(budget)
+    return {"orders": terms.orders, "shares": terms.shares, "allowances": terms.allowances}

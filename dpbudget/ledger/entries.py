@@ -26,6 +26,8 @@ OWNER_SIGNED = frozenset({"genesis", "portfolio", "renyi", "budget"})
 ENVELOPED = OWNER_SIGNED | {"rekey", "plan"}
 #: What a note may say; free text could carry data.
 NOTES = ("checked", "published", "restored", "imported", "incident", "retired")
+#: What stands in the place of fresh bytes where the noise key of a run is committed.
+NO_FRESH = "0" * 32
 #: base64 of the largest statement, and room for the names and the signature around it.
 MAX_ENVELOPE_BYTES = (MAX_STATEMENT_BYTES + 2) // 3 * 4 + 1024
 #: More portfolios than anybody opens; the bound keeps the exact sums short.
@@ -133,6 +135,8 @@ FIELDS: Mapping[str, Mapping[str, Check]] = {
     "rekey": {"role": _one_of("owner", "writer"), "old": _DIGEST, "key": _DIGEST},
     "note": {"event": _one_of(*NOTES)},
     "plan": {"run": _RUN, "statement": _DIGEST, "portfolio": _integer(0, MAX_PORTFOLIOS)},
+    "commit": {"run": _RUN, "commitment": _DIGEST},
+    "entropy": {"run": _RUN, "value": _DIGEST},
     "lease": {
         "run": _RUN,
         "nonce": _DIGEST,

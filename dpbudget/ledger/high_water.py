@@ -128,6 +128,13 @@ class HighWater:
         return self.folder / ledger_id
 
 
+def marks_in(high_water: HighWater | bool) -> HighWater | None:
+    """The marks that an argument names: True for the user's, False for none."""
+    if isinstance(high_water, bool):
+        return HighWater.of_user() if high_water else None
+    return high_water
+
+
 def _lock(descriptor: int) -> None:
     """Take the file's lock, for which nobody needs more than an instant; give up after a second (OSError)."""
     import fcntl  # of POSIX; the rest of the package loads without it

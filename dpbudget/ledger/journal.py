@@ -26,7 +26,9 @@ from dpbudget.ledger.store.base import LedgerStore, Reading, Transaction
 from dpbudget.ledger.tree import leaf_hash
 
 #: Kinds after which the head stays in the store, so that an outsider who saw it then can find it again.
-_KEPT = frozenset({"genesis", "renyi", "portfolio", "budget", "rekey", "note", "plan", "lease", "close"})
+_KEPT = frozenset(
+    {"genesis", "renyi", "portfolio", "budget", "rekey", "note", "plan", "commit", "entropy", "lease", "close"}
+)
 
 
 #: How many of the newest roots are kept, to compare the marks of other processes with.

@@ -21,11 +21,22 @@ from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self, cast
 
 from dpbudget.errors import InvalidParameter, StorageFailed, Tampered
-from dpbudget.ledger.admission import admit_plan, check_frozen, check_lowering, check_owner, out_of, seal_record
+from dpbudget.ledger.admission import (
+    admit_plan,
+    check_frozen,
+    check_lowering,
+    check_owner,
+    first_portfolio,
+    out_of,
+    renyi_record,
+    seal_record,
+)
+from dpbudget.ledger.committed import commit_run, give_entropy, ready_to_start
 from dpbudget.ledger.entries import NOTES
 from dpbudget.ledger.head import Head, verifier_key
-from dpbudget.ledger.high_water import HighWater
+from dpbudget.ledger.high_water import HighWater, marks_in
 from dpbudget.ledger.journal import CheckedReading, Draft, Journal, check_writer, replay_store
+from dpbudget.ledger.plan_key import PlanKey
 from dpbudget.ledger.rekey import change_key
 from dpbudget.ledger.requests import apply_request, request_budget, request_plan
 from dpbudget.ledger.run import Run
@@ -122,9 +133,9 @@ class Ledger:
             "public_data": public_data,
         }
         seal = partial(seal_record, owner)
-        second = _renyi_record(filter, budget) if kind == "rdp" else _first_portfolio(budget, whole_budget)
+        second = renyi_record(filter, budget) if kind == "rdp" else first_portfolio(budget, whole_budget)
         store: LedgerStore = MemoryStore() if path is None else create_store(path)
-        marks = _marks(high_water) if path is not None else None
+        marks = marks_in(high_water) if path is not None else None
         journal = Journal(store, writer, LedgerState(trust=owner.public), None, high_water=marks)
 
         def write(draft: Draft) -> None:
@@ -170,7 +181,7 @@ class Ledger:
             state, head = replay_store(reader, key)
             return cls(Journal(reader, None, state, head), filter)
         check_signer("writer", writer)
-        store, marks = open_store(path), _marks(high_water)
+        store, marks = open_store(path), marks_in(high_water)
         try:
             state, head = replay_store(store, key, high_water=marks)
             check_writer(state, writer)
@@ -200,7 +211,7 @@ class Ledger:
         """
         with reading_at(source) as reading:
             snapshot = Snapshot.of(reading)
-        marks = _marks(high_water)
+        marks = marks_in(high_water)
         state, _ = replay_store(MemoryStore(snapshot), trust, high_water=marks)
         check_writer(state, writer)
         store = create_store(path)
@@ -228,7 +239,7 @@ class Ledger:
         Raises:
             InvalidParameter: ``owner`` is not the owner, or ``new`` was used before (DP080).
         """
-        store, marks = open_store(path), _marks(high_water)
+        store, marks = open_store(path), marks_in(high_water)
         try:
             state, head = replay_store(store, owner.public, high_water=marks)
             journal = Journal(store, None, state, head, high_water=marks)
@@ -381,6 +392,27 @@ class Ledger:
             raise InvalidParameter(f"note {event[:40]!r} is not one of {', '.join(NOTES)}", code="DP082")
         self._journal.transact(lambda draft: draft.add("note", event=event))
 
+    def commit(self, run_id: str, key: PlanKey, *, keep_keys: SealedKeys | None = None) -> None:
+        """Commit a run to the key of all its noise, before its first step; what it is for is in docs/threat-model.md.
+
+        Args:
+            run_id: a signed run.
+            key: of :func:`dpbudget.new_plan_key`; a key for each run.
+            keep_keys: seal the key to an auditor, first. Whoever opens that file can remove all noise of the run.
+
+        Raises:
+            InvalidParameter: no such run (DP081), or it is committed or has charged steps (DP084).
+        """
+        commit_run(self._journal, run_id, key, keep_keys)
+
+    def add_entropy(self, run_id: str, value: str) -> None:
+        """Write what an auditor, who has seen the head with the commitment, gives to the noise: 64 hexadecimal digits.
+
+        Raises:
+            InvalidParameter: no such run (DP081), not committed or given before (DP084), or no such digits (DP082).
+        """
+        give_entropy(self._journal, run_id, value)
+
     def _allowances(self, state: LedgerState, budget: Budget) -> tuple[float, ...] | None:
         if state.account is None:
             return None
@@ -402,6 +434,8 @@ class Ledger:
         meter: Meter | None = None,
         lease_steps: int | None = None,
         keep_keys: SealedKeys | None = None,
+        plan_key: PlanKey | None = None,
+        expect_head: str | None = None,
     ) -> Run:
         """The run of a signed plan, from its first step that is not charged yet.
 
@@ -410,21 +444,27 @@ class Ledger:
             meter: live epsilon.
             lease_steps: steps charged together; the default follows from the plan alone.
             keep_keys: whoever opens this file can remove all noise: it keeps the noise keys, sealed to an auditor.
+            plan_key: the key of a run that was committed (:meth:`commit`).
+            expect_head: ``size:root`` of the newest head that you know by another way than the ledger, which must be
+                part of it. A committed run needs it, since a copy would repeat its noise.
 
         Raises:
-            InvalidParameter: no such plan was signed (DP081).
+            InvalidParameter: no such plan was signed (DP081), or something of a committed run is missing (DP084).
             UnsafeKeyFile: others could read what ``keep_keys`` writes (DP073).
+            Unanchored: ``expect_head`` is not part of this history (DP079).
         """
         run_id = run if isinstance(run, str) else self._run_of(run)
         if run_id not in self.state.runs:
             self.refresh()
         if run_id not in self.state.runs:
             raise InvalidParameter(f"the ledger has no run {run_id[:80]!r}", code="DP081", hint="sign the plan first")
+        run_key = ready_to_start(self._journal, run_id, plan_key, expect_head, keep_keys)
         if keep_keys is not None:
             keep_keys.prepare()
         started = Run(
-            self._journal, run_id, filter=self._filter, meter=meter, lease_steps=lease_steps, keep_keys=keep_keys
-        )
+            self._journal, run_id, filter=self._filter, meter=meter, lease_steps=lease_steps, keep_keys=keep_keys,
+            run_key=run_key,
+        )  # fmt: skip
         self._runs.add(started)
         return started
 
@@ -476,20 +516,3 @@ class Ledger:
             # The error that ends the block says more.
             if error is None:
                 raise
-
-
-def _marks(high_water: HighWater | bool) -> HighWater | None:
-    if isinstance(high_water, bool):
-        return HighWater.of_user() if high_water else None
-    return high_water
-
-
-def _first_portfolio(budget: Budget, whole_budget: bool) -> dict[str, Any]:
-    if whole_budget:
-        return {"index": 1, "delta": budget.delta, "epsilon": budget.epsilon}
-    return {"index": 1, "delta": budget.delta / 2, "epsilon": None}
-
-
-def _renyi_record(filter: SpendingFilter, budget: Budget) -> dict[str, Any]:
-    terms = filter.renyi_terms(budget)
-    return {"orders": terms.orders, "shares": terms.shares, "allowances": terms.allowances}

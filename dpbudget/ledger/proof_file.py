@@ -6,10 +6,11 @@
      "type": "dpbudget-run-proof", "v": 1}
     {"envelope": text or null, "line": text, "path": [base64 of a hash, ...]}       N times, ascending by seq
 
-The records shown are genesis, ``renyi``, every ``rekey``, the run's portfolio and plan, its leases and closes, and on
-demand its reserves and settles; ``path`` is the inclusion proof of the line at its ``seq`` under the head, from the
-leaf's sibling upwards. Changing any byte makes the proof invalid. Leaving out a record at the end does not: nothing
-here shows that a later record was hidden, so a run proof says "at least these steps" (:attr:`RunProof.not_proved`).
+The records shown are genesis, ``renyi``, every ``rekey``, the run's portfolio and plan, its commit and entropy where
+there are, its leases and closes, and on demand its reserves and settles; ``path`` is the inclusion proof of the line at
+its ``seq`` under the head, from the leaf's sibling upwards. Changing any byte makes the proof invalid. Leaving out a
+record at the end does not: nothing here shows that a later record was hidden, so a run proof says "at least these
+steps" (:attr:`RunProof.not_proved`).
 
 **Consistency proof**, one line of canonical JSON without a line feed::
 
@@ -45,7 +46,8 @@ _MAX_HEADER_BYTES = 8192
 # The envelope and a record of at most 4096 bytes with their quotes escaped, and the path.
 _MAX_LINE_BYTES = MAX_ENVELOPE_BYTES + 16384
 #: What is shown whatever the run, and what is shown of it.
-_COMMON, _OF_RUN, _DETAILS = ("genesis", "renyi", "rekey"), ("plan", "lease", "close"), ("reserve", "settle")
+_COMMON = ("genesis", "renyi", "rekey")
+_OF_RUN, _DETAILS = ("plan", "commit", "entropy", "lease", "close"), ("reserve", "settle")
 
 
 def make_run_proof(entries: Iterable[Entry], note: bytes, run_id: str, *, with_settles: bool = False) -> bytes:

@@ -36,8 +36,10 @@ class Receipt:
         adjacency: neighbouring relation of the plan.
         plan_digest: SHA-256 of the signed plan statement.
         lease_nonce: 32 public random bytes of the lease.
-        fresh: 16 bytes drawn from the operating system after the commit; they stand in the settle record.
+        fresh: 16 bytes drawn from the operating system after the commit; they stand in the settle record. Zeros where
+            the run's key is committed.
         key: the step's secret key; erased once both noise and sampling were derived from it, and with the receipt.
+        committed: the key is that of the whole run, fixed before its first step.
     """
 
     run_id: str
@@ -54,6 +56,7 @@ class Receipt:
     lease_nonce: bytes
     fresh: bytes
     key: SecretKey = field(repr=False)
+    committed: bool = False
     _used: dict[str, object] = field(default_factory=dict, repr=False)
 
     @property

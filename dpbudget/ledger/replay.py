@@ -1,12 +1,14 @@
 """Replay: an auditor opens sealed noise keys and gets the step keys of single steps and purposes, never more.
 
 The ledger says which key is the right one: the key of a lease is checked against the commitment in its lease record,
-and the fresh bytes come from the settle record, whose ``output`` is the hash of what was released. With the step key of
+that of a committed run against its commit record; fresh bytes come from the settle record, whose ``output`` is the hash
+of what was released. With the step key of
 ``grad-noise`` and the clipped sum, :mod:`dptrainer.replay` makes that output again.
 """
 
 from __future__ import annotations
 
+import hmac
 import os
 import re
 from collections.abc import Mapping
@@ -20,11 +22,12 @@ from dpbudget.ledger.entries import read
 from dpbudget.ledger.journal import CheckedReading
 from dpbudget.ledger.keys import read_private_file, write_key_pair
 from dpbudget.ledger.noise_keys import KEY_BYTES, commitment_matches, run_ratchet
+from dpbudget.ledger.plan_key import plan_commitment, run_secret
 from dpbudget.ledger.scan import scan
 from dpbudget.ledger.sealed import open_sealed
 from dpbudget.ledger.signing import PublicKey
 from dpbudget.ledger.state import RunState
-from dpbudget.ledger.step_keys import Purpose, encode_info, expand
+from dpbudget.ledger.step_keys import Purpose, encode_committed_info, encode_info, expand
 from dpbudget.ledger.store.files import as_path
 from dpbudget.ledger.store.locate import Location, reading_at
 
@@ -185,20 +188,25 @@ class RunReplay:
 
         Raises:
             InvalidParameter: no such purpose (DP060).
-            Unreadable: the step has no lease or no settle record, or its key was not kept (DP085).
+            Unreadable: the step has no lease, or with fresh keys no settle record, or its key was not kept (DP085).
             Tampered: what is kept does not open, or is not the key that the ledger commits to (DP085).
         """
         use = _purpose(purpose)
         lease = next((lease for lease in self.leases if lease.first <= step < lease.end), None)
-        if lease is None or step not in self.settled:
+        committed = self.run.commitment is not None
+        if lease is None or (step not in self.settled and not committed):
             state = "was not charged" if lease is None else "is charged, but has no settle record"
             raise Unreadable(
                 f"step {step} of run {self.run.run_id} {state}: its noise cannot be made again",
                 code="DP085",
                 hint="replay a settled step",
             )
-        fresh, output = self.settled[step]
+        fresh, output = self.settled.get(step, (b"", None))
         phase = self.run.plan.phase_at(step)
+        if committed:
+            key = self._committed_key(step, use, sealed, auditor)
+        else:
+            key = self._fresh_key(lease, step, fresh, use, sealed, auditor)
         return StepKey(
             ledger_id=self.ledger_id,
             run_id=self.run.run_id,
@@ -208,8 +216,17 @@ class RunReplay:
             noise_multiplier=phase.noise_multiplier,
             clip_norm=self.run.plan.clip_norm,
             output=output,
-            key=self._fresh_key(lease, step, fresh, use, sealed, auditor),
+            key=key,
         )
+
+    def _committed_key(self, step: int, purpose: Purpose, sealed: str | os.PathLike[str], auditor: AuditorKey) -> bytes:
+        commitment, entropy = self.run.commitment or "", self.run.entropy or ""
+        facts = {"commitment": commitment, "ledger": self.ledger_id, "run": self.run.run_id, "type": "plan-key"}
+        key = open_sealed(sealed, auditor, facts)
+        if not hmac.compare_digest(plan_commitment(key), commitment):
+            raise _other_key()
+        info = encode_committed_info(purpose, bytes.fromhex(self.run.statement), step)
+        return expand(run_secret(key, entropy), info)
 
     def _fresh_key(
         self,

@@ -14,6 +14,8 @@ Rules, beside the schema of :mod:`dpbudget.ledger.entries`:
 * ``rekey``: a key that no role held before, signed by itself and by the old one (for the writer: or by the owner);
 * ``plan``: with the ledger's adjacency and unit, a nominal size, an unused run id and a statement that the owner signed
   for this ledger and run; into the newest portfolio, not frozen, with its delta (``rdp``: with a table of its costs);
+* ``commit``: a run's noise key, once and before its first lease; ``entropy``: the auditor's, once and after the commit.
+  A committed run has both before its first lease; its leases carry its commitment, and its settles no fresh bytes;
 * ``lease``: begins at the run's first step that is not leased and stays inside the plan. It carries the joint claim of
   its portfolio exactly when it is the portfolio's first; that claim is at most the portfolio's epsilon, and the
   epsilons of all portfolios sum to at most the total (``rdp``: some order stays within its allowance);
@@ -24,7 +26,6 @@ Rules, beside the schema of :mod:`dpbudget.ledger.entries`:
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -35,11 +36,12 @@ from typing import Any
 from dpbudget._record import hex_to_float
 from dpbudget._renyi import RenyiTerms
 from dpbudget.errors import Tampered
-from dpbudget.ledger.entries import ENVELOPED, Entry, read
+from dpbudget.ledger.cells import Cell, OpenLease, open_lease
+from dpbudget.ledger.entries import ENVELOPED, NO_FRESH, Entry, read
 from dpbudget.ledger.renyi import RenyiAccount, uses_of
 from dpbudget.ledger.scan import scan
 from dpbudget.ledger.signing import RECORD_TYPE, STATEMENT_TYPE, PublicKey, open_envelope
-from dpbudget.ledger.state import Genesis, Grant, Lease, LedgerState, Portfolio, RunState
+from dpbudget.ledger.state import Genesis, Grant, LedgerState, Portfolio, RunState
 from dpbudget.ledger.statement import read_statement, statement_digest
 from dpbudget.ledger.tree import Frontier
 from dpbudget.mechanisms import Adjacency
@@ -59,37 +61,6 @@ def admit(state: LedgerState, entry: Entry) -> LedgerState:
     machine = Machine(state)
     machine.feed((entry,))
     return machine.state()
-
-
-class _OpenLease:
-    __slots__ = ("count", "first", "open", "reserved", "settled")
-
-    def __init__(self, first: int, count: int, reserved: int = 0, settled: int = 0) -> None:
-        self.first, self.count, self.reserved, self.settled = first, count, reserved, settled
-        self.open = True
-
-
-class _Cell:
-    """A run while records are applied to it."""
-
-    __slots__ = ("_ended", "charged", "fixed", "leases", "reserved", "steps")
-
-    def __init__(self, run: RunState) -> None:
-        self.fixed, self.steps = run, run.plan.steps
-        self.charged, self.reserved = run.charged, run.reserved
-        self.leases = [_OpenLease(held.first, held.count, held.reserved, held.settled) for held in run.leases]
-        self._ended = 0
-
-    def end(self, lease: _OpenLease) -> None:
-        """Close a lease. The list is swept when half of it is closed: a million leases take no square of that."""
-        lease.open = False
-        self._ended += 1
-        if 2 * self._ended > len(self.leases):
-            self.leases, self._ended = [held for held in self.leases if held.open], 0
-
-    def state(self) -> RunState:
-        leases = tuple(Lease(held.first, held.count, held.reserved, held.settled) for held in self.leases if held.open)
-        return replace(self.fixed, charged=self.charged, reserved=self.reserved, leases=leases)
 
 
 class Machine:
@@ -119,7 +90,7 @@ class Machine:
         self._portfolios = list(state.portfolios)
         self._charged = state.charged
         self._account, self._own_account = state.account, False
-        self._cells: dict[str, _Cell] = {}
+        self._cells: dict[str, Cell] = {}
         self._taken: list[Fraction] | None = None
         self._runs, self._phases = len(state.runs), state.phases
         self._drawn: dict[str, bytearray] | None = None
@@ -221,7 +192,7 @@ class Machine:
             raise Tampered("the ledger has no records", code="DP070")
         return self._genesis
 
-    def cell(self, record: Mapping[str, Any]) -> _Cell:
+    def cell(self, record: Mapping[str, Any]) -> Cell:
         """The run that a record names."""
         run_id = record["run"]
         cell = self._cells.get(run_id)
@@ -229,7 +200,7 @@ class Machine:
             run = self._begin.runs.get(run_id)
             if run is None:
                 raise Tampered(f"{record['type']} of the unknown run {run_id}")
-            cell = self._cells[run_id] = _Cell(run)
+            cell = self._cells[run_id] = Cell(run)
         return cell
 
     def account(self) -> RenyiAccount | None:
@@ -364,7 +335,7 @@ def _plan(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: bytes
     _require(machine._phases <= MAX_ALL_PHASES, f"more than {MAX_ALL_PHASES} phases in all")
     _require(machine._phases * (orders or 0) <= MAX_ALL_COSTS, f"more than {MAX_ALL_COSTS} costs of phases in all")
     index = 0 if portfolio is None else portfolio.index
-    machine._cells[run_id] = _Cell(RunState(run_id, plan, record["statement"], index, costs))
+    machine._cells[run_id] = Cell(RunState(run_id, plan, record["statement"], index, costs))
     if portfolio is not None:
         machine.put_portfolio(replace(portfolio, runs=(*portfolio.runs, run_id)))
 
@@ -387,6 +358,22 @@ def _check_plan(genesis: Genesis, portfolio: Portfolio | None, plan: Plan) -> No
         _require(same, f"plan at delta {plan.claim.delta:g} in a portfolio at delta {portfolio.delta:g}")
 
 
+def _commit(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: bytes) -> None:
+    cell = machine.cell(record)
+    _require(cell.charged == 0, f"commit to a noise key after {cell.charged} steps of the run")
+    _require(cell.fixed.commitment is None, "a second commit to a noise key of the run")
+    cell.fixed = replace(cell.fixed, commitment=record["commitment"])
+    if machine._drawn is not None:
+        machine._drawn["commitment"] += bytes.fromhex(record["commitment"])
+
+
+def _entropy(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: bytes) -> None:
+    cell = machine.cell(record)
+    _require(cell.fixed.commitment is not None, "entropy for a run that committed to no noise key")
+    _require(cell.fixed.entropy is None, "a second entropy of the run")
+    cell.fixed = replace(cell.fixed, entropy=record["value"], ready=machine.size + 1)
+
+
 def _lease(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: bytes) -> None:
     cell, first, count = machine.cell(record), record["first"], record["count"]
     if first != cell.charged:
@@ -395,6 +382,9 @@ def _lease(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: byte
     if end > cell.steps:
         raise Tampered(f"lease to step {end} of a plan of {cell.steps}")
     claimed, run = record["claim"] is not None, cell.fixed
+    if run.commitment is not None:
+        _require(run.entropy is not None, "lease of a committed run before the auditor's entropy")
+        _require(record["commitment"] == run.commitment, "lease of a committed run with another commitment")
     if run.costs is not None:
         _require(not claimed, "lease with a claim in an rdp ledger")
         _charge(machine, run, first, end)
@@ -406,10 +396,11 @@ def _lease(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: byte
             _freeze(machine, portfolio, hex_to_float(record["claim"]))
     cell.charged = end
     machine._charged += count
-    cell.leases.append(_OpenLease(first, count))
+    cell.leases.append(OpenLease(first, count))
     if machine._drawn is not None:
         machine._drawn["nonce"] += bytes.fromhex(record["nonce"])
-        machine._drawn["commitment"] += bytes.fromhex(record["commitment"])
+        if run.commitment is None:
+            machine._drawn["commitment"] += bytes.fromhex(record["commitment"])
 
 
 def _freeze(machine: Machine, portfolio: Portfolio, claim: float) -> None:
@@ -429,7 +420,7 @@ def _charge(machine: Machine, run: RunState, first: int, end: int) -> None:
 
 def _reserve(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: bytes) -> None:
     cell, step, count = machine.cell(record), record["step"], record["count"]
-    lease = _open_lease(cell, step)
+    lease = open_lease(cell, step)
     if step != lease.first + lease.reserved:
         raise Tampered(f"reserve of step {step}, not of the lease's next")
     if lease.reserved + count > lease.count:
@@ -440,7 +431,7 @@ def _reserve(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: by
 
 def _settle(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: bytes) -> None:
     cell, step = machine.cell(record), record["step"]
-    lease = _open_lease(cell, step)
+    lease = open_lease(cell, step)
     offset = step - lease.first
     if offset >= lease.reserved:
         raise Tampered(f"settle of step {step}, which is not reserved")
@@ -450,29 +441,20 @@ def _settle(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: byt
     if lease.settled == lease.count:
         # The last settle of a lease leaves nothing to say about it.
         cell.end(lease)
-    if machine._drawn is not None:
+    if cell.fixed.commitment is not None:
+        if record["fresh"] != NO_FRESH:
+            raise Tampered(f"settle of step {step} of a committed run with bytes of its own")
+    elif machine._drawn is not None:
         machine._drawn["fresh"] += bytes.fromhex(record["fresh"])
 
 
 def _close(machine: Machine, record: Mapping[str, Any], entry: Entry, leaf: bytes) -> None:
     cell, first = machine.cell(record), record["first"]
-    lease = _open_lease(cell, first)
+    lease = open_lease(cell, first)
     _require(lease.first == first, f"close of a lease from step {first}, which does not exist")
     unspent = lease.count - lease.reserved
     _require(record["unspent"] == unspent, f"close with {record['unspent']} unspent steps of {unspent}")
     cell.end(lease)
-
-
-def _open_lease(cell: _Cell, step: int) -> _OpenLease:
-    leases = cell.leases
-    if leases:
-        # Sorted by their first steps; the newest is nearly always meant.
-        lease = leases[-1]
-        if step < lease.first:
-            lease = leases[max(bisect_right(leases, step, key=lambda held: held.first) - 1, 0)]
-        if lease.open and lease.first <= step < lease.first + lease.count:
-            return lease
-    raise Tampered(f"step {step} of run {cell.fixed.run_id} is in no open lease")
 
 
 def _check_owner_signature(owner: PublicKey, entry: Entry) -> None:
@@ -489,6 +471,8 @@ _RULES: Mapping[str, _Rule] = {
     "rekey": _rekey,
     "note": _note,
     "plan": _plan,
+    "commit": _commit,
+    "entropy": _entropy,
     "lease": _lease,
     "reserve": _reserve,
     "settle": _settle,

@@ -17,8 +17,10 @@ from dpbudget.curve import Bounds, round_down, round_up, show_delta
 from dpbudget.errors import BudgetExceeded, InvalidParameter, PlanExhausted, PrivacyViolation, StorageFailed
 from dpbudget.ledger.admission import out_of
 from dpbudget.ledger.claims import portfolio_claim
+from dpbudget.ledger.committed import remember_head
 from dpbudget.ledger.journal import Draft, Journal
 from dpbudget.ledger.noise_keys import LeaseKey, Lifetime, StepKeys
+from dpbudget.ledger.plan_key import RunKey, SharedKey
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.renyi import steps_that_fit
 from dpbudget.ledger.sealed import SealedKeys
@@ -47,7 +49,7 @@ class _Held:
     first: int
     end: int
     nonce: bytes
-    keys: StepKeys
+    keys: StepKeys | SharedKey
     # Taking a step is one call, so that neither a thread nor a signal handler between two instructions gets it again.
     steps: Iterator[int]
 
@@ -84,11 +86,12 @@ class Run:
         meter: Meter | None,
         lease_steps: int | None,
         keep_keys: SealedKeys | None = None,
+        run_key: RunKey | None = None,
     ) -> None:
         state = journal.state.runs[run_id]
         self._run_id, self._plan, self.meter = run_id, state.plan, meter
         self._digest = state.statement
-        self._journal, self._filter, self._keep = journal, filter, keep_keys
+        self._journal, self._filter, self._keep, self._run_key = journal, filter, keep_keys, run_key
         self._lease_steps = default_lease_steps(self.planned) if lease_steps is None else lease_steps
         if not 1 <= self._lease_steps <= min(self.planned, MOST_LEASE_STEPS):
             raise InvalidParameter(
@@ -168,8 +171,9 @@ class Run:
         # Passed before its receipt exists: an interrupt from here on loses the step and never gives it out twice.
         while held is None or (step := next(held.steps, None)) is None:
             held = self._take_lease()
-        # After the commit: a copied file or a restored backup draws other bytes, hence other noise.
-        fresh = os.urandom(16)
+        # After the commit: a copied file or a restored backup draws other bytes, hence other noise. Nothing of a
+        # committed run is chosen here.
+        fresh = os.urandom(16) if self._run_key is None else bytes(16)
         self._issued.append(_Issued(step, fresh))
         return self._receipt(held, step, fresh)
 
@@ -186,7 +190,8 @@ class Run:
 
     def _settle(self, receipt: Receipt, output_digest: str | None) -> None:
         newest = self._issued[-1] if self._issued else None
-        if receipt.run_id != self.run_id or newest is None or newest.fresh != receipt.fresh:
+        given = receipt.run_id, receipt.step, receipt.fresh
+        if newest is None or given != (self.run_id, newest.step, newest.fresh):
             raise InvalidParameter(
                 f"step {receipt.step} of run {receipt.run_id} is not the newest of this run",
                 hint="settle a step before you ask for the next receipt",
@@ -262,22 +267,14 @@ class Run:
             lease_nonce=held.nonce,
             fresh=fresh,
             key=held.keys.take(step - held.first),
+            committed=self._run_key is not None,
         )
 
     def _take_lease(self) -> _Held:
         lifetime = Lifetime()
         # Before the lease exists, so that whoever closes the run or the ledger from now on ends its keys.
         self._journal.keys.setdefault(self.run_id, weakref.WeakSet()).add(lifetime)
-        nonce, key = os.urandom(32), LeaseKey(lifetime)
-        if self._keep is not None:
-            # Before the lease: a key that could not be kept costs nothing.
-            self._keep.keep(
-                "lease-key",
-                ledger=self._journal.state.genesis.ledger_id,
-                run=self.run_id,
-                commitment=key.commitment,
-                key=key.reveal(),
-            )
+        nonce, key = os.urandom(32), self._key_of_lease(lifetime)
         taken: _Held | None = None
         while taken is None:
             state = self._journal.state
@@ -285,12 +282,24 @@ class Run:
             # Outside the lock, since an accountant takes its time; inside, the portfolio must still be what was seen.
             claim = None if seen is None or seen.frozen else self._joint_claim(state, seen)
             taken = self._journal.transact(partial(self._write_lease, seen, claim, nonce, key))
+        if self._run_key is not None:
+            remember_head(self._journal)  # or an older copy could be put back here, and repeat this noise
         self._issued, self._held = [], taken
         key.wipe()  # the keys of the steps are made, and nothing leads back from one to those before it
         if self._closed:  # by a signal handler meanwhile
             lifetime.end()
             self._guard()
         return taken
+
+    def _key_of_lease(self, lifetime: Lifetime) -> LeaseKey | RunKey:
+        if self._run_key is not None:
+            return self._run_key.for_lease(lifetime)
+        key = LeaseKey(lifetime)
+        if self._keep is not None:
+            # Before the lease: a key that could not be kept costs nothing.
+            ledger = self._journal.state.genesis.ledger_id
+            self._keep.keep("lease-key", ledger=ledger, run=self.run_id, commitment=key.commitment, key=key.reveal())
+        return key
 
     def _portfolio(self, state: LedgerState) -> Portfolio | None:
         index = state.runs[self.run_id].portfolio
@@ -306,12 +315,16 @@ class Run:
         return portfolio_claim(self._filter, state.plans_of(portfolio), portfolio.delta)
 
     def _write_lease(
-        self, seen: Portfolio | None, claim: float | None, nonce: bytes, key: LeaseKey, draft: Draft
+        self, seen: Portfolio | None, claim: float | None, nonce: bytes, key: LeaseKey | RunKey, draft: Draft
     ) -> _Held | None:
         """Draft what was issued and the next lease; None where another process changed the portfolio meanwhile."""
         now, first = self._portfolio(draft.state), draft.state.runs[self.run_id].charged
         if now is not None and seen is not None and (now.frozen, now.runs) != (seen.frozen, seen.runs):
             return None
+        if self._run_key is None and draft.state.runs[self.run_id].commitment is not None:
+            raise InvalidParameter(
+                f"run {self.run_id} was committed to a plan key meanwhile", code="DP084", hint="start it again with it"
+            )
         if first >= self.planned:
             raise self._exhausted()
         if now is not None and claim is not None:

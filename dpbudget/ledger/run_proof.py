@@ -12,6 +12,7 @@ from typing import Any
 
 from dpbudget._record import hex_to_float
 from dpbudget.errors import Tampered
+from dpbudget.ledger.entries import NO_FRESH
 from dpbudget.ledger.head import Head
 from dpbudget.ledger.signing import RECORD_TYPE, STATEMENT_TYPE, PublicKey, open_envelope
 from dpbudget.ledger.statement import read_statement, statement_digest
@@ -35,6 +36,7 @@ class RunProof:
             run's lease carries it, and in an ``rdp`` ledger.
         unspent: steps without a reserve in leases whose close is shown; they stay charged.
         reserved, settled: steps with a reserve and with a settle among the records shown.
+        commitment, entropy: of a run whose noise key is committed, as in the ledger; None for fresh keys.
     """
 
     ledger_id: str
@@ -48,6 +50,8 @@ class RunProof:
     unspent: int
     reserved: int
     settled: int
+    commitment: str | None = None
+    entropy: str | None = None
 
     @property
     def proved(self) -> tuple[str, ...]:
@@ -60,6 +64,10 @@ class RunProof:
         ]
         if self.portfolio_claim is not None:
             said.append(f"all plans of portfolio {self.portfolio} together claim epsilon {self.portfolio_claim:.9g}")
+        if self.commitment is not None:
+            said.append(f"the run committed to the noise key {self.commitment} before its first step")
+        if self.entropy is not None:
+            said.append(f"its noise follows from that key and the entropy {self.entropy}, which was given afterwards")
         return tuple(said)
 
     @property
@@ -111,6 +119,8 @@ class RunHistory:
     settled: int = 0
     last: int = -1
     drawn: set[str] = field(default_factory=set)
+    commitment: str | None = None
+    entropy: str | None = None
     _leaf: bytes = NO_LEAF
 
     @property
@@ -167,6 +177,8 @@ class RunHistory:
             unspent=sum(lease.unspent or 0 for lease in closed),
             reserved=reserved,
             settled=self.settled,
+            commitment=self.commitment,
+            entropy=self.entropy,
         )
 
     def draw(self, *values: str) -> None:
@@ -236,6 +248,18 @@ def _plan(run: RunHistory, item: Shown) -> None:
     run.plan, run.signer = plan, run.owners[-1]
 
 
+def _commit(run: RunHistory, item: Shown) -> None:
+    _require(run.plan is not None and not run.leases, "a commit to a noise key that is not before the first lease")
+    _require(run.commitment is None, "a second commit to a noise key")
+    run.commitment = item.record["commitment"]
+    run.draw(run.commitment)
+
+
+def _entropy(run: RunHistory, item: Shown) -> None:
+    _require(run.commitment is not None and run.entropy is None, "entropy without a commit, or a second one")
+    run.entropy = item.record["value"]
+
+
 def _lease(run: RunHistory, item: Shown) -> None:
     first, count, claim = item.record["first"], item.record["count"], _real(item.record["claim"])
     _require(run.plan is not None and first == run.charged, f"lease from step {first} after {run.charged} steps")
@@ -245,7 +269,12 @@ def _lease(run: RunHistory, item: Shown) -> None:
         _require(not run.leases and run.portfolio is not None, "a claim that the rules do not allow here")
         _require(limit is None or claim <= limit, f"claim {claim} of a portfolio of epsilon {limit}")
         run.claim = claim
-    run.draw(item.record["nonce"], item.record["commitment"])
+    run.draw(item.record["nonce"])
+    if run.commitment is None:
+        run.draw(item.record["commitment"])
+    else:
+        same = item.record["commitment"] == run.commitment
+        _require(run.entropy is not None and same, "a lease that does not belong to what the run committed to")
     run.leases.append(_Lease(first, count))
 
 
@@ -261,7 +290,10 @@ def _settle(run: RunHistory, item: Shown) -> None:
     step = item.record["step"]
     lease = run.open_lease(step)
     _require(lease.settled <= step - lease.first < lease.reserved, f"settle of step {step}, which is not due")
-    run.draw(item.record["fresh"])
+    if run.commitment is None:
+        run.draw(item.record["fresh"])
+    else:
+        _require(item.record["fresh"] == NO_FRESH, f"settle of step {step} of a committed run with bytes of its own")
     lease.settled = step - lease.first + 1
     run.settled += 1
 
@@ -279,6 +311,8 @@ _RULES = {
     "rekey": _rekey,
     "portfolio": _portfolio,
     "plan": _plan,
+    "commit": _commit,
+    "entropy": _entropy,
     "lease": _lease,
     "reserve": _reserve,
     "settle": _settle,

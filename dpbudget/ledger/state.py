@@ -106,6 +106,9 @@ class RunState:
         charged: steps leased so far, whether or not they were released.
         reserved: steps whose receipt is known to have been issued.
         leases: leases that are neither complete nor closed, oldest first.
+        commitment: of a run whose noise key is committed, what it is committed to; None for fresh keys.
+        entropy: the auditor's, given after the commitment.
+        ready: number of records up to the entropy; 0 without.
     """
 
     run_id: str
@@ -116,6 +119,14 @@ class RunState:
     charged: int = 0
     reserved: int = 0
     leases: tuple[Lease, ...] = ()
+    commitment: str | None = None
+    entropy: str | None = None
+    ready: int = 0
+
+    @property
+    def keys(self) -> str:
+        """Where the run's noise comes from: ``fresh`` keys, a new one in every lease, or a ``committed`` one."""
+        return "fresh" if self.commitment is None else "committed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -262,6 +262,20 @@ def test_every_example_of_every_help_page_runs(run_cli: Cli, folder: Path, words
         kept = ("--keep-keys", "noise.sealed", "--auditor", "auditor.key.pub")
         assert run_cli(*shlex.split(TRAIN), *kept).code == 0
         line = line.replace(" b.ledger", " budget.ledger")
+    if words in {("ledger", "commit"), ("ledger", "entropy")}:
+        line = line.replace("3f9c", run_cli("ledger", "runs", "budget.ledger", "--json").json["runs"][0]["run"][:8])
+        line = line.replace("HEX", "5e" * 32)
+        assert run_cli("key", "new", "auditor.key", "--auditor").code == 0
+        (folder / "phrase").write_text("secret\n")
+        phrase = open("phrase", "rb")  # noqa: SIM115 - closed by the command's end
+        passphrase = ("--passphrase-fd", str(phrase.fileno()))
+        if words[1] == "entropy":
+            commit = ("ledger", "commit", "budget.ledger", line.split()[4], "--key-file", "plan.key")
+            assert run_cli(*commit, *passphrase).code == 0
+        answer = run_cli(*shlex.split(line)[1:], *passphrase * (words[1] == "commit"))
+        phrase.close()
+        assert answer.code == 0, answer.err
+        return
     answer = run_cli(*shlex.split(line)[1:])
     assert answer.code == 0, answer.err
 

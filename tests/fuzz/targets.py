@@ -12,20 +12,27 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from dpbudget._attest import attest, read_attestation
 from dpbudget._record import decode, encode
 from dpbudget._verdict import Report
 from dpbudget.curve import Bounds
 from dpbudget.errors import DPBudgetError
+from dpbudget.ledger.auditor import AuditorKey, load_auditor_key, load_auditor_public_key
 from dpbudget.ledger.entries import Entry, read
 from dpbudget.ledger.head import VerifierKey, check_cosignature, parse_verifier_key, read_checkpoint, read_head
 from dpbudget.ledger.journal import replay
 from dpbudget.ledger.keys import load_key, load_public_key
+from dpbudget.ledger.plan_key import load_plan_key
 from dpbudget.ledger.proof_file import check_run_proof, make_run_proof
+from dpbudget.ledger.replay import StepKey
 from dpbudget.ledger.requests import read_request, sign_request
 from dpbudget.ledger.scan import scan
+from dpbudget.ledger.sealed import open_sealed, seal_line
 from dpbudget.ledger.signing import RECORD_TYPE, STATEMENT_TYPE, Ed25519Signer, open_envelope
 from dpbudget.ledger.statement import plan_statement, read_statement
 from dpbudget.ledger.store.base import Snapshot
@@ -41,6 +48,7 @@ from ledgerkit import (
     OWNER,
     STRANGER,
     WRITER,
+    committed_ledger,
     export_bytes,
     lived_in_ledger,
     make_ledger,
@@ -50,7 +58,7 @@ from ledgerkit import (
 )
 
 _RUN = "ab" * 16
-_LEDGERS = [snapshot_of(lived_in_ledger()), snapshot_of(rdp_ledger())]
+_LEDGERS = [snapshot_of(lived_in_ledger()), snapshot_of(rdp_ledger()), snapshot_of(committed_ledger())]
 _ENTRIES = [entry for snapshot in _LEDGERS for entry in snapshot.entries]
 
 
@@ -158,6 +166,29 @@ def _key_file(data: bytes) -> None:
                 continue
 
 
+_AUDITOR = AuditorKey(X25519PrivateKey.from_private_bytes(b"\x06" * 32))
+_SEALED = {"commitment": "ab" * 32, "ledger": "cd" * 32, "run": _RUN, "type": "lease-key", "v": 1}
+
+
+def _noise_key_file(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "key"
+        place.touch(0o600)
+        place.write_bytes(data)
+        for load in (load_auditor_key, load_auditor_public_key, partial(load_plan_key, passphrase=b"x"), StepKey.load):
+            try:
+                load(place)
+            except DPBudgetError:
+                continue
+        assert open_sealed(place, _AUDITOR, _SEALED) == b"\x07" * 32, "a seal opened to what nobody sealed"
+
+
+def _noise_keys() -> tuple[bytes, ...]:
+    """A sealed key, between others and torn lines; the other files are refused as sealed ones."""
+    line, other = (seal_line(_AUDITOR.public, {**_SEALED, "run": run}, b"\x07" * 32) for run in (_RUN, "00" * 16))
+    return line + b"\n", other + b"\n" + line[:80] + b"\n" + line + b"\n"
+
+
 def _database(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "ledger"
@@ -209,7 +240,7 @@ def _envelopes() -> tuple[bytes, ...]:
 
 
 TARGETS: Mapping[str, Target] = {
-    "export": Target(_export, tuple(export_bytes(make()) for make in (lived_in_ledger, rdp_ledger))),
+    "export": Target(_export, tuple(export_bytes(make()) for make in (lived_in_ledger, rdp_ledger, committed_ledger))),
     "record": Target(_record, tuple(entry.line for entry in _ENTRIES)),
     "json": Target(_json, (b'{"a":1,"b":[null,true,{"c":"x"}]}', b"{}")),
     "envelope": Target(_envelope, _envelopes()),
@@ -223,6 +254,7 @@ TARGETS: Mapping[str, Target] = {
     "key": Target(
         _key_file, (_seed_key(), b"dpbudget-ed25519 " + Ed25519Signer.generate().public.hex.encode() + b"\n")
     ),
+    "noise-key": Target(_noise_key_file, _noise_keys()),
     "database": Target(_database, (_seed_database("portfolio"), _seed_database("rdp"))),
 }
 

@@ -21,7 +21,8 @@ from tests.fuzz.mutations import damaged, relined, signed_again
 from tests.fuzz.targets import _LEDGERS, OWNER, TARGETS, WRITER, survive
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = [name for name in TARGETS if name not in ("database", "key")]
+FILES = ("database", "key", "noise-key")
+QUICK = [name for name in TARGETS if name not in FILES]
 relaxed = settings(deadline=10_000, suppress_health_check=list(HealthCheck))
 SEEN: dict[str, set[bytes]] = {name: set(target.seeds) for name, target in TARGETS.items()}
 
@@ -42,7 +43,7 @@ def test_damaged_bytes_are_refused_or_mean_what_they_say(name: str, data: st.Dat
         assert not accepted or bent in SEEN[name]
 
 
-@pytest.mark.parametrize("name", ["database", "key"])
+@pytest.mark.parametrize("name", FILES)
 @settings(relaxed, max_examples=60)
 @given(data=st.data())
 def test_damaged_files_are_refused_or_mean_what_they_say(name: str, data: st.DataObject) -> None:
@@ -57,7 +58,7 @@ def test_lines_that_were_moved_are_noticed(name: str, data: st.DataObject) -> No
     assert not survive(name, bent) or name == "request" or bent in SEEN[name]
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["portfolio", "rdp"])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["portfolio", "rdp", "committed"])
 @settings(relaxed, max_examples=400)
 @given(data=st.data())
 def test_ledgers_that_were_signed_again_obey_the_rules_or_are_refused(which: int, data: st.DataObject) -> None:
@@ -73,6 +74,7 @@ def test_ledgers_that_were_signed_again_obey_the_rules_or_are_refused(which: int
     assert state.account is None or state.account.fits
     for run in state.runs.values():
         assert 0 <= run.reserved <= run.charged <= run.plan.steps
+        assert run.commitment is None or run.entropy is not None or run.charged == 0
 
 
 @settings(relaxed, max_examples=200)

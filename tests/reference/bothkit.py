@@ -41,6 +41,11 @@ def ours(export: bytes) -> dict[str, Any] | None:
         "delta": state.delta,
         "claims": [portfolio.claim for portfolio in state.portfolios if portfolio.claim is not None],
         "charged": {run_id: run.charged for run_id, run in state.runs.items()},
+        "noise": {
+            run_id: [value for value in (run.commitment, run.entropy) if value is not None]
+            for run_id, run in state.runs.items()
+            if run.commitment is not None
+        },
         "owner": state.owner.hex,
         "writer": state.writer.hex,
     }

@@ -288,6 +288,58 @@ def test_nonces_and_commitments_are_compared_among_themselves_alone() -> None:
     assert not history.add("settle", step=1, fresh=same[:32], **settle).holds()
 
 
+FIXED, GIVEN, ZEROS = "99" * 32, "5e" * 32, "0" * 32
+
+
+def committed() -> History:
+    return one_run().add("commit", run=RUN, commitment=FIXED).add("entropy", run=RUN, value=GIVEN)
+
+
+def test_a_run_commits_once_before_its_first_lease_and_gets_its_entropy_once() -> None:
+    commit, entropy = {"run": RUN, "commitment": "88" * 32}, {"run": RUN, "value": "6f" * 32}
+    assert one_run().add("commit", **commit).holds()
+    assert committed().holds()
+    assert not one_run().lease(claim=HALF).add("commit", **commit).holds()
+    assert not committed().add("commit", **commit).holds()
+    assert not one_run().add("commit", **commit).add("commit", **commit).holds()
+    assert not one_run().add("entropy", **entropy).holds()
+    assert not committed().add("entropy", **entropy).holds()
+    assert not History().portfolio().add("commit", **commit).holds()
+    assert not one_run().add("commit", **{**commit, "run": "cd" * 16}).holds()
+
+
+def test_a_lease_of_a_committed_run_has_its_commitment_and_comes_after_the_entropy() -> None:
+    assert committed().lease(claim=HALF, commitment=FIXED).lease(1, commitment=FIXED).holds()
+    assert not committed().lease(claim=HALF).holds()
+    waiting = one_run().add("commit", run=RUN, commitment=FIXED)
+    assert not waiting.lease(claim=HALF, commitment=FIXED).holds()
+    nonce = {"nonce": "77" * 32, "commitment": FIXED}
+    assert not committed().lease(claim=HALF, **nonce).lease(1, **nonce).holds()
+
+
+def test_a_settle_of_a_committed_run_has_no_bytes_of_its_own() -> None:
+    for fresh, good in ((ZEROS, True), ("0" * 31 + "1", False), ("ab" * 16, False)):
+        history = committed().lease(claim=HALF, count=2, commitment=FIXED).add("reserve", run=RUN, step=0, count=2)
+        history.add("settle", run=RUN, step=0, fresh=fresh, output=None)
+        assert history.holds() is good
+        if good:
+            assert history.add("settle", run=RUN, step=1, fresh=fresh, output=None).holds()
+
+
+def test_what_a_run_commits_to_is_in_no_other_run() -> None:
+    other = "cd" * 16
+    two = one_run().plan(other).lease(claim=HALF, commitment=FIXED)
+    assert not two.add("commit", run=other, commitment=FIXED).holds()
+    two = committed().plan(other)
+    assert two.holds()
+    assert not two.lease(claim=HALF, run=other, commitment=FIXED).holds()
+    two = committed().plan(other).add("commit", run=other, commitment=FIXED)
+    assert not two.holds()
+    # The entropy is the auditor's, who may give the same one twice.
+    two = committed().plan(other).add("commit", run=other, commitment="88" * 32)
+    assert two.add("entropy", run=other, value=GIVEN).holds()
+
+
 def test_a_portfolio_that_declares_no_epsilon_is_bounded_by_what_the_others_leave() -> None:
     assert one_run().lease(claim=EPSILON).holds()
     assert not one_run().lease(claim=(2.5).hex()).holds()

@@ -29,6 +29,8 @@ from ledgerkit import (  # noqa: E402
     NEXT_WRITER,
     OWNER,
     WRITER,
+    committed_ledger,
+    committed_run,
     export_bytes,
     lived_in_ledger,
     make_ledger,
@@ -38,12 +40,17 @@ from ledgerkit import (  # noqa: E402
 )
 
 GOLDEN = (HERE.parent / "dpbudget" / "ledger" / "golden.jsonl").read_bytes()
-EXPORTS = {"golden": GOLDEN, "portfolio": export_bytes(lived_in_ledger()), "rdp": export_bytes(rdp_ledger())}
+EXPORTS = {
+    "golden": GOLDEN,
+    "portfolio": export_bytes(lived_in_ledger()),
+    "rdp": export_bytes(rdp_ledger()),
+    "committed": export_bytes(committed_ledger()),
+}
 
 
 def test_the_second_verifier_is_short_and_shares_no_code_with_the_package() -> None:
     source = (HERE / "verifier.py").read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= 200
+    assert len(source.splitlines()) <= 210
     imported = {node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
     imported |= {a.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for a in node.names}
     assert {str(name).split(".")[0] for name in imported} <= {*sys.stdlib_module_names, "cryptography"}
@@ -73,7 +80,7 @@ def test_both_refuse_every_changed_byte_of_a_small_ledger() -> None:
             assert not agree(small[:at] + bytes([byte]) + small[at + 1 :]), at
 
 
-@pytest.mark.parametrize("name", ["portfolio", "rdp"])
+@pytest.mark.parametrize("name", ["portfolio", "rdp", "committed"])
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_both_refuse_bytes_that_were_changed_anywhere(name: str, data: st.DataObject) -> None:
@@ -82,7 +89,7 @@ def test_both_refuse_bytes_that_were_changed_anywhere(name: str, data: st.DataOb
     assert not agree(export[:at] + bytes([export[at] ^ data.draw(st.integers(1, 255))]) + export[at + 1 :])
 
 
-@pytest.mark.parametrize("name", ["portfolio", "rdp"])
+@pytest.mark.parametrize("name", ["portfolio", "rdp", "committed"])
 def test_both_refuse_lines_that_are_dropped_doubled_swapped_or_cut(name: str) -> None:
     lines = EXPORTS[name].splitlines(keepends=True)
     for at in range(len(lines)):
@@ -107,6 +114,9 @@ def plain_ledger(kind: str) -> list[Entry]:
     ledger.note("checked")
     with ledger.start(ledger.sign_plan(make_plan(2, delta=ledger.plan_delta), owner=OWNER)) as other:
         other.next_receipt()
+    if kind == "portfolio":
+        with committed_run(ledger, make_plan(3, epsilon=0.25, delta=ledger.plan_delta), lease_steps=2) as last:
+            assert len(list(last)) == 3
     return list(snapshot_of(ledger).entries)
 
 

@@ -43,6 +43,7 @@ FORMS = {
     "note": {"event": text("checked", "published", "restored", "imported", "incident", "retired")},
     "portfolio": {"index": whole(1, 10000), "delta": DELTA, "epsilon": null(EPSILON)},
     "plan": {"run": H32, "statement": H64, "portfolio": whole(0, 10000)},
+    "commit": {"run": H32, "commitment": H64}, "entropy": {"run": H32, "value": H64},
     "lease": {"run": H32, "nonce": H64, "commitment": H64, "first": STEP, "count": COUNT, "claim": null(real(0, 1e6))},
     "reserve": {"run": H32, "step": STEP, "count": COUNT},
     "settle": {"run": H32, "step": STEP, "fresh": H32, "output": null(H64)},
@@ -134,7 +135,7 @@ class Ledger:
         need(r["run"] not in self.runs and len(self.runs) < 10000 and self.phases <= most, "runs, phases")
         ends, own = [0, *accumulate(p["steps"] for p in plan["phases"])], {"claim": 0} if rdp else self.portfolios[-1]
         need(rdp or (own["claim"] is None and number(plan["claim"]["delta"]) == own["delta"]), "portfolio")
-        run = self.runs[r["run"]] = {"ends": ends, "charged": 0, "leases": [], "costs": [], "in": own}
+        run = self.runs[r["run"]] = {"ends": ends, "charged": 0, "leases": [], "costs": [], "in": own, "noise": []}
         for row, *tails in zip(*(plan[name] for name in TABLE), strict=True) if rdp else ():
             costs = [None if c is None else number(c) * 2**100 for c in row] + [number(c) * 2**200 for c in tails]
             need(kind(list)(row) and len(row) == len(self.allowances) and all((c or 0) >= 0 for c in costs), "costs")
@@ -153,8 +154,16 @@ class Ledger:
                         sums[at] = None if None in (cost, sums[at]) else sums[at] - (-used * cost // 1)
             fits = [spent is not None and spent <= bound // 1 for spent, bound in zip(sums, bounds, strict=True)]
             need(any(fits[:-2]) and all(fits[-2:]), "no order has room")
+    def commit(self, r):
+        run = self.runs[r["run"]]
+        need(not run["noise"] and not run["charged"], "commit")
+        run["noise"], self.drawn = [r["commitment"]], [*self.drawn, "c" + r["commitment"]]
+    def entropy(self, r):
+        need(len(self.runs[r["run"]]["noise"]) == 1, "entropy")
+        self.runs[r["run"]]["noise"].append(r["value"])
     def lease(self, r):
         run = self.runs[r["run"]]
+        need(run["noise"][:1] in ([], [r["commitment"]]) and len(run["noise"]) != 1, "committed")
         need(r["first"] == run["charged"] and r["first"] + r["count"] <= run["ends"][-1], "lease")
         need((r["claim"] is None) == (run["in"]["claim"] is not None), "claim")
         if r["claim"] is not None:
@@ -162,17 +171,17 @@ class Ledger:
             need(run["in"]["epsilon"] is None or run["in"]["claim"] <= run["in"]["epsilon"], "declared epsilon")
         run["charged"] += r["count"]
         run["leases"].append({"first": r["first"], "next": r["first"], "done": r["first"] - 1, "end": run["charged"]})
-        self.drawn = [*self.drawn, "n" + r["nonce"], "c" + r["commitment"]]
+        self.drawn = [*self.drawn, "n" + r["nonce"], *["c" + r["commitment"]] * (not run["noise"])]
         self.check_totals()
     def step(self, r):
-        step, leases = r["step" if "step" in r else "first"], self.runs[r["run"]]["leases"]
+        step, leases, fixed = r["step" if "step" in r else "first"], *map(self.runs[r["run"]].get, ("leases", "noise"))
         (lease,) = [held for held in leases if held["first"] <= step < held["end"]]
         if r["type"] == "reserve":
             need(step == lease["next"] and step + r["count"] <= lease["end"], "reserve")
             lease["next"] += r["count"]
         elif r["type"] == "settle":
-            need(lease["done"] < step < lease["next"], "settle")
-            lease["done"], self.drawn = step, [*self.drawn, "f" + r["fresh"]]
+            need(lease["done"] < step < lease["next"] and (not fixed or r["fresh"] == "0" * 32), "settle")
+            lease["done"], self.drawn = step, [*self.drawn, *["f" + r["fresh"]] * (not fixed)]
         else:
             need(step == lease["first"] and r["unspent"] == lease["end"] - lease["next"], "close")
         if r["type"] == "close" or lease["done"] == lease["end"] - 1:
@@ -194,7 +203,8 @@ def verify(export, owner):
     check_signature(writer, blob[4:], said.encode())
     return {"root": root.hex(), "epsilon": float(ledger.epsilon), "delta": float(ledger.delta), "writer": writer.hex(),
             "claims": [float(p["claim"]) for p in ledger.portfolios if p["claim"] is not None],
-            "charged": {name: run["charged"] for name, run in ledger.runs.items()}, "owner": ledger.owners[-1].hex()}
+            "charged": {name: run["charged"] for name, run in ledger.runs.items()}, "owner": ledger.owners[-1].hex(),
+            "noise": {name: run["noise"] for name, run in ledger.runs.items() if run["noise"]}}
 if __name__ == "__main__":
     with open(sys.argv[1], "rb") as file:
         print(json.dumps(verify(file.read(), bytes.fromhex(sys.argv[2]))))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dpbudget._renyi import PhaseCost, RenyiTerms
+from dpbudget.ledger.high_water import HighWater
 from dpbudget.ledger.journal import Draft
 from dpbudget.ledger.ledger import Ledger
+from dpbudget.ledger.plan_key import PlanKey
+from dpbudget.ledger.run import Run
 from dpbudget.ledger.signing import Ed25519Signer
 from dpbudget.ledger.store.base import Snapshot
 from dpbudget.ledger.store.jsonl import read_export
@@ -112,6 +116,37 @@ def rdp_ledger(path: Path | None = None) -> Ledger:
             pass
     ledger.rekey("owner", new=NEXT_OWNER, by=OWNER)
     ledger.change_budget(Budget(epsilon=2.0, delta=1e-6), owner=NEXT_OWNER)
+    return ledger
+
+
+def plan_key(byte: int = 7) -> PlanKey:
+    return PlanKey(bytearray([byte] * 32))
+
+
+def committed_run(
+    ledger: Ledger, plan: Plan, *, key: PlanKey | None = None, entropy: str = "5e" * 32, **options: Any
+) -> Run:
+    """A run of a new plan whose noise is committed, started under the head that the entropy left."""
+    if ledger._journal.high_water is None:  # a ledger in memory
+        ledger._journal.high_water = HighWater(Path(tempfile.mkdtemp()))
+    run_id, secret = ledger.sign_plan(plan, owner=OWNER), plan_key() if key is None else key
+    ledger.commit(run_id, secret)
+    ledger.add_entropy(run_id, entropy)
+    return ledger.start(run_id, plan_key=secret, expect_head=str(ledger.head), **options)
+
+
+def committed_ledger(path: Path | None = None) -> Ledger:
+    """A ledger with a run of fresh keys and one whose noise is committed, in several leases."""
+    ledger = make_ledger(path)
+    fresh = ledger.start(ledger.sign_plan(make_plan(4), owner=OWNER), lease_steps=2)
+    with committed_run(ledger, make_plan(5), lease_steps=2) as run:
+        fresh.next_receipt()
+        for _ in range(3):
+            run.settle(run.next_receipt(), "ab" * 32)
+        fresh.next_receipt()
+        fresh.next_receipt()
+        run.next_receipt()
+    fresh.close()
     return ledger
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ledgerkit import lived_in_ledger, rdp_ledger, snapshot_of
+from ledgerkit import committed_ledger, lived_in_ledger, rdp_ledger, snapshot_of
 
 from dpbudget._record import encode
 from dpbudget.errors import Tampered
@@ -33,6 +33,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "rekey": {"role": "writer", "old": DIGEST, "key": "ef" * 32},
     "note": {"event": "checked"},
     "plan": {"run": RUN, "statement": DIGEST, "portfolio": 1},
+    "commit": {"run": RUN, "commitment": DIGEST},
+    "entropy": {"run": RUN, "value": DIGEST},
     "lease": {"run": RUN, "nonce": DIGEST, "commitment": DIGEST, "first": 0, "count": 1, "claim": 1.5},
     "reserve": {"run": RUN, "step": 0, "count": 1},
     "settle": {"run": RUN, "step": 0, "fresh": RUN, "output": None},
@@ -215,7 +217,8 @@ def test_a_value_without_a_canonical_form_cannot_be_built() -> None:
 
 
 def test_every_type_occurs_in_a_lived_in_ledger_and_is_short() -> None:
-    lines = [entry.line for made in (lived_in_ledger(), rdp_ledger()) for entry in snapshot_of(made).entries]
+    made = lived_in_ledger(), rdp_ledger(), committed_ledger()
+    lines = [entry.line for ledger in made for entry in snapshot_of(ledger).entries]
     assert {read(line)["type"] for line in lines} == set(FIELDS)
     assert max(map(len, lines)) < 1024
 

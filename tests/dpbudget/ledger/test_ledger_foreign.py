@@ -17,7 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from in_toto_attestation.v1.statement import Statement
 from in_toto_attestation.v1.statement_pb2 import Statement as StatementMessage
-from ledgerkit import NEXT_OWNER, OWNER, STRANGER, export_bytes, lived_in_ledger, make_plan, rdp_ledger, snapshot_in
+from ledgerkit import (
+    NEXT_OWNER,
+    OWNER,
+    STRANGER,
+    committed_ledger,
+    export_bytes,
+    lived_in_ledger,
+    make_plan,
+    rdp_ledger,
+    snapshot_in,
+)
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner, SSlibKey
@@ -96,7 +106,7 @@ def test_the_vector_of_the_dsse_protocol_holds_in_both_implementations() -> None
 
 
 def test_securesystemslib_verifies_every_envelope_of_a_ledger() -> None:
-    for ledger in (lived_in_ledger(), rdp_ledger()):
+    for ledger in (lived_in_ledger(), rdp_ledger(), committed_ledger()):
         found = enveloped(snapshot_in(ledger).entries)
         kinds = {record["type"] for record, _ in found}
         assert kinds >= {"genesis", "plan"}
@@ -161,7 +171,7 @@ def test_rfc8785_encodes_every_restricted_value_to_the_same_bytes(value: dict[st
 
 
 def test_rfc8785_encodes_every_record_and_envelope_to_the_same_bytes() -> None:
-    for ledger in (lived_in_ledger(), rdp_ledger()):
+    for ledger in (lived_in_ledger(), rdp_ledger(), committed_ledger()):
         for entry in snapshot_in(ledger).entries:
             for data in (entry.line, entry.envelope):
                 assert data is None or rfc8785.dumps(json.loads(data)) == data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "ledger-format.md").read_text(encoding="utf-8")
 THREATS = (ROOT / "docs" / "threat-model.md").read_text(encoding="utf-8")
 GOLDEN = Path(__file__).with_name("golden.jsonl").read_bytes()
+GOLDEN_COMMITTED = Path(__file__).with_name("golden-committed.jsonl").read_bytes()
 
 
 def verify(export: bytes) -> tuple[LedgerState, Head]:
@@ -46,6 +48,15 @@ def test_the_bytes_of_a_record_never_change() -> None:
         b'{"claim":"0x1.999999999999ap-4","commitment":"' + b"33" * 32 + b'","count":3,"first":0,"nonce":"'
         b"" + b"22" * 32 + b'","prev":"' + b"44" * 32 + b'","run":"' + b"11" * 16 + b'","seq":7,"type":"lease","v":1}'
     )
+
+
+def test_the_golden_ledger_of_a_committed_run_still_verifies() -> None:
+    state, head = verify(GOLDEN_COMMITTED)
+    assert str(head) == "22:85b63237066f4723c51c61f2d32e4f596de4a44b7d542b0366c39e67626d3746"
+    fresh, committed = state.runs.values()
+    assert (fresh.commitment, fresh.entropy, fresh.charged) == (None, None, 4)
+    assert committed.commitment == hashlib.sha256(b"dpbudget/plan-key/v1\0" + b"\x07" * 32).hexdigest()
+    assert (committed.entropy, committed.charged) == ("5e" * 32, 4)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -76,6 +87,7 @@ def test_the_page_states_the_constants_of_the_code() -> None:
         str(MAX_ENVELOPE_BYTES),
         f"0x{APPLICATION_ID:X}",
         "dpbudget/lease-key/v1",
+        "dpbudget/plan-key/v1",
     ):
         assert text in PAGE
     for _, statement in SCHEMA:

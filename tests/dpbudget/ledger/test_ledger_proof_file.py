@@ -16,6 +16,7 @@ from ledgerkit import (
     OWNER,
     STRANGER,
     WRITER,
+    committed_ledger,
     lived_in_ledger,
     make_ledger,
     make_plan,
@@ -35,7 +36,7 @@ from dpbudget.ledger.store.base import Snapshot
 
 
 @pytest.mark.parametrize("with_settles", [False, True])
-@pytest.mark.parametrize("make", [lived_in_ledger, rdp_ledger])
+@pytest.mark.parametrize("make", [lived_in_ledger, rdp_ledger, committed_ledger])
 def test_a_run_proof_says_what_the_ledger_says_of_the_run(make: Callable[[], Ledger], with_settles: bool) -> None:
     ledger = make()
     state, entries = ledger.state, [read(entry.line) for entry in snapshot_in(ledger).entries]
@@ -48,6 +49,7 @@ def test_a_run_proof_says_what_the_ledger_says_of_the_run(make: Callable[[], Led
         assert (proof.plan, proof.charged, proof.portfolio) == (run.plan, run.charged, run.portfolio)
         assert proof.portfolio_epsilon == (portfolio.epsilon if portfolio else None)
         assert proof.portfolio_claim == (portfolio.claim if portfolio and any(claims) else None)
+        assert (proof.commitment, proof.entropy) == (run.commitment, run.entropy)
         assert proof.unspent == sum(record["unspent"] for record in own if record["type"] == "close")
         assert proof.reserved == (run.reserved if with_settles else 0)
         assert proof.settled == (sum(record["type"] == "settle" for record in own) if with_settles else 0)
@@ -60,6 +62,14 @@ def test_a_run_proof_shows_nothing_of_other_runs() -> None:
         assert {record.get("run", run_id) for record in shown_in(proof)} == {run_id}
         assert not [other for other in ledger.state.runs if other != run_id and other.encode() in proof]
         assert [record["type"] for record in shown_in(proof)].count("portfolio") == 1
+
+
+def test_a_run_proof_says_where_the_noise_comes_from() -> None:
+    ledger = committed_ledger()
+    fresh, committed = (check_run_proof(proof_of(ledger, run_id), OWNER.public) for run_id in ledger.state.runs)
+    assert not [said for said in fresh.proved if "noise" in said]
+    assert f"the run committed to the noise key {committed.commitment} before its first step" in committed.proved
+    assert [said for said in committed.proved if f"the entropy {'5e' * 32}" in said]
 
 
 def test_a_run_proof_says_in_words_what_it_shows_and_what_not() -> None:

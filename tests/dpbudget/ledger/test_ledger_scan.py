@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from ledgerkit import lived_in_ledger, rdp_ledger, snapshot_of
+from ledgerkit import committed_ledger, lived_in_ledger, rdp_ledger, snapshot_of
 
 from dpbudget.errors import Tampered
 from dpbudget.ledger.entries import read
 from dpbudget.ledger.scan import scan
 
-LINES = [entry.line for ledger in (lived_in_ledger(), rdp_ledger()) for entry in snapshot_of(ledger).entries]
+LEDGERS = (lived_in_ledger(), rdp_ledger(), committed_ledger())
+LINES = [entry.line for ledger in LEDGERS for entry in snapshot_of(ledger).entries]
 HOT = [line for line in LINES if scan(line)]
 
 
