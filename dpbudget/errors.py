@@ -44,6 +44,8 @@ CODES: dict[str, str] = {
     "DP013": "A buffer is updated from private data without noise (running statistics, for example).",
     "DP014": "The model is in evaluation mode; per-example gradients of a training step need model.train().",
     "DP015": "A parameter received no gradient; it is updated by noise alone.",
+    "DP016": "The device of the model cannot make noise: on a CUDA device Triton is missing or was refused, and other "
+    "accelerators have no kernels. Nothing falls back to the CPU in silence.",
     "DP017": "The optimizer evaluates the loss several times per step; each evaluation would be a release of its own.",
     "DP018": "The model has no trainable parameter, more of them than the plan allows, or one of an unsupported kind.",
     "DP019": "A layer or parameter cannot be trained privately with the chosen engine.",
@@ -116,6 +118,7 @@ WAYS_OUT: dict[str, str] = {
     "DP013": "keep no running statistics; dptrainer.fix(model) turns off what it knows.",
     "DP014": "call model.train() before the loop, and after every evaluation.",
     "DP015": "freeze it with requires_grad_(False), or remove it.",
+    "DP016": "pip install 'dpbudget[gpu]' on a CUDA machine, or pass noise=SecureNoise(generate_on_cpu=True).",
     "DP017": "take SGD or Adam, and call backward() yourself instead of passing a closure.",
     "DP018": "freeze parameters, or plan with max_parameters of at least what the model trains.",
     "DP019": "docs/what-trains.md says what does; dptrainer.fix(model) repairs some of it.",

@@ -27,7 +27,7 @@ from dptrainer.probe import probe, probe_again, probe_loss
 from dptrainer.repeats import check_repeatable, deterministic, refuse_static_shapes
 from dptrainer.sampling import Indices, physical_batches
 from dptrainer.untested import tell_untested, why_untested
-from dptrainer.update import check_run
+from dptrainer.update import check_noise, check_run
 from dptrainer.validation import check
 from dptrainer.values import ClippedSum
 
@@ -66,7 +66,8 @@ class TrainerBase:
     """Set-up and clipping of every trainer: tests the model on synthetic records, and clips the records it is given.
 
     It draws no record and adds no noise; the arguments are those of :class:`~dptrainer.trainer.PrivateTrainer`, and
-    ``batches``: into how many steps the records that a receipt draws are divided.
+    ``batches``: into how many steps the records that a receipt draws are divided; ``noise`` is only asked whether it
+    can be made on the model's device.
 
     Raises:
         PrivacyViolation: model, optimizer or dataset cannot be trained privately; nothing was charged or changed.
@@ -90,10 +91,12 @@ class TrainerBase:
         record_outputs: bool = False,
         note: Callable[[str], None] | None = None,
         batches: int = 1,
+        noise: object = None,
     ) -> None:
         checked_size(physical_batch_size)
         check(model, optimizer)
         check_run(model, run)
+        check_noise(model, noise)
         check_unit(dataset, run)
         detach_earlier(model, optimizer)
         self._records = Records(dataset, collate_fn, views=views)

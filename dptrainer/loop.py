@@ -30,7 +30,7 @@ from dptrainer.noise.choice import require_secure, source_for
 from dptrainer.noise.source import NoiseSource
 from dptrainer.outside import OutsideWatch
 from dptrainer.probe import probe_again, probe_batch
-from dptrainer.update import check_run, release
+from dptrainer.update import check_noise, check_run, release
 from dptrainer.validation import check, check_step
 from dptrainer.values import ClippedSum
 
@@ -92,6 +92,8 @@ class PrivateLoop:
         check(model, optimizer)
         check_run(model, run)
         require_secure(run.plan, "make_private")
+        self._noise = source_for(run.plan, noise)
+        check_noise(model, self._noise)
         check_unit(dataset, run)
         detach_earlier(model, optimizer)
         probe_batch(model, synthetic, replay, note=note)
@@ -101,7 +103,7 @@ class PrivateLoop:
         self._engine = make_engine(model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note, test=again)
         self._reduction: Reduction = reduction
         self._discard_outside, self._given, self._reused = discard_outside, GivenBatch(), False
-        self._record_outputs, self._noise = record_outputs, source_for(run.plan, noise)
+        self._record_outputs = record_outputs
         self._step: Step | None = None
         self._outside = OutsideWatch()
         self._watched: dict[int, RemovableHandle] = {}

@@ -80,13 +80,12 @@ class PrivateTrainer(TrainerBase):
         note: Callable[[str], None] | None = None,
     ) -> None:
         check_is_run(run)
-        source = source_for(run.plan, noise)
+        self._sampler, self._noise = PoissonSampler(), source_for(run.plan, noise)
         super().__init__(
             model, optimizer, loss_fn, dataset, run, physical_batch_size=physical_batch_size,
             static_shapes=static_shapes, collate_fn=collate_fn, callbacks=callbacks, clipping=clipping, views=views,
-            replay=replay, record_outputs=record_outputs, note=note,
+            replay=replay, record_outputs=record_outputs, note=note, noise=self._noise,
         )  # fmt: skip
-        self._sampler, self._noise = PoissonSampler(), source
 
     def fit(self) -> TrainingResult:
         """Take every step that the run has left, or those until a callback stops.

@@ -12,7 +12,7 @@ from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dptrainer.clipping.engine import trainable_parameters
 from dptrainer.clipping.policy import Clipping
-from dptrainer.noise.source import NoiseSource, check_size, noise_scale
+from dptrainer.noise.source import NoiseSource, SecureNoise, check_size, noise_scale
 from dptrainer.values import ClippedSum, NoisySum
 
 
@@ -24,6 +24,16 @@ def check_run(model: nn.Module, run: Run) -> None:
     """
     check_is_run(run)
     check_size(trainable_parameters(model).values(), run.plan.max_parameters)
+
+
+def check_noise(model: nn.Module, noise: object) -> None:
+    """Refuse a model that is where ``noise`` cannot be made; nothing is charged or changed.
+
+    Raises:
+        PrivacyViolation: there are no kernels for a device of its parameters (DP016).
+    """
+    if isinstance(noise, SecureNoise):
+        noise.check_devices(parameter.device for parameter in trainable_parameters(model).values())
 
 
 def check_is_run(run: object) -> None:

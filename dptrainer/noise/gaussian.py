@@ -12,7 +12,8 @@ both axes: given its radius, a pair lies on a circular grid of spacing below 1.5
 sums are the floating-point effects that ``secure`` mode does not cover.
 
 **Reproducible.** A key gives the same bits on every CPU, compiled or not, with any number of threads, in whole or in
-shards. (On other devices the last sum is rounded as the device does it.)
+shards. On CUDA devices :mod:`dptrainer.noise.gpu` makes the noise from the same words: float64 tensors get the same
+bits, float32 tensors values within 2^-21 radii of them.
 """
 
 from __future__ import annotations
@@ -28,24 +29,26 @@ from typing import NamedTuple
 import torch
 
 from dptrainer.native import disjoint, threads
-from dptrainer.noise import boxmuller, native
+from dptrainer.noise import boxmuller, gpu, native
 from dptrainer.noise.boxmuller import BLOCK_ELEMENTS
 from dptrainer.noise.chacha import fill
 
-#: Blocks at a time of noise that NumPy makes, or that goes to another device: a MiB of words and 4 MiB of work space.
-#: Smaller tiles spend their time in calls, and two threads in handing the interpreter's lock to each other.
+#: Blocks at a time of noise that NumPy makes: a MiB of words and 4 MiB of work space. Smaller tiles spend their time in
+#: calls, and two threads in handing the interpreter's lock to each other.
 BLOCKS = 1 << 14
 #: Values of one request for each further thread, compiled and in NumPy. NumPy has two at most, and only for what takes
 #: longer than the milliseconds in which PyTorch's threads wait actively for more work and would compete with them.
 PER_THREAD, PER_NUMPY_THREAD = 1 << 14, 1 << 20
 
 
-def add_gaussian_(tensor: torch.Tensor, key: bytes, param_id: int, std: float, *, offset: int = 0) -> torch.Tensor:
+def add_gaussian_(
+    tensor: torch.Tensor, key: bytes, param_id: int, std: float, *, offset: int = 0, generate_on_cpu: bool = False
+) -> torch.Tensor:
     """Add ``std`` times standard Gaussian noise to ``tensor`` in place and return it.
 
     Element i of the flattened tensor receives element ``offset + i`` of the parameter's noise, so that a shard gets the
-    same values as the whole. Product and sum are float64, each rounded once, and then rounded to the tensor's type.
-    Noise is generated on the CPU and copied for tensors elsewhere.
+    same values as the whole. Product and sum are float64, each rounded once, and then rounded to the tensor's type (for
+    float32 tensors on CUDA devices all of it is float32).
 
     Args:
         tensor: float32 or float64, any shape.
@@ -53,24 +56,30 @@ def add_gaussian_(tensor: torch.Tensor, key: bytes, param_id: int, std: float, *
         param_id: 0 <= param_id < 2^32, different for every parameter under one key.
         std: standard deviation, finite and >= 0.
         offset: index of the tensor's first element in the whole parameter.
+        generate_on_cpu: make the noise of a tensor elsewhere on the CPU and copy it.
 
     Raises:
         ValueError: a type or range is wrong.
+        PrivacyViolation: the tensor's device cannot make noise (DP016).
     """
-    _add([_Piece(tensor, param_id, offset)], key, std)
+    _add([_Piece(tensor, param_id, offset)], key, std, generate_on_cpu)
     return tensor
 
 
-def add_gaussians_(tensors: Iterable[torch.Tensor], key: bytes, std: float) -> bool:
-    """:func:`add_gaussian_` for every tensor, its position being its ``param_id``; the threads share all of them.
+def add_gaussians_(tensors: Iterable[torch.Tensor], key: bytes, std: float, *, generate_on_cpu: bool = False) -> bool:
+    """:func:`add_gaussian_` for every tensor, its position being its ``param_id``.
+
+    Threads share all of them, and a GPU is asked once for each type.
 
     Returns:
         Whether all values were finite before; if not, nothing of this may be released.
 
     Raises:
         ValueError: a type or range is wrong; nothing was changed.
+        PrivacyViolation: a device cannot make noise (DP016); nothing was changed.
     """
-    return _add([_Piece(tensor, position, 0) for position, tensor in enumerate(tensors)], key, std)
+    pieces = [_Piece(tensor, position, 0) for position, tensor in enumerate(tensors)]
+    return _add(pieces, key, std, generate_on_cpu)
 
 
 def standard_gaussian(key: bytes, param_id: int, count: int, *, offset: int = 0) -> torch.Tensor:
@@ -89,33 +98,55 @@ class _Piece:
     def check(self) -> None:
         if self.tensor.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"noise is added in float32 or float64, not in {self.tensor.dtype}")
-        if self.offset < 0 or not 0 <= self.param_id < 1 << 32:
+        end = self.offset + self.tensor.numel()
+        if self.offset < 0 or end > BLOCK_ELEMENTS << 64 or not 0 <= self.param_id < 1 << 32:
             raise ValueError(f"parameter {self.param_id} or offset {self.offset} is out of range")
 
-    def flat(self) -> torch.Tensor:
+    def flat(self, *, on_cpu: bool) -> torch.Tensor:
         """One row without gaps: a view where the memory allows, else a copy that must be written back."""
-        return self.tensor.detach().reshape(-1).contiguous()
+        flat = self.tensor.detach().reshape(-1).contiguous()
+        return flat.cpu() if on_cpu else flat
+
+    def write_back(self, flat: torch.Tensor) -> None:
+        """What was done to a copy."""
+        if flat.device != self.tensor.device or flat.data_ptr() != self.tensor.data_ptr():
+            self.tensor.detach().copy_(flat.view(self.tensor.shape))
 
 
-def _add(pieces: Sequence[_Piece], key: bytes, std: float) -> bool:
+def _add(pieces: Sequence[_Piece], key: bytes, std: float, generate_on_cpu: bool = False) -> bool:
     """Adds the noise of every piece; whether all values were finite before."""
     if not 0.0 <= std < math.inf:
         raise ValueError(f"standard deviation {std!r} is out of range")
     for piece in pieces:
         piece.check()
-    flats = [piece.flat() for piece in pieces]
+    if not generate_on_cpu:
+        gpu.check(piece.tensor.device for piece in pieces)
+    flats = [piece.flat(on_cpu=generate_on_cpu) for piece in pieces]
+    work = [(flat, piece.param_id, piece.offset) for piece, flat in zip(pieces, flats, strict=True)]
+    finite = True
+    for device in dict.fromkeys(flat.device for flat in flats):
+        there = [piece for piece in work if piece[0].device == device]
+        finite = (_add_on_cpu if device.type == "cpu" else _add_on_gpu)(there, key, std) and finite
+    for piece, flat in zip(pieces, flats, strict=True):
+        piece.write_back(flat)
+    return finite
+
+
+def _add_on_cpu(work: Sequence[native.Piece], key: bytes, std: float) -> bool:
+    flats = [flat for flat, _, _ in work]
     count = sum(flat.numel() for flat in flats)
     kernel = native.kernel_for(count)
-    work = [(flat, piece.param_id, piece.offset) for piece, flat in zip(pieces, flats, strict=True)]
-    if kernel is not None and all(flat.device.type == "cpu" for flat in flats):
-        finite = kernel.add(work, key, std, threads(count, PER_THREAD) if disjoint(flats) else 1)
-    else:
-        alone = kernel is not None or any(flat.device.type != "cpu" for flat in flats) or not disjoint(flats)
-        finite = _add_by_tiles(work, key, std, kernel, 1 if alone else numpy_threads(count))
-    for piece, flat in zip(pieces, flats, strict=True):
-        if flat.data_ptr() != piece.tensor.data_ptr():
-            piece.tensor.detach().copy_(flat.view(piece.tensor.shape))
-    return finite
+    if kernel is not None:
+        return kernel.add(work, key, std, threads(count, PER_THREAD) if disjoint(flats) else 1)
+    return _add_by_tiles(work, key, std, numpy_threads(count) if disjoint(flats) else 1)
+
+
+def _add_on_gpu(work: Sequence[native.Piece], key: bytes, std: float) -> bool:
+    if disjoint([flat for flat, _, _ in work]):
+        return gpu.add(work, key, std)
+    # Programs of one launch would overwrite each other's sums where tensors share memory.
+    finite = [gpu.add([piece], key, std) for piece in work]  # of every one, also after the first that is not finite
+    return all(finite)
 
 
 def all_finite(values: torch.Tensor) -> bool:
@@ -137,49 +168,34 @@ class _Tile(NamedTuple):
     skip: int  # elements of the first block that are not theirs
 
 
-def _add_by_tiles(
-    pieces: Sequence[native.Piece], key: bytes, std: float, kernel: native.Kernel | None, share: int = 1
-) -> bool:
-    """Without the kernel, or for tensors elsewhere: a tile at a time, for ``share`` threads as they come.
+def _add_by_tiles(pieces: Sequence[native.Piece], key: bytes, std: float, share: int = 1) -> bool:
+    """Without the compiled kernel: a tile at a time, for ``share`` threads as they come.
 
     Returns:
         Whether all that noise was added to was finite.
     """
     tiles = deque(tile for piece in pieces for tile in _tiles(*piece, share))
     if share == 1:
-        return _work_off(tiles, key, std, kernel)
+        return _work_off(tiles, key, std)
     with ThreadPoolExecutor(share - 1) as others:
         try:
-            helping = [others.submit(_work_off, tiles, key, std, kernel) for _ in range(share - 1)]
-            return all([_work_off(tiles, key, std, kernel), *(each.result() for each in helping)])
+            helping = [others.submit(_work_off, tiles, key, std) for _ in range(share - 1)]
+            return all([_work_off(tiles, key, std), *(each.result() for each in helping)])
         finally:
             tiles.clear()  # after an error, nothing more for the others
 
 
-def _work_off(tiles: deque[_Tile], key: bytes, std: float, kernel: native.Kernel | None) -> bool:
+def _work_off(tiles: deque[_Tile], key: bytes, std: float) -> bool:
     finite = True
     with _bench() as bench:
         while tiles:
             try:
-                tile = tiles.popleft()
+                part, stream, block, skip = tiles.popleft()
             except IndexError:  # another thread took the last one
                 break
-            finite &= _add_tile(bench, tile, key, std, kernel)
+            fill(bench.room(-(-(skip + len(part)) // BLOCK_ELEMENTS)), key, stream, block)
+            finite &= bench.add(part, skip, std)
     return finite
-
-
-def _add_tile(bench: boxmuller.Workbench, tile: _Tile, key: bytes, std: float, kernel: native.Kernel | None) -> bool:
-    part, stream, block, skip = tile
-    if part.device.type != "cpu":
-        noise = torch.zeros(len(part), dtype=torch.float64, device="cpu")
-        _add_tile(bench, _Tile(noise, stream, block, skip), key, 1.0, kernel)
-        finite = all_finite(part)
-        part.add_(noise.to(part.device), alpha=std)
-        return finite
-    if kernel is not None:
-        return kernel.add([(part, stream, BLOCK_ELEMENTS * block + skip)], key, std)
-    fill(bench.room(-(-(skip + len(part)) // BLOCK_ELEMENTS)), key, stream, block)
-    return bench.add(part, skip, std)
 
 
 def _tiles(flat: torch.Tensor, stream: int, offset: int, share: int = 1) -> Iterator[_Tile]:

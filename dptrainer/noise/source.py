@@ -12,6 +12,7 @@ import torch
 from dpbudget.errors import PrivacyViolation
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.plan import NoiseMode
+from dptrainer.noise import gpu
 from dptrainer.noise.gaussian import add_gaussians_
 from dptrainer.noise.keys import Purpose, step_key
 from dptrainer.values import ClippedSum, NoisySum
@@ -31,24 +32,46 @@ class SecureNoise:
     randomness that no one without the step's key can tell from uniform (ChaCha20 and HKDF as pseudo-random functions),
     up to floating-point rounding. Parameter i of the sum, in order, takes the noise stream i; statistics come after the
     last parameter.
+
+    On CUDA devices the noise is made by Triton kernels (docs/adr/0007). Where there is no Triton, and on other
+    accelerators, it is refused before anything is charged.
+
+    Args:
+        generate_on_cpu: bring the sum to the CPU, add the noise there and take it back. Many times slower than kernels;
+            the result is that of the CPU bit for bit.
     """
 
     mode: ClassVar[NoiseMode] = "secure"
+    _generate_on_cpu = False  # also of a subclass that does not call this __init__
+
+    def __init__(self, *, generate_on_cpu: bool = False) -> None:
+        self._generate_on_cpu = generate_on_cpu
+
+    def check_devices(self, devices: Iterable[torch.device]) -> None:
+        """Refuse devices on which this source cannot make noise; called at set-up and before every release.
+
+        Raises:
+            PrivacyViolation: there are no kernels for one of them (DP016).
+        """
+        if not self._generate_on_cpu:
+            gpu.check(devices)
 
     def privatise(self, clipped: ClippedSum, receipt: Receipt) -> NoisySum:
         """Add the noise of ``receipt``, in place, to ``clipped``, whose tensors become those of the result.
 
         Raises:
             PrivacyViolation: the plan's noise is exact (DP054), the sum is of a wrong type or not finite (DP019; in the
-                second case the receipt is spent
-                and the sum destroyed), its sensitivity is above the plan's clipping norm (DP031), or it has more
-                elements than the plan allows (DP018). Nothing is released.
+                second case the receipt is spent and the sum destroyed), its sensitivity is above the plan's clipping
+                norm (DP031), it has more elements than the plan allows (DP018), or it is where no noise can be made
+                (DP016). Nothing is released.
             ReceiptSpent: the receipt was used before (DP077) or in a forked process (DP076).
         """
         check_releasable(clipped, receipt)
+        tensors = (*clipped.grads.values(), *clipped.statistics.values())
+        self.check_devices(tensor.device for tensor in tensors)
         std = noise_scale(receipt.noise_multiplier, receipt.clip_norm)
         key = step_key(receipt, Purpose.GRAD_NOISE)
-        if not add_gaussians_((*clipped.grads.values(), *clipped.statistics.values()), key, std):
+        if not add_gaussians_(tensors, key, std, generate_on_cpu=self._generate_on_cpu):
             raise PrivacyViolation(
                 "the clipped sum is not finite; nothing was released",
                 code="DP019",

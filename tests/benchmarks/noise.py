@@ -31,7 +31,7 @@ def ours(target: torch.Tensor, kernel: native.Kernel | None) -> Row:
 
     def run() -> None:
         if kernel is None:
-            gaussian._add_by_tiles([(target, 0, 0)], KEY, 1.0, None, gaussian.numpy_threads(target.numel()))
+            gaussian._add_by_tiles([(target, 0, 0)], KEY, 1.0, gaussian.numpy_threads(target.numel()))
         else:
             kernel.add([(target, 0, 0)], KEY, 1.0, torch.get_num_threads())
 
