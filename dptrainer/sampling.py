@@ -81,6 +81,19 @@ def physical_batches(indices: Indices, max_size: int | None) -> Iterator[Indices
         yield indices[start : start + step]
 
 
+def rank_part(indices: Indices, rank: int, world: int) -> Indices:
+    """What process ``rank`` of ``world`` takes of a step's indices, which each of them draws whole from the same key.
+
+    Every index is in one part, and no part is larger than another by more than one.
+
+    Raises:
+        ValueError: 0 <= rank < world does not hold.
+    """
+    if not 0 <= rank < world:
+        raise ValueError(f"there is no process {rank} among {world}")
+    return indices[rank::world]
+
+
 def _words(key: bytes, stream: int, first: int, count: int) -> NDArray[np.uint64]:
     """Words ``first .. first + count`` of a stream as uint64; ``first`` is a multiple of 8."""
     blocks = -(-8 * count // BLOCK_BYTES)
@@ -106,13 +119,8 @@ def _by_blocks(key: bytes, rate_k: int, population: int) -> Indices:
         words = _words(key, _COUNTS, first, min(_CHUNK, blocks - first))
         counts = binomial_counts(words, size, rate_k, partial(_extra_bits, key, first))
         owners.append(np.repeat(np.arange(first, first + len(words), dtype=np.uint64), counts))
-    owner = np.concatenate(owners)
-    places = _distinct_places(key, owner, bits)
-    # size <= 2^64: a single block starts at 0, and below that no product exceeds 2^63.
-    index = places if blocks <= 1 else owner * np.uint64(size) + places
-    inside = index[index < np.uint64(population)].astype(np.int64)
-    inside.sort()
-    return inside
+    index = _distinct_places(key, np.concatenate(owners), bits)
+    return index[: np.searchsorted(index, np.uint64(population))].astype(np.int64)
 
 
 def _extra_bits(key: bytes, first: int, at: int, words: int) -> int:
@@ -123,15 +131,20 @@ def _extra_bits(key: bytes, first: int, at: int, words: int) -> int:
 
 
 def _distinct_places(key: bytes, owner: NDArray[np.uint64], bits: int) -> NDArray[np.uint64]:
-    """A uniform place of ``bits`` bits for every entry, different within each owner (rejection of whole owners)."""
-    places = np.empty(len(owner), dtype=np.uint64)
-    pending = np.arange(len(owner))
+    """Increasing ``owner * 2^bits + place``, with uniform places, different within each owner.
+
+    Whole owners are redrawn until they are. Nothing overflows: a block of 2^64 is alone, and the start of any other is
+    below the population.
+    """
+    shift = np.uint64(bits)  # a shift by 64 gives 0
+    index, pending = owner << shift, np.arange(len(owner))
     stream = _POSITIONS
-    while len(pending):
-        places[pending] = _words(key, stream, 0, len(pending)) >> np.uint64(64 - bits)
-        order = np.lexsort((places, owner))
-        same = (owner[order][1:] == owner[order][:-1]) & (places[order][1:] == places[order][:-1])
-        clashing = np.unique(owner[order][1:][same])
-        pending = np.flatnonzero(np.isin(owner, clashing))
+    while True:
+        places = _words(key, stream, 0, len(pending)) >> np.uint64(64 - bits)
+        index[pending] = (owner[pending] << shift) | places
+        ordered = np.sort(index)
+        twice = ordered[1:][ordered[1:] == ordered[:-1]]
+        if not len(twice):
+            return ordered
+        pending = np.flatnonzero(np.isin(owner, np.unique(twice >> shift)))
         stream += 1
-    return places

@@ -2,6 +2,8 @@
 
 ``python -m tests.benchmarks.noise [--counts 1e6,1e7] [--rounds 15]``
 
+A last table has the Poisson draw of a step, beside a uniform number for every record as Opacus draws it.
+
 Every row takes its turn in every round, in one process. Printed are the median nanoseconds a value, quartiles, the best
 round, the processor time of all threads, and the median over rounds of the ratio to ``torch.randn`` on as many threads
 (generation) or to ``add_(normal_())`` (update in place). On a busy machine only processor time and the best round mean
@@ -19,8 +21,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from dptrainer._binomial import distribution_floors
 from dptrainer.noise import gaussian, native
 from dptrainer.noise.chacha import fill
+from dptrainer.sampling import poisson_indices
 
 KEY = bytes(32)
 Row = Callable[[], object]
@@ -97,6 +101,38 @@ def show(count: int, threads: int, rounds: int, kernel: native.Kernel | None) ->
         )
 
 
+#: (population, sampling rate); a uniform number for every record needs memory for so many.
+DRAWS = ((10**9, 1e-6), (10**9, 1e-4), (10**6, 1e-3), (60_000, 256 / 60_000), (50_000, 0.0625), (10**6, 0.05))
+MOST_NUMBERS = 10**7
+
+
+def show_draws(rounds: int) -> None:
+    """Milliseconds of one step's Poisson draw: the first one with a rate, which makes its table, and those after it."""
+    torch.set_num_threads(1)
+    print(f"\nPoisson draw of a step, medians of {rounds}, ms")
+    print(f"{'population':>12}{'rate':>10}{'batch':>9}{'first':>9}{'ours':>9}{'numbers for all':>17}")
+    for population, rate in DRAWS:
+        rate_k = round(rate * 2**64)
+        distribution_floors.cache_clear()
+        ours = seconds_of(lambda turn, k=rate_k, n=population: poisson_indices(turn.to_bytes(32), k, n), rounds)
+        row = f"{population:>12.0e}{rate:>10.2g}{rate * population:>9.0f}{1e3 * ours[0]:>9.3f}"
+        row += f"{1e3 * statistics.median(ours[1:]):>9.3f}"
+        if population <= MOST_NUMBERS:
+            other = seconds_of(lambda turn, q=rate, n=population: (torch.rand(n) < q).nonzero(), rounds)
+            row += f"{1e3 * statistics.median(other[1:]):>17.3f}"
+        print(row, flush=True)
+
+
+def seconds_of(work: Callable[[int], object], rounds: int) -> list[float]:
+    """Wall seconds of the first call and of every later one."""
+    found = []
+    for turn in range(rounds + 1):
+        begin = time.perf_counter()
+        work(turn)
+        found.append(time.perf_counter() - begin)
+    return found
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -111,6 +147,7 @@ def main() -> None:
     for count in arguments.counts.split(","):
         for threads in arguments.threads.split(","):
             show(int(float(count)), int(threads), arguments.rounds, kernel)
+    show_draws(arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -18,7 +22,7 @@ from dpbudget.ledger.receipt import Receipt
 from dptrainer import sampling
 from dptrainer._binomial import _floors, binomial_counts, distribution_floors
 from dptrainer.noise.chacha import keystream
-from dptrainer.sampling import PoissonSampler, physical_batches, poisson_indices
+from dptrainer.sampling import PoissonSampler, physical_batches, poisson_indices, rank_part
 
 ONE = 1 << 64
 KEY = bytes(range(32))
@@ -116,6 +120,41 @@ def test_dense_sampling_compares_one_word_a_record_with_k() -> None:
     assert poisson_indices(KEY, rate_k, 1000).tolist() == np.flatnonzero(words < rate_k).tolist()
 
 
+def drawn_by_the_text(secret: bytes, rate_k: int, population: int) -> list[int]:
+    """docs/adr/0003, "Samples", record by record."""
+    size = next(1 << j for j in range(65) if ONE <= rate_k << j < 2 * ONE)
+
+    def word(stream: int, at: int) -> int:
+        return int.from_bytes(keystream(secret, stream, at // 8, 1)[at % 8 * 8 :][:8], "little")
+
+    cdf = exact_cdf(size, rate_k, 40)
+    owners = []
+    for block in range(-(-population // size)):
+        extra = int.from_bytes(keystream(secret, 2, 64 * block, 1), "big")
+        owners += [block] * exact_count(word(1, block) << 512 | extra, 576, cdf)
+    places: list[int | None] = [None] * len(owners)
+    stream = 16
+    while None in places:
+        for at, entry in enumerate([entry for entry, place in enumerate(places) if place is None]):
+            places[entry] = word(stream, at) * size >> 64
+        chosen = list(zip(owners, places, strict=True))
+        clashing = {owner for owner, place in chosen if chosen.count((owner, place)) > 1}
+        places = [None if owner in clashing else place for owner, place in chosen]
+        stream += 1
+    found = (owner * size + place for owner, place in zip(owners, places, strict=True) if place is not None)
+    return sorted(index for index in found if index < population)
+
+
+@pytest.mark.parametrize(
+    ("rate_k", "population"), [(1 << 58, 5000), ((1 << 59) - 1, 3000), ((1 << 56) + 12345, 20_000)]
+)
+def test_small_rates_draw_what_the_text_of_the_layout_says(rate_k: int, population: int) -> None:
+    for seed in range(3):
+        assert poisson_indices(key(seed), rate_k, population).tolist() == drawn_by_the_text(
+            key(seed), rate_k, population
+        )
+
+
 def test_dense_pieces_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = poisson_indices(KEY, 1 << 62, 5000)
     monkeypatch.setattr(sampling, "_CHUNK", 64)
@@ -182,6 +221,23 @@ def test_the_cost_follows_the_batch_not_the_population() -> None:
     assert int(drawn.max()) > 9 * 10**14
 
 
+@pytest.mark.parametrize(("population", "rate"), [(10**9, 1e-6), (10**12, 1e-9), (10**9, 1e-5)])
+def test_a_step_reads_as_much_keystream_as_its_batch_has_records(
+    monkeypatch: pytest.MonkeyPatch, population: int, rate: float
+) -> None:
+    read: list[int] = []
+
+    def counted(secret: bytes, stream: int, first: int, blocks: int) -> bytearray:
+        read.append(blocks)
+        return keystream(secret, stream, first, blocks)
+
+    monkeypatch.setattr(sampling, "keystream", counted)
+    drawn = poisson_indices(KEY, round(rate * ONE), population)
+    assert len(drawn) > 0.8 * rate * population
+    # A word for the place of each record, one for each block of 1/rate to 2/rate records, and few that are redrawn.
+    assert 8 * sum(read) < 3 * len(drawn)
+
+
 @pytest.mark.parametrize(("rate_k", "population"), [(1, 2**62 - 1), (2, 2**62 - 1), (5, 2**61), (2**10, 2**55)])
 def test_the_smallest_rates_do_not_overflow(rate_k: int, population: int) -> None:
     sizes = [len(poisson_indices(key(seed), rate_k, population)) for seed in range(400)]
@@ -210,6 +266,39 @@ def test_one_sampling_key_draws_one_batch_on_every_rank(new_receipt: Callable[..
     first, second = (PoissonSampler().draw(new_receipt(**facts), 500) for _ in range(2))
     assert first.tolist() == second.tolist()
     assert PoissonSampler().draw(new_receipt(**facts, step=1), 500).tolist() != first.tolist()
+
+
+RATES = [(round(1e-6 * ONE), 10**9), (1 << 57, 20_000), (3 << 61, 1000), (ONE, 100)]
+
+
+@pytest.mark.parametrize(("rate_k", "population"), RATES)
+@pytest.mark.parametrize("world", [1, 2, 3, 8, 5000])
+def test_the_parts_of_any_number_of_processes_make_up_the_same_draw(rate_k: int, population: int, world: int) -> None:
+    parts = [rank_part(poisson_indices(KEY, rate_k, population), rank, world) for rank in range(world)]
+    sizes = {len(part) for part in parts}
+    assert max(sizes) - min(sizes) <= 1
+    whole = poisson_indices(KEY, rate_k, population)
+    assert np.array_equal(np.sort(np.concatenate(parts)), whole)
+    # Physical batches within a part change nothing either.
+    pieces = [piece for part in parts[:8] for piece in physical_batches(part, 7)]
+    assert np.array_equal(np.concatenate(pieces), np.concatenate(parts[:8]))
+
+
+@pytest.mark.parametrize(("rank", "world"), [(-1, 2), (2, 2), (0, 0)])
+def test_a_process_that_is_not_there_has_no_part(rank: int, world: int) -> None:
+    with pytest.raises(ValueError, match="no process"):
+        rank_part(np.arange(5), rank, world)
+
+
+def test_another_process_draws_the_same_records() -> None:
+    code = (
+        "import hashlib; from dptrainer.sampling import poisson_indices as draw;"
+        f"print(*(hashlib.sha256(draw(bytes(range(32)), *facts).tobytes()).hexdigest() for facts in {RATES}))"
+    )
+    env = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    here = [hashlib.sha256(poisson_indices(KEY, *facts).tobytes()).hexdigest() for facts in RATES]
+    assert done.stdout.split() == here
 
 
 @pytest.mark.parametrize(
