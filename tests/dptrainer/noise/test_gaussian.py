@@ -1,10 +1,9 @@
-"""The noise generator against the law it claims, and broken generators against the same tests."""
+"""Single values against arbitrary precision, addresses, shapes and refusals. The law: test_normality.py."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 
 import mpmath
@@ -12,18 +11,15 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from scipy import special
 
 from dpbudget._truncation import CAP
 from dptrainer.noise import boxmuller, gaussian
 from dptrainer.noise.chacha import keystream
 from dptrainer.noise.gaussian import add_gaussian_, standard_gaussian
+from tests.dptrainer.noise.normality import suspicions
 
 Floats = NDArray[np.float64]
-Generator = Callable[[bytearray], Floats]
 KEY = bytes(range(32))
-# One threshold for every p-value below. Keys are fixed, so the outcome is the same in every run.
-ALPHA = 1e-4
 
 
 def shipped(words: bytearray) -> Floats:
@@ -32,104 +28,8 @@ def shipped(words: bytearray) -> Floats:
     return bench.box_muller(bench.blocks).copy()
 
 
-def radius_of_24_bits(words: bytearray) -> Floats:
-    """What a float32 generator does: the radius forgets all but the top 24 of its bits."""
-    halves = np.frombuffer(words, dtype="<u4").reshape(-1, 16).copy()
-    halves[:, 0:10:2] = 0
-    halves[:, 1:10:2] &= 0xFFFFFF00
-    return shipped(bytearray(halves.tobytes()))
-
-
-def sigma_off_by_one_percent(words: bytearray) -> Floats:
-    return 0.99 * shipped(words)
-
-
-def nonce_used_again(words: bytearray) -> Floats:
-    """The second half of the blocks are those of the first half."""
-    half = len(words) // 128 * 64
-    return shipped(words[:half] + words[:half])
-
-
-def cosine_alone(words: bytearray) -> Floats:
-    """Both values of a pair from the cosine: each is Gaussian, the pair is not."""
-    return np.repeat(shipped(words)[::2], 2)
-
-
-def p_normal(z: Floats) -> dict[str, float]:
-    """p-values for N(0, 1): moments, chi-squared over 4096 equal bins, Kolmogorov and Smirnov, independence."""
-    n = len(z)
-    u = special.ndtr(z)
-    counts = np.bincount(np.minimum((u * 4096).astype(np.int64), 4095), minlength=4096)
-    chi = float(((counts - n / 4096) ** 2).sum() / (n / 4096))
-    ordered = np.sort(u)
-    grid = np.arange(n) / n
-    distance = float(max((ordered - grid).max(), (grid + 1 / n - ordered).max()))
-    pairs = z.reshape(-1, 2)
-    normal = {
-        "mean": float(z.sum()) / math.sqrt(n),
-        "variance": float((z**2).sum() - n) / math.sqrt(2 * n),
-        "within a pair": float((pairs[:, 0] * pairs[:, 1]).sum()) / math.sqrt(n / 2),
-        "squares of a pair": float(((pairs[:, 0] ** 2 - 1) * (pairs[:, 1] ** 2 - 1)).sum()) / (2 * math.sqrt(n / 2)),
-        "next pair": float((z[2:] * z[:-2]).sum()) / math.sqrt(n - 2),
-        "halves": float((z[: n // 2] * z[n // 2 :]).sum()) / math.sqrt(n / 2),
-    }
-    found = {name: 2 * float(special.ndtr(-abs(value))) for name, value in normal.items()}
-    found["chi-squared"] = float(special.chdtrc(4095, chi))
-    found["kolmogorov"] = float(special.kolmogorov(math.sqrt(n) * distance))
-    return found
-
-
-def p_tail(generate: Generator, zero_bits: int, blocks: int = 20_000) -> float:
-    """Radii given that their top ``zero_bits`` bits are 0: r^2 - 2 b ln 2 must be exponential with mean 2."""
-    k = np.frombuffer(keystream(KEY, zero_bits, 0, blocks), dtype="<u8").reshape(-1, 8).copy()
-    k[:, :5] >>= np.uint64(zero_bits)
-    pairs = generate(bytearray(k.tobytes())).reshape(-1, 2)
-    excess = (pairs**2).sum(1) / 2 - zero_bits * math.log(2)
-    ordered = np.sort(-np.expm1(-np.maximum(excess, 0)))
-    n = len(ordered)
-    grid = np.arange(n) / n
-    distance = float(max((ordered - grid).max(), (grid + 1 / n - ordered).max()))
-    return float(special.kolmogorov(math.sqrt(n) * distance))
-
-
-def p_counts(z: Floats) -> dict[str, float]:
-    """p-values for the numbers of values beyond 1 to 4 standard deviations, either side."""
-    found = {}
-    for bound in range(1, 5):
-        count, expected = int((np.abs(z) > bound).sum()), 2 * special.ndtr(-bound) * len(z)
-        sides = special.pdtrc(count - 1, expected) if count else 1.0, special.pdtr(count, expected)
-        found[f"beyond {bound}"] = min(1.0, 2 * float(min(sides)))
-    return found
-
-
-def suspicions(generate: Generator, count: int = 1_000_000) -> list[str]:
-    values = generate(keystream(KEY, 0, 0, count // 10))
-    wrong = [name for name, p in {**p_normal(values), **p_counts(values)}.items() if p < ALPHA]
-    return wrong + [f"tail beyond 2^-{bits}" for bits in (8, 24, 40, 52) if p_tail(generate, bits) < ALPHA]
-
-
 def test_a_million_values_pass_every_test_of_normality() -> None:
     assert suspicions(shipped) == []
-
-
-@pytest.mark.parametrize(
-    ("broken", "symptom"),
-    [
-        (radius_of_24_bits, "tail beyond 2^-24"),
-        (sigma_off_by_one_percent, "variance"),
-        (cosine_alone, "within a pair"),
-        (nonce_used_again, "halves"),
-    ],
-)
-def test_a_broken_generator_fails_them(broken: Generator, symptom: str) -> None:
-    assert symptom in suspicions(broken)
-
-
-def test_the_generator_of_torch_has_no_far_tail() -> None:
-    # Why this package exists: 24 uniform bits end at 5.77 standard deviations, far inside the cap that plans charge.
-    assert math.sqrt(2 * 24 * math.log(2)) < 5.77 < CAP
-    k = bytearray(64)
-    assert math.isclose(float(np.hypot(*shipped(k)[:2])), CAP, rel_tol=1e-15)
 
 
 def words_for(k: int, a: int) -> bytearray:
@@ -237,18 +137,3 @@ def test_a_type_that_cannot_hold_the_noise_is_refused(tensor: torch.Tensor) -> N
 def test_a_scale_or_offset_out_of_range_is_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="out of range"):
         add_gaussian_(torch.zeros(2), KEY, 0, **{"std": 1.0, **bad})
-
-
-@pytest.mark.slow
-def test_a_hundred_million_values_pass_down_to_the_tail() -> None:  # by the compiled path where there is one
-    pieces, counts, worst = 100, np.zeros(7), 1.0
-    for piece in range(pieces):
-        z = standard_gaussian(KEY, 1000 + piece, 1_000_000).numpy()
-        worst = min(worst, *p_normal(z).values())
-        counts += [(np.abs(z) > bound).sum() for bound in range(7)]
-    assert worst * pieces * 8 > 1e-3  # Bonferroni over all tests
-    for bound in range(1, 7):
-        expected = 2 * special.ndtr(-bound) * pieces * 1_000_000
-        low = 1.0 if counts[bound] == 0 else special.pdtrc(counts[bound] - 1, expected)
-        high = special.pdtr(counts[bound], expected)
-        assert min(low, high) > 1e-6, f"{counts[bound]} values beyond {bound}, expected {expected:.1f}"

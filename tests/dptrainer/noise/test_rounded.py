@@ -16,8 +16,8 @@ from scipy import special
 from dptrainer.noise import bounded, rounded, rounded_native, ziv
 from dptrainer.noise.gaussian import standard_gaussian
 from dptrainer.noise.rounded import add_rounded_, rounded_gaussian
-from tests.dptrainer.noise import exact
-from tests.dptrainer.noise.test_gaussian import ALPHA, p_counts, p_normal
+from tests.dptrainer.noise import exact, normality
+from tests.dptrainer.noise.normality import ALPHA
 
 Integers = NDArray[np.int64]
 KEY = bytes(range(32))
@@ -237,17 +237,12 @@ def test_another_law_does_not(broken: Generator, log2_width: int) -> None:
     assert p_law(broken(1_000_000, log2_width), log2_width) < 1e-9
 
 
-def wide(values: Integers) -> dict[str, float]:
-    z = values / 2.0**20
-    return {**p_normal(z), **p_counts(z)}
-
-
 def test_a_million_wide_values_pass_every_test_of_normality() -> None:
-    assert [name for name, p in wide(shipped(1_000_000, 20)).items() if p < ALPHA] == []
+    assert normality.failed(normality.p_values(shipped(1_000_000, 20) / 2.0**20)) == []
 
 
 def test_a_width_off_by_one_percent_does_not() -> None:
-    assert wide(one_percent_wide(1_000_000, 20))["variance"] < ALPHA
+    assert "variance" in normality.failed(normality.p_values(one_percent_wide(1_000_000, 20) / 2.0**20))
 
 
 @pytest.mark.parametrize("zero_digits", [10, 24, 40, 64, 100])
@@ -280,20 +275,13 @@ def test_widths_of_one_stream_are_roundings_of_the_same_reals() -> None:
 
 @pytest.mark.slow
 def test_a_hundred_million_values_pass_down_to_the_tail() -> None:  # by the compiled path where there is one
-    pieces, counts, worst = 100, np.zeros(7), 1.0
+    pieces, sample = 100, normality.Sample()
     small = np.zeros(2 * 33 + 2)
     for piece in range(pieces):
-        values = rounded_gaussian(KEY, 1000 + piece, 1_000_000, 20).numpy()
-        worst = min(worst, *p_normal(values / 2.0**20).values())
-        counts += [(np.abs(values) > bound * 2**20).sum() for bound in range(7)]
+        sample.feed(rounded_gaussian(KEY, 1000 + piece, 1_000_000, 20).numpy() / 2.0**20)
         few = rounded_gaussian(KEY, 5000 + piece, 1_000_000, 3).numpy()
         small += np.bincount(np.where(np.abs(few) <= 33, few + 33, 67), minlength=68)
-    assert worst * pieces * 8 > 1e-3  # Bonferroni over all tests
-    for bound in range(1, 7):
-        expected = 2 * special.ndtr(-bound) * pieces * 1_000_000
-        low = 1.0 if counts[bound] == 0 else special.pdtrc(counts[bound] - 1, expected)
-        high = special.pdtr(counts[bound], expected)
-        assert min(low, high) > 1e-6, f"{counts[bound]} values beyond {bound}, expected {expected:.1f}"
+    assert normality.failed(sample.p_values()) == []
     cell = cells(3, 33) * pieces * 1_000_000
     assert special.chdtrc(67, ((small - cell) ** 2 / cell).sum()) > ALPHA
 
