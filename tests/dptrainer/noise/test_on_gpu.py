@@ -20,7 +20,8 @@ from dptrainer.noise.keys import Purpose, step_key
 from dptrainer.noise.source import SecureNoise
 from dptrainer.values import ClippedSum
 from tests.dptrainer.loop.loopkit import linear_data, linear_model, make_run
-from tests.dptrainer.noise.test_gaussian import EDGE_K, shipped, suspicions, words_for
+from tests.dptrainer.noise.normality import suspicions
+from tests.dptrainer.noise.test_gaussian import EDGE_K, shipped, words_for
 
 pytestmark = [
     pytest.mark.gpu,

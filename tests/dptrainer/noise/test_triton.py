@@ -20,8 +20,9 @@ from dptrainer.noise.chacha import FORMAT, keystream
 from dptrainer.noise.gaussian import add_gaussian_
 from tests.dptrainer.noise import interpreted
 from tests.dptrainer.noise.interpreted import PROGRAM, TILE, Array
+from tests.dptrainer.noise.normality import suspicions
 from tests.dptrainer.noise.test_chacha import VECTORS
-from tests.dptrainer.noise.test_gaussian import EDGE_K, shipped, suspicions, words_for
+from tests.dptrainer.noise.test_gaussian import EDGE_K, shipped, words_for
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 KEY = bytes(range(32))
