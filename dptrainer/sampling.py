@@ -21,6 +21,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from dpbudget.errors import InvalidParameter
 from dpbudget.ledger.receipt import Receipt
 from dptrainer._binomial import binomial_counts
 from dptrainer.noise.chacha import BLOCK_BYTES, keystream
@@ -57,10 +58,14 @@ def poisson_indices(key: bytes, rate_k: int, population: int) -> Indices:
     """Indices below ``population``, each included independently with probability exactly ``rate_k / 2**64``.
 
     Raises:
-        ValueError: ``rate_k`` is not in [1, 2^64] or ``population`` not in [0, 2^62).
+        InvalidParameter: ``rate_k`` is not in [1, 2^64] or ``population`` not in [0, 2^62) (DP008; a ValueError).
     """
     if not 1 <= rate_k <= _ONE or not 0 <= population < 1 << 62:
-        raise ValueError("rate_k or population is out of range")
+        raise InvalidParameter(  # the number of records is private
+            "rate or number of records is out of range: a rate is k / 2^64, 1 <= k <= 2^64, of fewer than 2^62 records",
+            code="DP008",
+            hint="take rate_k from the plan or its receipts",
+        )
     if rate_k == _ONE:
         return np.arange(population, dtype=np.int64)
     if rate_k >= _DENSE:

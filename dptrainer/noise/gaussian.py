@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 
+from dpbudget.errors import InvalidParameter
 from dptrainer.native import disjoint, threads
 from dptrainer.noise import boxmuller, gpu, native
 from dptrainer.noise.boxmuller import BLOCK_ELEMENTS
@@ -59,7 +60,7 @@ def add_gaussian_(
         generate_on_cpu: make the noise of a tensor elsewhere on the CPU and copy it.
 
     Raises:
-        ValueError: a type or range is wrong.
+        InvalidParameter: a type (DP019), an address (DP018) or the deviation (DP005) is out of range; a ValueError.
         PrivacyViolation: the tensor's device cannot make noise (DP016).
     """
     _add([_Piece(tensor, param_id, offset)], key, std, generate_on_cpu)
@@ -75,7 +76,7 @@ def add_gaussians_(tensors: Iterable[torch.Tensor], key: bytes, std: float, *, g
         Whether all values were finite before; if not, nothing of this may be released.
 
     Raises:
-        ValueError: a type or range is wrong; nothing was changed.
+        InvalidParameter: as :func:`add_gaussian_`; nothing was changed.
         PrivacyViolation: a device cannot make noise (DP016); nothing was changed.
     """
     pieces = [_Piece(tensor, position, 0) for position, tensor in enumerate(tensors)]
@@ -97,10 +98,19 @@ class _Piece:
 
     def check(self) -> None:
         if self.tensor.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"noise is added in float32 or float64, not in {self.tensor.dtype}")
+            raise InvalidParameter(
+                f"noise is added to float32 or float64, not to {self.tensor.dtype}",
+                code="DP019",
+                hint="add it to the sum in float32, and change the type afterwards",
+            )
         end = self.offset + self.tensor.numel()
         if self.offset < 0 or end > BLOCK_ELEMENTS << 64 or not 0 <= self.param_id < 1 << 32:
-            raise ValueError(f"parameter {self.param_id} or offset {self.offset} is out of range")
+            raise InvalidParameter(
+                f"values {self.offset} to {end} of parameter {self.param_id} are out of range: there are 2^32 streams "
+                f"of {BLOCK_ELEMENTS} * 2^64 values",
+                code="DP018",
+                hint="divide what is too large for one stream into several parameters",
+            )
 
     def flat(self, *, on_cpu: bool) -> torch.Tensor:
         """One row without gaps: a view where the memory allows, else a copy that must be written back."""
@@ -116,7 +126,11 @@ class _Piece:
 def _add(pieces: Sequence[_Piece], key: bytes, std: float, generate_on_cpu: bool = False) -> bool:
     """Adds the noise of every piece; whether all values were finite before."""
     if not 0.0 <= std < math.inf:
-        raise ValueError(f"standard deviation {std!r} is out of range")
+        raise InvalidParameter(
+            f"standard deviation {std!r} is out of range",
+            code="DP005",
+            hint="pass noise multiplier times clipping norm, finite and at least 0",
+        )
     for piece in pieces:
         piece.check()
     if not generate_on_cpu:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dpbudget.errors import InvalidParameter
 from dptrainer.native import disjoint, threads
 from dptrainer.noise import bounded, rounded_native, ziv
 from dptrainer.noise.bounded import BLOCK_ELEMENTS
@@ -87,11 +88,20 @@ class _Piece:
     def check(self) -> None:
         tensor = self.tensor
         if tensor.dtype != torch.int64 or tensor.layout != torch.strided:
-            raise ValueError(f"rounded noise is added to dense int64, not to {tensor.dtype}, {tensor.layout}")
+            raise InvalidParameter(
+                f"rounded noise is added to dense int64, not to {tensor.dtype}, {tensor.layout}",
+                code="DP019",
+                hint="sum integers on the grid of the step, as PrivateTrainer does",
+            )
         if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
             raise ValueError("elements of a tensor share memory, so that each would get the noise of all")
         if self.offset < 0 or self.offset + tensor.numel() > ELEMENTS or not 0 <= self.param_id < 1 << 32:
-            raise ValueError(f"parameter {self.param_id} or offset {self.offset} is out of range")
+            raise InvalidParameter(
+                f"{tensor.numel()} values of parameter {self.param_id} from {self.offset} on are out of range: there "
+                "are 2^32 streams of 2^57 values",
+                code="DP018",
+                hint="divide what is too large for one stream into several parameters",
+            )
 
     def in_place(self) -> bool:
         """Whether noise can be added where the tensor is, without a copy."""

@@ -130,10 +130,11 @@ def check_releasable(clipped: ClippedSum, receipt: Receipt) -> None:
     check_size(released.values(), receipt.max_parameters)
     for name, grad in released.items():
         if grad.dtype not in (torch.float32, torch.float64) or grad.requires_grad:
+            graph = " and part of a graph" if grad.requires_grad else ""
             raise PrivacyViolation(
-                f"the clipped sum of {name} is {grad.dtype}; sums are detached float32 or float64",
+                f"the clipped sum of {name} is {grad.dtype}{graph}; sums are detached float32 or float64",
                 code="DP019",
-                hint="accumulate clipped gradients in float32",
+                hint="accumulate clipped gradients in float32, under torch.no_grad()",
             )
 
 

@@ -207,9 +207,18 @@ def check_tree_size(tensors: Mapping[str, Tensor], steps: int, max_parameters: i
     A record is in at most L nodes. Each draws an even number of values for every parameter, in pairs.
 
     Raises:
-        PrivacyViolation: L times that number is above ``max_parameters`` (DP018).
+        PrivacyViolation: L times that number is above ``max_parameters``, or a parameter has more values in all nodes
+            than a keystream (DP018).
     """
     values = drawn_values(tensors.values())
+    for name, tensor in tensors.items():
+        if (2 * steps - 1) * -(-tensor.numel() // BLOCK_ELEMENTS) > 1 << 64:  # as many blocks as SecurePass addresses
+            raise PrivacyViolation(
+                f"{name} has {tensor.numel()} values, and noise for {2 * steps - 1} nodes of a pass of {steps} steps; "
+                f"a keystream ends after {BLOCK_ELEMENTS} * 2^64 values",
+                code="DP018",
+                hint="divide the parameter into several, or plan with fewer steps a pass",
+            )
     if levels(steps) * values > max_parameters:
         raise PrivacyViolation(
             f"one record is in {levels(steps)} nodes of {values} values in a pass of {steps} steps, but the plan "
