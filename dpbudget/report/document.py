@@ -127,7 +127,10 @@ class CostPart(Part):
 
 
 class RunPart(Part):
-    """One signed plan and what became of it; ``statement`` is the SHA-256 of what the owner signed."""
+    """One signed plan and what became of it; ``statement`` is the SHA-256 of what the owner signed.
+
+    ``commitment`` and ``entropy`` are those of a run whose noise key is committed; null for fresh keys.
+    """
 
     run: RunId
     portfolio: Count
@@ -137,6 +140,8 @@ class RunPart(Part):
     released: Count
     plan: PlanPart
     costs: tuple[CostPart, ...] | None
+    commitment: Digest | None = None
+    entropy: Digest | None = None
 
 
 class PortfolioPart(Part):

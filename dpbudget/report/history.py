@@ -15,7 +15,7 @@ from dpbudget.ledger.entries import Entry, kind_of, read
 MOST_STRETCHES = 256
 #: Single events that a history keeps; what comes later is counted.
 MOST_EVENTS = 4096
-_SINGLE = frozenset({"genesis", "budget", "portfolio", "plan", "rekey", "note"})
+_SINGLE = frozenset({"genesis", "budget", "portfolio", "plan", "commit", "entropy", "rekey", "note"})
 
 
 @dataclass
@@ -41,7 +41,8 @@ class Event:
     Attributes:
         record: its position.
         kind: its type.
-        about: the run of a plan, the event of a note, the role of a rekey, the index of a portfolio; else empty.
+        about: the run of a plan, commit or entropy, the event of a note, the role of a rekey, the index of a portfolio;
+            else empty.
     """
 
     record: int
@@ -95,7 +96,8 @@ class History:
 
 
 def _about(kind: str, record: dict[str, Any]) -> str:
-    name = {"plan": "run", "note": "event", "rekey": "role", "portfolio": "index"}.get(kind)
+    of_run = dict.fromkeys(("plan", "commit", "entropy"), "run")
+    name = {**of_run, "note": "event", "rekey": "role", "portfolio": "index"}.get(kind)
     return "" if name is None else str(record[name])
 
 

@@ -195,6 +195,8 @@ def _runs(state: LedgerState) -> tuple[RunPart, ...]:
             released=run.reserved,
             plan=PlanPart.of(run.plan),
             costs=None if run.costs is None else tuple(map(_cost, run.costs)),
+            commitment=run.commitment,
+            entropy=run.entropy,
         )
         for run in state.runs.values()
     )

@@ -22,6 +22,8 @@ _EVENTS = {
     "budget": "Totals changed by the owner",
     "portfolio": "Portfolio {about} opened",
     "plan": "Plan of run {about} signed",
+    "commit": "Noise of run {about} committed to a key",
+    "entropy": "Auditor's entropy for run {about}",
     "rekey": "New key for the role of {about}",
     "note": "Noted: {about}",
 }
@@ -128,12 +130,18 @@ def _plan(run: RunPart) -> Safe:
         ("Unit and neighbours", f"one {plan.unit}, {plan.adjacency}"),
         ("Most parameters", f"{plan.max_parameters:,}"),
         ("Receipts issued", f"{run.released:,}"),
+        ("Noise keys", "fresh, a new one in every lease" if run.commitment is None else "committed before the run"),
     ]
     wide: list[tuple[str, Child]] = [
         ("Noise", NOISE[plan.noise]),
         ("Signed statement, SHA-256", tag("span", run.statement, class_="hash")),
     ]
-    digests = (("Model, SHA-256", plan.model_digest), ("Training code, SHA-256", plan.code_digest))
+    digests = (
+        ("Model, SHA-256", plan.model_digest),
+        ("Training code, SHA-256", plan.code_digest),
+        ("Noise committed to", run.commitment),
+        ("Auditor's entropy", run.entropy),
+    )
     wide += [(name, tag("span", digest, class_="hash")) for name, digest in digests if digest]
     facts = [tag("div", tag("dt", name), tag("dd", value)) for name, value in rows]
     facts += [tag("div", tag("dt", name), tag("dd", value), class_="wide") for name, value in wide]
@@ -244,7 +252,7 @@ def _happened(event: EventPart) -> str:
         runs = [f"{count:,} of run {run[:8]}" for run, count in event.steps.items()]
         more = f" and {len(runs) - 6} more runs" if len(runs) > 6 else ""
         return f"Steps charged: {', '.join(runs[:6])}{more}"
-    about = event.about[:8] if event.kind == "plan" else event.about
+    about = event.about[:8] if event.kind in ("plan", "commit", "entropy") else event.about
     return _EVENTS.get(event.kind, event.kind).format(about=about)
 
 

@@ -471,15 +471,20 @@ def test_a_backup_on_another_machine_is_refused_under_the_newest_head(tmp_path: 
     assert (report.ok, report.anchored) == (False, False)
 
 
-def test_two_processes_with_one_ledger_and_one_key_never_draw_the_same_noise(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["fresh", "committed"])
+def test_two_processes_with_one_ledger_and_one_key_never_draw_the_same_noise(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "ledger"
     ledger = make_ledger(path)
-    run_id = committed_run(ledger, make_plan(40), lease_steps=1).run_id
+    if mode == "committed":
+        run_id = committed_run(ledger, make_plan(40), lease_steps=1).run_id
+    else:
+        run_id = ledger.sign_plan(make_plan(40), owner=OWNER)
     head = str(ledger.head)
     ledger.close()
 
     def work(name: str) -> None:
-        with reopen(path) as own, own.start(run_id, plan_key=plan_key(), expect_head=head, lease_steps=3) as run:
+        key = plan_key() if mode == "committed" else None  # of this process: a fork would drop its parent's
+        with reopen(path) as own, own.start(run_id, plan_key=key, expect_head=head, lease_steps=3) as run:
             keys = [key_of(receipt, Purpose.GRAD_NOISE).hex() for receipt in run]
         (tmp_path / name).write_text("\n".join(keys))
 

@@ -313,6 +313,22 @@ def test_a_copied_ledger_run_twice_gives_other_keys_nonces_and_fresh_bytes(tmp_p
     assert not set(secrets_a) & set(secrets_b)
 
 
+def test_a_backup_that_is_put_back_where_nothing_remembers_draws_other_noise(tmp_path: Path) -> None:
+    ledger, run = started(4, path=tmp_path / "ledger")
+    run_id = run.run_id
+    ledger.close()
+    shutil.copy(tmp_path / "ledger", tmp_path / "backup")
+    taken = []
+    for _ in range(2):
+        with reopen(tmp_path / "ledger", high_water=False) as again, again.start(run_id, lease_steps=1) as rerun:
+            receipt = rerun.next_receipt()
+            taken.append((receipt.step, receipt.use("grad-noise"), receipt.lease_nonce, receipt.fresh))
+        shutil.copy(tmp_path / "backup", tmp_path / "ledger")
+    (step_a, *secrets_a), (step_b, *secrets_b) = taken
+    assert step_a == step_b == 0
+    assert not set(secrets_a) & set(secrets_b)
+
+
 def test_an_older_copy_put_back_under_an_open_ledger_is_refused(tmp_path: Path) -> None:
     _, run = started(8, path=tmp_path / "ledger", lease_steps=1)
     run.next_receipt()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import dpbudget
 from dpbudget._verdict import Report
+from dpbudget.ledger.plan_key import PlanKey
 from dpbudget.ledger.signing import Ed25519Signer
 from dpbudget.plan import Budget, Phase, Plan
 from dpbudget.report.document import Document
@@ -76,6 +77,19 @@ def fill(shelf: Shelf) -> None:
     build(shelf.path("waiting"), [(plan, 0)]).close()
     build(shelf.path("empty"), []).close()
     _changed(shelf.path("changed"))
+    _committed(shelf.path("committed"))
+
+
+def _committed(path: Path) -> None:
+    """A run with fresh noise keys and one whose noise is committed."""
+    key = PlanKey(bytearray(b"\x07" * 32))
+    ledger = build(path, [(plan_for(0.5, delta=DELTA / 2, steps=8), 3)], whole_budget=False)
+    run_id = ledger.sign_plan(plan_for(0.5, delta=ledger.plan_delta, steps=6), owner=OWNER)
+    ledger.commit(run_id, key)
+    ledger.add_entropy(run_id, "5e" * 32)
+    with ledger.start(run_id, plan_key=key, expect_head=str(ledger.head)) as run:
+        run.next_receipt()
+    ledger.close()
 
 
 def _changed(path: Path) -> None:

@@ -16,7 +16,7 @@ from dpbudget.errors import Tampered
 from dpbudget.report.check import check_report
 from dpbudget.report.document import Document, digest_of, read, write
 
-NAMES = ["one", "two", "phases", "rdp", "users", "waiting", "empty", "changed"]
+NAMES = ["one", "two", "phases", "rdp", "users", "waiting", "empty", "changed", "committed"]
 Value = dict[str, Any]
 
 
@@ -35,6 +35,7 @@ def test_a_report_says_what_verify_says(shelf: Shelf, name: str) -> None:
         facts = (mine["run"], claim["epsilon"], claim["delta"], mine["planned"], mine["charged"], mine["released"])
         assert facts == tuple(his[key] for key in ("run", "epsilon", "delta", "planned", "charged", "released"))
         assert mine["plan"]["noise"] == his["noise"]
+        assert (mine["commitment"], mine["entropy"]) == (his["commitment"], his["entropy"])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -23,7 +23,7 @@ from dpbudget.report.markdown import markdown, plain
 from dpbudget.report.page import commands, page, read_page
 from dpbudget.report.words import small
 
-NAMES = ["one", "two", "phases", "rdp", "users", "waiting", "empty", "changed"]
+NAMES = ["one", "two", "phases", "rdp", "users", "waiting", "empty", "changed", "committed"]
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>'\"&`[a](javascript:b)|\u202e\x1b[2J\n"
 
 
@@ -37,6 +37,17 @@ def test_a_page_is_well_formed_and_below_a_megabyte(document: Document) -> None:
     assert len(data) < 1_000_000
     assert data.startswith(b"<!doctype html>\n")
     assert parse(data).one("html").attributes["lang"] == "en"
+
+
+def test_a_page_says_of_every_run_where_its_noise_comes_from(shelf: Shelf) -> None:
+    document = shelf.report("committed")
+    fresh, committed = document.runs
+    assert (fresh.commitment, fresh.entropy, committed.entropy) == (None, None, "5e" * 32)
+    text = page(document).decode()
+    for said in ("fresh, a new one in every lease", "committed before the run", committed.commitment, "5e" * 32):
+        assert text.split('<script type="application/json"')[0].count(str(said)) == 1
+    assert f"Noise of run {committed.run[:8]} committed to a key" in text
+    assert f"Auditor's entropy for run {committed.run[:8]}" in text.replace("&#39;", "'")
 
 
 def test_nothing_is_loaded_and_nothing_runs(document: Document) -> None:
