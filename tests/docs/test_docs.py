@@ -64,9 +64,7 @@ def run_script(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if script_of(p) != PRELUDE], ids=lambda p: str(p.relative_to(ROOT))
-)
+@pytest.mark.parametrize("page", [p for p in PAGES if script_of(p) != PRELUDE], ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_blocks_of_a_page_run_as_written(page: Path, tmp_path: Path) -> None:
     done = run_script(page, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -21,8 +21,33 @@ FILES = ["budget.ledger", "new.ledger", "missing.ledger", "owner.key", "owner.ke
 FILES += ["budget.ledger.owner.key", "budget.ledger.owner.key.pub", "train.csv", "train.npz", "random.bin", "empty.bin"]
 FILES += [".", "no/where", "new.out", "budget.jsonl", "plan.request", "a\nb", "\x1b[2J", "🙂", "", "/dev/null", "-"]
 FILES += [f"postgresql://user:{SECRET}@127.0.0.1:1/base#ledger", "profile.svg", "a" * 300, "\x00", "--", "~"]
-WORDS = ["prv", "rdp", "pld", "portfolio", "add-remove", "zero-out", "replace-one", "user", "example", "secure", "exact"]
-WORDS += ["linear", "mlp", "nowhere:make", "os:getcwd", "y", "label", "owner", "writer", "checked", "DP050", "dp8", "bash"]
+WORDS = [
+    "prv",
+    "rdp",
+    "pld",
+    "portfolio",
+    "add-remove",
+    "zero-out",
+    "replace-one",
+    "user",
+    "example",
+    "secure",
+    "exact",
+]
+WORDS += [
+    "linear",
+    "mlp",
+    "nowhere:make",
+    "os:getcwd",
+    "y",
+    "label",
+    "owner",
+    "writer",
+    "checked",
+    "DP050",
+    "dp8",
+    "bash",
+]
 WORDS += ["0.1,1,10", "1,2,3,4", "3f9c", "0" * 64, f"3:{'a' * 64}", "é", "", "%s", "{}", "$HOME", "*"]
 #: By metavar; an option without one takes words.
 VALUES = {"FILE": FILES, "PATH": FILES, "KEY": FILES}
@@ -71,7 +96,9 @@ COMMANDS = leaves(app)
 def random_line(draw: random.Random) -> Line:
     """One line: a command with some of its options and arguments, sometimes with something out of place."""
     if draw.random() < 0.03:
-        return Line(tuple(draw.choices([*STRAY, *WORDS, *(name for words, _ in COMMANDS for name in words)], k=3)), False)
+        return Line(
+            tuple(draw.choices([*STRAY, *WORDS, *(name for words, _ in COMMANDS for name in words)], k=3)), False
+        )
     words, command = draw.choice(COMMANDS)
     tidy = draw.random() < TIDY_SHARE
     parts: list[list[str]] = []
