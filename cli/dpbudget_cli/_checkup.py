@@ -34,6 +34,7 @@ NEEDED = {
 #: Extra -> what it installs.
 EXTRAS = {
     "train": {"torch": "2.6", "safetensors": "0.4"},
+    "gpu": {"triton": "3.4"},
     "demo": {"scikit-learn": "1.4"},
     "plot": {"matplotlib": "3.8"},
     "keyring": {"keyring": "24"},

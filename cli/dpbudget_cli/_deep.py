@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dpbudget_cli._checkup import Finding
 
 _INSTALL = "pip install 'dpbudget[train]'"
+_TRITON = "pip install 'dpbudget[gpu]', or train with noise=SecureNoise(generate_on_cpu=True)"
 
 
 def devices_and_kernels() -> Iterator[Finding]:
@@ -16,12 +17,7 @@ def devices_and_kernels() -> Iterator[Finding]:
     except Exception as error:  # noqa: BLE001 - a broken installation raises whatever its loader raises
         yield Finding("GPU", "warn", f"torch cannot be loaded: {type(error).__name__}", _INSTALL)
         return
-    if torch.cuda.is_available():
-        names = ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
-        yield Finding("GPU", "ok", f"{names} (CUDA {torch.version.cuda})")
-    else:
-        built = "built without CUDA" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
-        yield Finding("GPU", "ok", f"none that torch sees ({built}); training runs on the processor")
+    yield from _cards() if torch.cuda.is_available() else [_no_card()]
     from dptrainer.clipping import native as clipping
     from dptrainer.noise import native as noise
 
@@ -30,3 +26,25 @@ def devices_and_kernels() -> Iterator[Finding]:
             yield Finding(f"native {name}", "warn", f"{library.status}; the same results are slower", "see C compiler")
         else:
             yield Finding(f"native {name}", "ok", library.status)
+
+
+def _cards() -> Iterator[Finding]:
+    """Every CUDA device, and whether noise can be made on it: the first question compiles and tests the kernels."""
+    import torch
+
+    from dptrainer.noise.gpu import why_not
+
+    for number in range(torch.cuda.device_count()):
+        name = f"{torch.cuda.get_device_name(number)} (CUDA {torch.version.cuda})"
+        reason = why_not(torch.device("cuda", number))
+        if reason is None:
+            yield Finding(f"GPU {number}", "ok", f"{name}; noise is made on it")
+        else:
+            yield Finding(f"GPU {number}", "warn", f"{name}; noise cannot be made on it: {reason}", _TRITON)
+
+
+def _no_card() -> Finding:
+    import torch
+
+    built = "built without CUDA" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
+    return Finding("GPU", "ok", f"none that torch sees ({built}); training runs on the processor")

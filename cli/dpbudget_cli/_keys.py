@@ -93,7 +93,7 @@ def key_path(given: str | None, ledger: str, role: str) -> str:
     if given is not None:
         return given
     name = local_name(ledger)
-    candidates = (f"{name}.{role}.key", str(Path(name).with_name(f"{role}.key")))
+    candidates = (f"{name}.{role}.key", str(Path(name).parent / f"{role}.key"))
     for name in candidates:
         if Path(name).exists():
             detail(f"the {role}'s key is {name}")

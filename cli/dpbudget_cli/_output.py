@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 WANTS_JSON = "--json"
 #: Characters that could drive a terminal or forge a line; file names and messages are data.
 _UNSAFE = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+_PASSWORD = re.compile(r"(postgres(?:ql)?:/{1,2}[^\s/@:]*:)[^\s/@]*@")
 _INTERNAL_EXIT = 6
 
 
@@ -135,8 +137,13 @@ def ceil_float(value: Fraction) -> float:
 
 
 def clean(value: object) -> str:
-    """Text without control characters."""
-    return str(value).translate(_UNSAFE)
+    """Text without control characters, and without passwords."""
+    return _hide_password(str(value).translate(_UNSAFE))
+
+
+def _hide_password(text: str) -> str:
+    """Text in which a database that was named in a wrong place, such as a key's, shows no password."""
+    return _PASSWORD.sub(r"\1***@", text)
 
 
 def report_error(error: Exception, as_json: bool) -> int:
@@ -146,7 +153,7 @@ def report_error(error: Exception, as_json: bool) -> int:
         return 2
     code, message, hint, exit_code = _explain(error)
     if as_json:
-        emit_json({"error": {"code": code, "message": message, "hint": hint}})
+        emit_json({"error": {"code": code, "message": _hide_password(message), "hint": _hide_password(hint)}})
     else:
         _say(f"error {code}: {message}")
         if hint:

@@ -251,7 +251,7 @@ app = Root(
         "Help": ("explain", "completion"),
     },
     lazy={
-        "init": (_leaf("init"), "Five questions, and a ledger, its keys and settings from them."),
+        "init": (_leaf("init"), "A few questions, and a ledger, its keys and settings from them."),
         "doctor": (_leaf("doctor"), "Whether everything here is in order, and what to do if not."),
         "calibrate": (_leaf("calibrate"), "The smallest noise (or the most steps) for a budget."),
         "epsilon": (_leaf("epsilon"), "The epsilon of a schedule at a delta."),

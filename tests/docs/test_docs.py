@@ -19,15 +19,35 @@ def blocks_of(page: Path) -> list[tuple[str, str]]:
     return [(kind, body) for kind, body in BLOCK.findall(page.read_text(encoding="utf-8"))]
 
 
+#: Runs a command of a console block: it ends with its exit code and says every line that the page shows of it.
+PRELUDE = """import re, subprocess, warnings
+warnings.simplefilter('error')
+def typed(command, code, shown):
+    done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == code, f'{command} ended with {done.returncode}: {said}'
+    for line in shown:
+        pattern = '.*'.join(map(re.escape, line.rstrip().split('…')))
+        assert re.search(f'^{pattern}$', said, re.MULTILINE), f'{command} did not say {line!r}: {said}'
+"""
+
+
 def script_of(page: Path) -> str:
-    """One Python program for a page: python blocks share a namespace, console commands run in between."""
-    lines = ["import subprocess, warnings", "warnings.simplefilter('error')"]
+    """One Python program for a page: python blocks share a namespace, console commands run in between.
+
+    ``$ dpbudget ... # exits 2`` is expected to fail so. Lines below a command are lines that it says, with ``…`` for
+    what differs from time to time; lines above the first command are for readers alone.
+    """
+    lines = [PRELUDE]
     for kind, body in blocks_of(page):
         if kind == "python":
             lines.append(body)
-        else:
-            commands = re.findall(r"^\$ (dpbudget .*)$", body, re.MULTILINE)
-            lines += [f"subprocess.run({c!r}, shell=True, check=True, stdin=subprocess.DEVNULL)" for c in commands]
+            continue
+        for command in re.split(r"^\$ ", body, flags=re.MULTILINE)[1:]:
+            line, *shown = command.rstrip().splitlines()
+            code = re.search(r"# exits ([0-9]+)$", line)
+            if line.startswith("dpbudget "):
+                lines.append(f"typed({line!r}, {int(code[1]) if code else 0}, {shown!r})")
     return "\n".join(lines)
 
 
@@ -44,12 +64,29 @@ def run_script(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if len(script_of(p).splitlines()) > 2], ids=lambda p: str(p.relative_to(ROOT))
-)
+@pytest.mark.parametrize("page", [p for p in PAGES if script_of(p) != PRELUDE], ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_blocks_of_a_page_run_as_written(page: Path, tmp_path: Path) -> None:
     done = run_script(page, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("$ dpbudget explain DP999  # exits 2", ""),
+        ("$ dpbudget explain DP999", "ended with 2"),
+        ("$ dpbudget explain DP008  # exits 2", "ended with 0"),
+        ("$ dpbudget explain DP999  # exits 2\nerror DP060: there is no …\nFix: … lists all of them", ""),
+        ("$ dpbudget explain DP999  # exits 2\nerror DP060: there is no", "did not say"),
+        ("made up\n$ dpbudget explain DP008\nDP008  The … lies in (0, 1].\n$ echo not run", ""),
+    ],
+)
+def test_a_block_is_held_to_what_it_shows(line: str, wrong: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"```console\n{line}\n```\n", encoding="utf-8")
+    done = run_script(page, tmp_path)
+    assert (done.returncode == 0) == (not wrong), done.stderr
+    assert wrong in done.stderr
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
