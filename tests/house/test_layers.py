@@ -47,6 +47,8 @@ LAYERS = {
     "dptrainer": 6,
     "dpbudget_cli": 7,
 }
+#: The modules of the command line that train.
+TRAINS = tuple(f"dpbudget_cli.{name}" for name in ("train", "_checkpoints", "_models", "_weights", "_heldout"))
 #: What dptrainer may know of the core: the run's documents, never an accountant.
 TRAINER_MAY_IMPORT = ("dpbudget.plan", "dpbudget.ledger", "dpbudget.mechanisms", "dpbudget.errors", "dpbudget.curve")
 TRAINER_MAY_IMPORT += ("dpbudget.grid",)
@@ -103,7 +105,7 @@ def test_imports_point_down(module: str, path: Path) -> None:
 def test_torch_is_imported_by_the_trainer_alone(module: str, path: Path) -> None:
     if not module.startswith("dptrainer"):
         roots = {name.split(".")[0] for name in imports_of(module, path)}
-        allowed = {"torch"} if module in ("dpbudget_cli.train", "dpbudget_cli._checkpoints") else set()
+        allowed = {"torch"} if module in TRAINS else set()
         assert not (roots & {"torch", "sklearn"}) - allowed
 
 
