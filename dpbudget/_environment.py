@@ -11,6 +11,7 @@ from dpbudget.errors import InvalidParameter, Unreadable
 if TYPE_CHECKING:
     from dpbudget.ledger.ledger import Ledger
     from dpbudget.ledger.run import Run
+    from dpbudget.ledger.sealed import SealedKeys
     from dpbudget.ledger.signing import Ed25519Signer
 
 #: The ledger's path or location, the id of the run, and the path of the writer's key: never what is in it.
@@ -20,7 +21,9 @@ PASSPHRASE_FD = "DPBUDGET_PASSPHRASE_FD"  # noqa: S105 - the name of a variable 
 _MAX_PASSPHRASE = 4096
 
 
-def start_from_environment(*, passphrase: bytes | None = None, lease_steps: int | None = None) -> Run:
+def start_from_environment(
+    *, passphrase: bytes | None = None, lease_steps: int | None = None, keep_keys: SealedKeys | None = None
+) -> Run:
     """The run that ``dpbudget run`` was called for, started as :func:`dpbudget.start` does.
 
     ::
@@ -37,7 +40,8 @@ def start_from_environment(*, passphrase: bytes | None = None, lease_steps: int 
 
     Args:
         passphrase: of the writer's key, where ``dpbudget run`` does not hand it over.
-        lease_steps: steps charged together; the default follows from the plan alone.
+        lease_steps: as for :func:`dpbudget.start`.
+        keep_keys: as for :func:`dpbudget.start`.
 
     Raises:
         InvalidParameter: the environment names no ledger (DP064), or the ledger has no such run (DP081).
@@ -49,7 +53,7 @@ def start_from_environment(*, passphrase: bytes | None = None, lease_steps: int 
     location, run_id, key = (_variable(name) for name in (LEDGER, RUN, WRITER_KEY))
     ledger = open_ledger(location, writer=_writer(key, passphrase))
     try:
-        run = start(ledger, run_id, lease_steps=lease_steps)
+        run = start(ledger, run_id, lease_steps=lease_steps, keep_keys=keep_keys)
     except BaseException:
         ledger.close()
         raise
