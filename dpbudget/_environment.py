@@ -10,6 +10,7 @@ from dpbudget.errors import InvalidParameter, Unreadable
 
 if TYPE_CHECKING:
     from dpbudget.ledger.ledger import Ledger
+    from dpbudget.ledger.plan_key import PlanKey
     from dpbudget.ledger.run import Run
     from dpbudget.ledger.sealed import SealedKeys
     from dpbudget.ledger.signing import Ed25519Signer
@@ -22,7 +23,12 @@ _MAX_PASSPHRASE = 4096
 
 
 def start_from_environment(
-    *, passphrase: bytes | None = None, lease_steps: int | None = None, keep_keys: SealedKeys | None = None
+    *,
+    passphrase: bytes | None = None,
+    lease_steps: int | None = None,
+    keep_keys: SealedKeys | None = None,
+    plan_key: PlanKey | None = None,
+    expect_head: str | None = None,
 ) -> Run:
     """The run that ``dpbudget run`` was called for, started as :func:`dpbudget.start` does.
 
@@ -42,6 +48,8 @@ def start_from_environment(
         passphrase: of the writer's key, where ``dpbudget run`` does not hand it over.
         lease_steps: as for :func:`dpbudget.start`.
         keep_keys: as for :func:`dpbudget.start`.
+        plan_key: as for :func:`dpbudget.start`.
+        expect_head: as for :func:`dpbudget.start`.
 
     Raises:
         InvalidParameter: the environment names no ledger (DP064), or the ledger has no such run (DP081).
@@ -53,7 +61,9 @@ def start_from_environment(
     location, run_id, key = (_variable(name) for name in (LEDGER, RUN, WRITER_KEY))
     ledger = open_ledger(location, writer=_writer(key, passphrase))
     try:
-        run = start(ledger, run_id, lease_steps=lease_steps, keep_keys=keep_keys)
+        run = start(
+            ledger, run_id, lease_steps=lease_steps, keep_keys=keep_keys, plan_key=plan_key, expect_head=expect_head
+        )
     except BaseException:
         ledger.close()
         raise

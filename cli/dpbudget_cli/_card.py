@@ -132,7 +132,8 @@ def card(
         "`--trust` is the key of the data's owner: compare it with one that reached you by another way than this card. "
         "`--expect-head` shows a ledger that was cut or rewritten since. `dpbudget ledger prove "
         f"{shlex.quote(facts.ledger)} FILE --run {facts.run[:8]}` proves this run to somebody who may not see the "
-        "others. The weights belong to it if their SHA-256, and the run in their metadata, are those above.",
+        f"others; `dpbudget report {shlex.quote(facts.ledger)} --trust {facts.owner}` writes a page of all of them. "
+        "The weights belong to the run if their SHA-256, and the run in their metadata, are those above.",
         "",
         "## Not covered",
         "",

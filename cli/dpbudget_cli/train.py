@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dpbudget.curve import round_up, show_delta
-from dpbudget.errors import DPBudgetError, InvalidParameter, MissingExtra
+from dpbudget.errors import InvalidParameter, MissingExtra
 from dpbudget_cli import _output as out
 from dpbudget_cli._card import Facts, accuracy_text, card
 from dpbudget_cli._checkpoints import Checkpoints
@@ -23,16 +21,16 @@ from dpbudget_cli._lock import hold_output
 from dpbudget_cli._models import make_model
 from dpbudget_cli._more import LongLeaf
 from dpbudget_cli._noise_keys import NoiseKeys, kept_keys, open_plan_key
-from dpbudget_cli._progress import Clock, Interrupt, StopRule, last_line, progress, stop_on_interrupt
+from dpbudget_cli._progress import Clock, last_line, stop_on_interrupt
 from dpbudget_cli._runs import choose_run
 from dpbudget_cli._train_options import train_options
+from dpbudget_cli._training import train_private
 from dpbudget_cli._weights import card_of, check_output, save_weights, write_whole
 from dpbudget_cli.ledger_init import USERS_TRAIN
 
 if TYPE_CHECKING:
     import torch
 
-    from dpbudget.curve import Bounds
     from dpbudget.ledger.ledger import Ledger
     from dpbudget.ledger.run import Run
     from dpbudget.ledger.state import LedgerState
@@ -186,7 +184,7 @@ def _train(
             check_output(output)
         _say_before(run, str(ledger.head))
         checkpoints = Checkpoints(output, run, job.checkpoint_every)
-        result = _fit(model, job, prepared.split.train, run, noise, interrupt, checkpoints)
+        result = train_private(model, job, prepared.split.train, run, noise, interrupt, checkpoints)
     digest = save_weights(model, output, Facts.of(ledger, location, result).metadata())
     checkpoints.clear()
     public, score = None, None
@@ -222,97 +220,6 @@ def _say_before(run: Run, head: str) -> None:
     claim = run.plan.claim
     out.talk(f"run {run.run_id}: {run.charged} of {run.planned} steps charged; head {head}")
     out.talk(f"the plan claims epsilon {round_up(claim.epsilon)} at delta {show_delta(claim.delta)}")
-
-
-def _resume(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, job: Job, run: Run, checkpoints: Checkpoints
-) -> bool:
-    """Go on from the newest checkpoint, and say where the weights come from; whether there was one."""
-    steps = None if job.init else checkpoints.resume(model, optimizer)
-    if steps is not None:
-        out.talk(f"going on from the checkpoint of step {steps}")
-    elif run.charged and run.remaining and job.init is None:
-        out.talk(
-            "the ledger has steps of this run already, and there is no checkpoint and no --init: weights begin anew"
-        )
-    return steps is not None
-
-
-def _fit(
-    model: torch.nn.Module,
-    job: Job,
-    table: Table,
-    run: Run,
-    noise: NoiseKeys,
-    interrupt: Interrupt,
-    checkpoints: Checkpoints,
-) -> TrainingResult:
-    import torch
-
-    from dptrainer.trainer import PrivateTrainer, TrainingResult
-
-    optimizer = torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad] or list(model.parameters()),
-        lr=job.lr,
-        momentum=job.momentum,
-    )
-    if _resume(model, optimizer, job, run, checkpoints) and not run.remaining:
-        claim = run.plan.claim  # killed within the last lease: its steps are spent, and these are the weights
-        return TrainingResult(run.run_id, 0, run.charged, run.planned, False, run.epsilon(), claim.epsilon, claim.delta)
-    rule = StopRule(job.max_steps, job.stop_epsilon)
-    rule.check(run)
-    with progress(run) as show:
-
-        def each(steps: int, epsilon: Bounds | None) -> bool:
-            show(epsilon)
-            checkpoints.keep(model, optimizer, steps)
-            return not (interrupt.asked or rule.ends(run, steps))
-
-        return _fitted(
-            job,
-            lambda: PrivateTrainer(
-                model,
-                optimizer,
-                torch.nn.CrossEntropyLoss(),
-                _dataset(job, table),
-                run,
-                physical_batch_size=job.physical_batch_size,
-                record_outputs=noise.replayable,
-                callbacks=[each],
-                note=out.talk,
-            ),
-        )
-
-
-def _dataset(job: Job, table: Table) -> torch.utils.data.Dataset[Any]:
-    """The records as units of privacy: rows, or users with theirs."""
-    import torch
-
-    from dptrainer.users import UserDataset
-
-    scaled = table.scaled(job.feature_scale)
-    rows = torch.utils.data.TensorDataset(torch.from_numpy(scaled.features), torch.from_numpy(scaled.labels))
-    if table.users is None or job.max_examples is None:
-        return rows
-    return UserDataset(rows, table.users.tolist(), max_examples=job.max_examples)
-
-
-def _fitted(job: Job, make_trainer: Callable[[], Any]) -> TrainingResult:
-    """What the trainer's ``fit`` returns; a failure of the user's model is told without what it says of the data."""
-    try:
-        result: TrainingResult = make_trainer().fit()
-    except DPBudgetError:
-        raise
-    except Exception as error:
-        if os.environ.get("DPBUDGET_TRACEBACK") or ":" not in job.model:
-            raise
-        # The message could show a batch size or a value, so only its type is told.
-        raise InvalidParameter(
-            f"the model {job.model} failed with {type(error).__name__} during training",
-            code="DP093",
-            hint="set DPBUDGET_TRACEBACK=1 on data that are not private to see where",
-        ) from None
-    return result
 
 
 def _report(done: _Done, as_json: bool) -> None:

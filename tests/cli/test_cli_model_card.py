@@ -64,6 +64,8 @@ def test_the_commands_of_the_card_verify_the_run_and_a_cut_ledger_fails_them(
     (prove,) = re.findall(r"`dpbudget (ledger prove [^`]+)`", text)
     assert run_cli(*shlex.split(prove.replace("FILE", "run.proof"))).code == 0
     assert run_cli("verify", "run.proof", "--trust", "budget.ledger.owner.key.pub").code == 0
+    (report,) = re.findall(r"`dpbudget (report [^`]+)`", text)
+    assert run_cli(*shlex.split(report)).code == 0
 
 
 def test_the_weights_carry_the_same_facts(run_cli: Cli, folder: Path, trained: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ LAYERS = {
     "dpbudget_cli": 7,
 }
 #: The modules of the command line that train, and the one that asks what torch finds.
-WITH_TORCH = ("train", "_checkpoints", "_models", "_weights", "_heldout", "_deep")
+WITH_TORCH = ("train", "_checkpoints", "_training", "_models", "_weights", "_heldout", "_deep")
 #: What dptrainer may know of the core: the run's documents, never an accountant.
 TRAINER_MAY_IMPORT = ("dpbudget.plan", "dpbudget.ledger", "dpbudget.mechanisms", "dpbudget.errors", "dpbudget.curve")
 TRAINER_MAY_IMPORT += ("dpbudget.grid",)
