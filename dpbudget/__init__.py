@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpbudget._calibrate import calibrate, delta_of, epsilon_of, max_steps, noise_for, plan_for
+    from dpbudget._environment import start_from_environment
     from dpbudget._surface import create_ledger, open_ledger, start
     from dpbudget._verify import Report, verify
     from dpbudget.accountants import get_accountant
@@ -71,6 +72,7 @@ _HOMES = {
     "round_down": "dpbudget.curve",
     "round_up": "dpbudget.curve",
     "start": "dpbudget._surface",
+    "start_from_environment": "dpbudget._environment",
     "verify": "dpbudget._verify",
 }
 
@@ -114,6 +116,7 @@ __all__ = [
     "round_down",
     "round_up",
     "start",
+    "start_from_environment",
     "verify",
 ]
 

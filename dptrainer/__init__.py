@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dptrainer.base import TrainingResult
+    from dptrainer.callbacks import MLflowLog, TensorBoardLog, WandbLog
     from dptrainer.checkpoint import load_checkpoint, save_checkpoint
     from dptrainer.clipping import (
         BookKeeping,
@@ -41,6 +42,7 @@ _HOMES = {
     "Change": "dptrainer.validation",
     "ClippedSum": "dptrainer.values",
     "DPAdamBC": "dptrainer.optim",
+    "MLflowLog": "dptrainer.callbacks",
     "MemoryBound": "dptrainer.memory",
     "NoisySum": "dptrainer.values",
     "NormalisedClipping": "dptrainer.clipping",
@@ -53,10 +55,12 @@ _HOMES = {
     "ScheduledClipping": "dptrainer.clipping",
     "SecureNoise": "dptrainer.noise.source",
     "SecureTreeNoise": "dptrainer.noise.tree",
+    "TensorBoardLog": "dptrainer.callbacks",
     "TrainingResult": "dptrainer.base",
     "TreeTrainer": "dptrainer.tree",
     "UserDataset": "dptrainer.users",
     "VmapEngine": "dptrainer.clipping",
+    "WandbLog": "dptrainer.callbacks",
     "fix": "dptrainer.validation",
     "WeightAverage": "dptrainer.ema",
     "compiled": "dptrainer.compiling",
@@ -75,6 +79,7 @@ __all__ = [
     "Change",
     "ClippedSum",
     "DPAdamBC",
+    "MLflowLog",
     "MemoryBound",
     "NoisySum",
     "NormalisedClipping",
@@ -87,10 +92,12 @@ __all__ = [
     "ScheduledClipping",
     "SecureNoise",
     "SecureTreeNoise",
+    "TensorBoardLog",
     "TrainingResult",
     "TreeTrainer",
     "UserDataset",
     "VmapEngine",
+    "WandbLog",
     "WeightAverage",
     "compiled",
     "fix",

@@ -1,129 +1,152 @@
-"""Tables from files: CSV with a header, or NPZ. Messages name columns and files, never values or numbers of rows."""
+"""Tables from files, checked before anything is charged. Messages name columns, never values or numbers of rows."""
 
 from __future__ import annotations
 
-import csv
-import io
-import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpbudget.errors import Unreadable
+from dpbudget_cli._tables import Roles, bad, read_columns
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_LOADED = (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile)
-
 
 @dataclass(frozen=True)
 class Table:
-    """Features ``[rows, ...]`` as float32 and labels ``[rows]`` as int64. The number of rows is private."""
+    """Features ``[rows, ...]`` as float32, labels ``[rows]`` as int64, and who owns each row, if anybody is named.
+
+    The number of rows is private.
+    """
 
     features: NDArray[np.float32]
     labels: NDArray[np.int64]
+    users: NDArray[Any] | None = None
+
+    def rows(self, chosen: NDArray[np.bool_]) -> Table:
+        """The chosen rows."""
+        return Table(self.features[chosen], self.labels[chosen], None if self.users is None else self.users[chosen])
+
+    def scaled(self, factor: float) -> Table:
+        """The same with every feature multiplied by a public constant."""
+        import numpy as np
+
+        with np.errstate(over="ignore", invalid="ignore"):  # as read_table
+            return Table(self.features * np.float32(factor), self.labels, self.users)
 
 
-def read_table(path: str, target: str, classes: int, scale: float) -> Table:
-    """Features and labels of a file.
+def read_table(
+    path: str,
+    target: str,
+    classes: int,
+    *,
+    user: str | None = None,
+    ignored: str | None = None,
+    names: Sequence[str] = (),
+    fill: float | None = None,
+) -> Table:
+    """Features, labels and users of a file.
 
     Args:
-        path: ``.csv`` (a header row, numeric cells) or ``.npz`` (the array ``target`` and one other array).
-        target: the column or array with the labels 0 to ``classes`` - 1.
+        path: ``.csv`` (a header row, numeric cells), ``.parquet`` (likewise), or ``.npz`` (the named arrays and one of
+            features).
+        target: the column or array with the labels 0 to ``classes`` - 1, or with ``names``.
         classes: number of classes, declared and not counted.
-        scale: public constant by which every feature is multiplied.
+        user: the column or array that says whose each row is.
+        ignored: a column that may be there and is of no use.
+        names: declared names of the classes, in the order of their numbers.
+        fill: public constant that takes the place of missing features; without it they are refused.
 
     Raises:
         Unreadable: the file is missing, of another kind, or not such a table (DP091).
+        MissingExtra: what reads Parquet is not installed (DP090).
     """
     import numpy as np
 
-    kind = Path(path).suffix.lower()
-    if kind not in (".csv", ".npz"):
-        raise _bad(f"{path} is neither a .csv nor a .npz file", "convert it; numpy.savez writes .npz")
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise _bad(f"{path}: {error.strerror}", "check the path") from None
-    features, labels = (_read_csv if kind == ".csv" else _read_npz)(path, data, target)
-    if features.ndim < 2 or labels.shape != features.shape[:1] or not len(labels):
-        raise _bad(f"{path}: features and target {target!r} do not have one row for each record", "check the file")
-    if labels.dtype.kind not in "iuf" or features.dtype.kind not in "iuf":
-        raise _bad(f"{path} holds something that is not a real number", "encode categories as numbers first")
+    columns = read_columns(path, Roles(target, user, ignored))
+    labels = _labels(path, target, columns.labels, classes, names)
+    users = None if columns.users is None else _users(path, str(user), columns.users)
+    features = _features(path, columns.features, fill)
+    rows = {len(part) for part in (labels, users) if part is not None}
+    if features.ndim < 2 or rows != {len(features)} or not len(features):
+        raise bad(f"{path}: features and target {target!r} do not have one row for each record", "check the file")
+    with np.errstate(over="ignore", invalid="ignore"):  # what leaves the range of float32 is clipped with its gradient
+        return Table(features.astype(np.float32), labels, users)
+
+
+def _labels(path: str, target: str, labels: NDArray[Any], classes: int, names: Sequence[str]) -> NDArray[np.int64]:
+    """Numbers from 0 of labels that are numbers, or names that were declared."""
+    import numpy as np
+
+    if labels.ndim != 1:
+        raise bad(f"{path}: target {target!r} has not one label for each record", "store labels as one column")
+    if names:
+        return _numbered(path, target, labels, names)
+    if labels.dtype.kind == "U":
+        try:
+            labels = labels.astype(np.float64)
+        except ValueError:
+            raise bad(
+                f"{path}: column {target!r} holds something that is not a number",
+                "declare the classes by name, as in --classes no,yes, or encode categories as numbers first",
+            ) from None
+    if labels.dtype.kind not in "iuf":
+        raise bad(
+            f"{path}: target {target!r} holds something that is not a real number", "encode categories as numbers"
+        )
     within = (labels >= 0) & (labels < classes) & (labels == np.floor(labels))  # NaN is in no range
     if not within.all():
-        raise _bad(f"{path}: target {target!r} has a label outside 0 to {classes - 1}", "declare --classes, or re-code")
-    with np.errstate(over="ignore", invalid="ignore"):  # what leaves the range of float32 is clipped with its gradient
-        scaled = features.astype(np.float32) * np.float32(scale)
-    return Table(scaled, labels.astype(np.int64))
+        raise bad(f"{path}: target {target!r} has a label outside 0 to {classes - 1}", "declare --classes, or re-code")
+    return labels.astype(np.int64)
 
 
-def _read_npz(path: str, data: bytes, target: str) -> tuple[NDArray[Any], NDArray[Any]]:
+def _numbered(path: str, target: str, labels: NDArray[Any], names: Sequence[str]) -> NDArray[np.int64]:
     import numpy as np
 
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except _LOADED:
-        raise _bad(f"{path} is not an .npz file of plain arrays", "write it with numpy.savez") from None
-    others = [name for name in arrays if name != target]
-    if target not in arrays or len(others) != 1:
-        raise _bad(
-            f"{path} has the arrays {', '.join(arrays) or '(none)'}; it needs {target!r} and exactly one other",
-            "name the label array with --target",
+    if labels.dtype.kind != "U":
+        raise bad(
+            f"{path}: target {target!r} holds numbers, and the classes are declared by name",
+            "declare their number, as in --classes 2",
         )
-    return arrays[others[0]], arrays[target]
-
-
-def _read_csv(path: str, data: bytes, target: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    import numpy as np
-
-    try:
-        rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig")), strict=True))
-    except (ValueError, csv.Error):
-        raise _bad(f"{path} is not a CSV file in UTF-8", "export it again") from None
-    rows = [row for row in rows if row]
-    header = rows[0] if rows else []
-    _check_header(path, header, target)
-    if any(len(row) != len(header) for row in rows):
-        raise _bad(f"{path} has rows of another length than its header", "export it again")
-    columns = dict(zip(header, zip(*rows[1:], strict=True), strict=False))
-    if not columns or len(header) < 2:
-        raise _bad(f"{path} has no records or no feature column", "check the file")
-    numbers = {name: _column(path, name, cells) for name, cells in columns.items()}
-    labels = numbers.pop(target)
-    return np.stack(list(numbers.values()), axis=1), labels
-
-
-def _check_header(path: str, header: list[str], target: str) -> None:
-    if not header:
-        raise _bad(f"{path} is empty", "write a header, and a row of numbers for each record")
-    twice = [name for index, name in enumerate(header) if name in header[:index]]
-    if twice:
-        raise _bad(f"{path} has two columns {twice[0]!r}", "rename one of them")
-    if target not in header:
-        raise _bad(
-            f"{path} has no column {target!r}", f"name the labels with --target; the columns are {_listed(header)}"
+    found = np.full(len(labels), -1, dtype=np.int64)
+    for number, name in enumerate(names):
+        found[labels == name] = number
+    if (found < 0).any():
+        raise bad(
+            f"{path}: target {target!r} has a label that is none of {', '.join(names)}", "declare all in --classes"
         )
+    return found
 
 
-def _listed(header: list[str]) -> str:
-    """Up to 20 names: the first ones, and the last, where labels often are."""
-    return ", ".join(header if len(header) <= 20 else [*header[:18], "…", header[-1]])
+def _users(path: str, column: str, users: NDArray[Any]) -> NDArray[Any]:
+    """The users, if equal names mean one user and every row has one."""
+    if users.ndim != 1 or users.dtype.kind not in "iuU":
+        raise bad(
+            f"{path}: users {column!r} are neither text nor whole numbers", "name every user by text or a whole number"
+        )
+    if users.dtype.kind == "U" and (users == "").any():
+        raise bad(f"{path}: column {column!r} has missing values", "leave out rows whose user is unknown")
+    return users
 
 
-def _column(path: str, name: str, cells: tuple[str, ...]) -> NDArray[np.float64]:
+def _features(path: str, columns: Mapping[str, NDArray[Any]], fill: float | None) -> NDArray[Any]:
     import numpy as np
 
-    try:
-        return np.array([float(cell) for cell in cells])
-    except ValueError:
-        raise _bad(
-            f"{path}: column {name!r} holds something that is not a number", "encode categories as numbers first"
-        ) from None
+    filled = {name: _without_missing(path, name, values, fill) for name, values in columns.items()}
+    if len(filled) == 1 and next(iter(filled.values())).ndim != 1:  # the array of an .npz file
+        return next(iter(filled.values()))
+    return np.stack(list(filled.values()), axis=1)
 
 
-def _bad(message: str, hint: str) -> Unreadable:
-    return Unreadable(message, code="DP091", hint=hint)
+def _without_missing(path: str, name: str, values: NDArray[Any], fill: float | None) -> NDArray[Any]:
+    import numpy as np
+
+    missing = np.isnan(values) if values.dtype.kind == "f" else None
+    if missing is None or not missing.any():
+        return values
+    if fill is None:
+        raise bad(
+            f"{path}: column {name!r} has missing values", "--fill-missing V puts a public constant in their place"
+        )
+    return np.where(missing, values.dtype.type(fill), values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -12,10 +13,32 @@ from dpbudget.errors import InvalidParameter, Unreadable
 from dpbudget_cli._keys import ask_passphrase
 
 if TYPE_CHECKING:
+    from dpbudget.ledger.ledger import Ledger
     from dpbudget.ledger.plan_key import PlanKey
+    from dpbudget.ledger.run import Run
     from dpbudget.ledger.sealed import SealedKeys
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class NoiseKeys:
+    """What becomes of the noise keys of a run, for a replay: nothing, unless it was asked for."""
+
+    keep: SealedKeys | None
+    plan_key: PlanKey | None
+    expect_head: str | None
+
+    @property
+    def replayable(self) -> bool:
+        """Whether every step is settled with a hash of its output, to compare a replay with."""
+        return self.keep is not None or self.plan_key is not None
+
+    def start(self, ledger: Ledger, run_id: str) -> Run:
+        """Start the run with them."""
+        from dpbudget._surface import start
+
+        return start(ledger, run_id, keep_keys=self.keep, plan_key=self.plan_key, expect_head=self.expect_head)
 
 
 def keep_options(command: _Command) -> _Command:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from dpbudget.plan import Budget
 
 TWO_LEDGERS = "Two ledgers for one dataset cannot be detected: keep one ledger per dataset."
-USERS_TRAIN = "train in Python with dptrainer.UserDataset (docs/training.md); dpbudget train takes no users"
+USERS_TRAIN = (
+    "train with dpbudget train --user-column COL --max-examples K, or with dptrainer.UserDataset (docs/training.md)"
+)
 ONE_PERSON = "Owner and writer keys were made together, so both roles are one person until you hand a key over."
 
 

@@ -59,10 +59,16 @@ def command(path: str, as_json: bool) -> None:
 
 def standing_json(ledger: Ledger) -> dict[str, Any]:
     """``spent``, ``promised`` and ``left`` (what is plannable); of an rdp ledger the total, since its orders decide."""
-    state = ledger.state
+    return standing_of(ledger.state)
+
+
+def standing_of(state: LedgerState) -> dict[str, Any]:
+    """The same of a state alone."""
+    from dpbudget.ledger.admission import plan_delta_of
+
     if state.account is not None:
         return {"spent": None, "promised": None, "left": {"epsilon": state.epsilon, "delta": state.delta}}
-    return standing(state, ledger.plan_delta).to_json()
+    return standing(state, plan_delta_of(state)).to_json()
 
 
 def _standing_rows(ledger: Ledger) -> list[tuple[str, str]]:

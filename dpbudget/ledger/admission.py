@@ -287,6 +287,14 @@ def _check_alone(spending: SpendingFilter, plan: Plan, delta: float) -> float:
     return alone
 
 
+def plan_delta_of(state: LedgerState) -> float:
+    """The delta for which the next plan must be made; see :attr:`~dpbudget.ledger.ledger.Ledger.plan_delta`."""
+    if not state.portfolios:
+        return state.delta
+    newest = state.portfolios[-1]
+    return out_of(state.remaining_delta / 2) if newest.frozen else newest.delta
+
+
 def out_of(room: Fraction) -> float:
     """The largest float that is at most ``room``."""
     nearest = float(room)

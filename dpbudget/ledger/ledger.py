@@ -27,7 +27,7 @@ from dpbudget.ledger.admission import (
     check_lowering,
     check_owner,
     first_portfolio,
-    out_of,
+    plan_delta_of,
     renyi_record,
     seal_record,
 )
@@ -287,12 +287,7 @@ class Ledger:
 
         In an ``rdp`` ledger, where plans have no delta of their own, the total.
         """
-        if not self.state.portfolios:
-            return self.state.delta
-        portfolio = self.state.portfolios[-1]
-        if not portfolio.frozen:
-            return portfolio.delta
-        return out_of(self.state.remaining_delta / 2)
+        return plan_delta_of(self.state)
 
     def refresh(self) -> LedgerState:
         """Read and check what other processes added; a ledger that was opened for reading stays as it was read."""

@@ -88,6 +88,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines += [
         ",".join(f"{value:.5f}" for value in row) + f",{label}" for row, label in zip(features, labels, strict=True)
     ]
+    script = "import os; assert len(os.environ['DPBUDGET_RUN']) == 32 and os.path.exists(os.environ['DPBUDGET_LEDGER'])"
+    (folder / "train.py").write_text(script, encoding="utf-8")
     (folder / "train.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 

@@ -239,7 +239,10 @@ def _examples() -> list[tuple[tuple[str, ...], str]]:
 
 
 @pytest.mark.parametrize(("words", "line"), _examples(), ids=[line for _, line in _examples()])
-def test_every_example_of_every_help_page_runs(run_cli: Cli, folder: Path, words: tuple[str, ...], line: str) -> None:
+def test_every_example_of_every_help_page_runs(
+    run_cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], line: str
+) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     if words in {("key", "new"), ("ledger", "init")}:
         for name in folder.glob("*"):
             name.unlink()

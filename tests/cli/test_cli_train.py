@@ -19,13 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dpbudget._verify import verify
-from dpbudget.errors import Unreadable
-from dpbudget_cli._data import read_table
 
 Cli = Callable[..., Any]
 Seen = Callable[[Path], dict[str, tuple[int, str]]]
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ("train", "--ledger", "budget.ledger", "--data", "train.npz", "--classes", "2")
+PLAN_NEW = (
+    *("plan", "new", "--ledger", "budget.ledger", "--epsilon", "1"),
+    *("--dataset-size", "100", "--batch-size", "20", "--steps", "2"),
+)
 
 MODELS = """
 import torch
@@ -105,6 +107,30 @@ class TestTraining:
     def test_every_kind_of_model_trains(self, run_cli: Cli, job: Path, model: str) -> None:
         assert run_cli(*TRAIN, "--model", model, "--physical-batch-size", "7", "--momentum", "0.5").code == 0
 
+    @pytest.mark.parametrize(("shape", "channels"), [((8, 8), 1), ((3, 6, 10), 3), ((1, 2, 2), 1)])
+    def test_a_cnn_takes_images_of_any_size_with_or_without_channels(
+        self, run_cli: Cli, job: Path, shape: tuple[int, ...], channels: int
+    ) -> None:
+        assert run_cli(*PLAN_NEW, "--json").code == 0
+        run = run_cli("ledger", "plans", "budget.ledger", "--json").json["plans"][-1]["run"]
+        np.savez("images.npz", x=np.zeros((100, *shape), dtype=np.uint8), y=np.arange(100) % 2)
+        answer = run_cli(*TRAIN, "--plan", run, "--data", "images.npz", "--model", "cnn", "--output", "w.safetensors")
+        assert answer.code == 0, answer.err
+        assert load_file("w.safetensors")["1.weight"].shape == (16, channels, 3, 3)
+        again = ("--init", "w.safetensors", "--plan", run, "--data", "images.npz", "--model", "cnn")
+        assert "DP050" in run_cli(*TRAIN, *again).err  # the weights fit the model; only the plan is used up
+
+    @pytest.mark.parametrize(("shape", "hint"), [((5,), "--model mlp"), ((8, 8, 3), "x.transpose(0, 3, 1, 2)")])
+    def test_a_cnn_refuses_what_is_no_image_and_says_what_one_is(
+        self, run_cli: Cli, job: Path, seen: Seen, shape: tuple[int, ...], hint: str
+    ) -> None:
+        np.savez("images.npz", x=np.zeros((100, *shape)), y=np.arange(100) % 2)
+        before = seen(job)
+        answer = run_cli(*TRAIN, "--data", "images.npz", "--model", "cnn")
+        assert (answer.code, "DP091" in answer.err, seen(job) == before) == (2, True, True)
+        assert "[H, W] or [C, H, W]" in answer.err
+        assert hint in answer.err
+
     def test_two_runs_differ_by_their_noise_though_the_seed_is_one(
         self, run_cli: Cli, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -124,7 +150,7 @@ class TestTraining:
         features = np.zeros((100, 4))
         features[3] = [1e300, np.nan, np.inf, -np.inf]
         np.savez("odd.npz", x=features, y=np.zeros(100, dtype=int))
-        answer = run_cli(*TRAIN, "--data", "odd.npz", "--output", "w.safetensors")
+        answer = run_cli(*TRAIN, "--data", "odd.npz", "--fill-missing", "0", "--output", "w.safetensors")
         assert answer.code == 0, answer.err
         assert all(torch.isfinite(value).all() for value in load_file("w.safetensors").values())
 
@@ -278,62 +304,6 @@ main({words!r})
         answer = run_cli(*TRAIN, "--json")
         assert answer.json["output"] == f"budget.ledger.{answer.json['run'][:8]}.safetensors"
         assert set(load_file(answer.json["output"])) == {"1.weight", "1.bias"}
-
-
-class TestTables:
-    def write(self, folder: Path, name: str, text: str | bytes) -> str:
-        path = folder / name
-        path.write_bytes(text.encode() if isinstance(text, str) else text)
-        return str(path)
-
-    def test_a_missing_label_column_is_answered_with_the_columns_that_are_there(self, tmp_path: Path) -> None:
-        names = [f"f{k}" for k in range(30)] + ["label"]
-        path = self.write(tmp_path, "t.csv", ",".join(names) + "\n" + ",".join("1" * 31) + "\n")
-        with pytest.raises(Unreadable, match="column 'y'") as caught:
-            read_table(path, "y", 2, 1.0)
-        assert "--target" in caught.value.hint
-        assert caught.value.hint.endswith("f17, …, label")
-
-    def test_a_csv_and_an_npz_of_one_table_are_equal(self, tmp_path: Path) -> None:
-        path = self.write(tmp_path, "t.csv", "a,y,b\n1,0,2\n3,1,4\n")
-        np.savez(tmp_path / "t.npz", x=np.array([[1.0, 2.0], [3.0, 4.0]]), y=np.array([0, 1]))
-        one, other = read_table(path, "y", 2, 0.5), read_table(str(tmp_path / "t.npz"), "y", 2, 0.5)
-        assert np.array_equal(one.features, [[0.5, 1.0], [1.5, 2.0]])
-        assert np.array_equal(one.features, other.features)
-        assert np.array_equal(one.labels, other.labels)
-        assert one.features.dtype == np.float32
-
-    @pytest.mark.parametrize(
-        "text",
-        [
-            "", "a,b\n1,2\n", "a,y\n", "y\n1\n", "a,y\nSECRET,1\n", "a,y\n1,7\n", "a,y\n1,-1\n", "a,y\n1,0.5\n",
-            "a,y\n1,nan\n", "a,y\n1,inf\n", "a,y\n1,2,3\n", "y,y\n1,1\n", 'a,y\n"1,1\n', b"\xff\xfe", "a,y\n,1\n",
-        ],
-    )  # fmt: skip
-    def test_a_bad_csv_is_refused_without_telling_a_value(self, tmp_path: Path, text: str | bytes) -> None:
-        path = self.write(tmp_path, "t.csv", text)
-        with pytest.raises(Unreadable) as info:
-            read_table(path, "y", 2, 1.0)
-        assert info.value.code == "DP091"
-        assert "SECRET" not in str(info.value)
-
-    def test_a_pickled_array_is_refused_and_not_run(self, tmp_path: Path) -> None:
-        class Evil:
-            def __reduce__(self) -> Any:
-                return (Path.touch, (tmp_path / "pwned",))
-
-        np.savez(tmp_path / "t.npz", x=np.array([[Evil()]], dtype=object), y=np.array([0]))
-        with pytest.raises(Unreadable, match="plain arrays"):
-            read_table(str(tmp_path / "t.npz"), "y", 2, 1.0)
-        assert not (tmp_path / "pwned").exists()
-
-    def test_arrays_that_do_not_fit_are_refused_without_their_sizes(self, tmp_path: Path) -> None:
-        np.savez(tmp_path / "t.npz", x=np.zeros((31, 2)), y=np.zeros(37, dtype=int))
-        with pytest.raises(Unreadable) as info:
-            read_table(str(tmp_path / "t.npz"), "y", 2, 1.0)
-        said = info.value.message.replace(str(tmp_path), "")  # whose number may be any
-        assert "31" not in said
-        assert "37" not in said
 
 
 class TestExactNoise:
