@@ -21,6 +21,7 @@ from dpbudget._search import most_steps, smallest_noise
 from dpbudget._truncation import truncation_delta, truncation_factor_log
 from dpbudget.curve import Bounds, PrivacyCurve
 from dpbudget.errors import InvalidParameter, NotComputable
+from dpbudget.mechanisms import Adjacency
 from dpbudget.mechanisms.gaussian import MAX_NOISE_MULTIPLIER, MIN_NOISE_MULTIPLIER
 from dpbudget.plan import MAX_SIZE, Phase, Plan
 from dpbudget.risk import Profile, power_bound
@@ -34,10 +35,10 @@ class TailCurve(PrivacyCurve):
     The upper end covers the tail; the lower end is that of the mechanism in real arithmetic.
     """
 
-    def __init__(self, ideal: PrivacyCurve, phases: tuple[Phase, ...], bounded: int) -> None:
+    def __init__(self, ideal: PrivacyCurve, phases: tuple[Phase, ...], bounded: int, adjacency: Adjacency) -> None:
         triples = [(phase.rate, phase.noise_multiplier, phase.steps) for phase in phases]
         self._ideal = ideal
-        self._added = truncation_delta(triples, bounded)
+        self._added = truncation_delta(triples, bounded, adjacency is Adjacency.REPLACE_ONE)
         self._log_factor = truncation_factor_log(sum(phase.steps for phase in phases), bounded)
 
     def epsilon(self, delta: float) -> Bounds:
@@ -60,7 +61,7 @@ class TailCurve(PrivacyCurve):
 def curve_of(plan: Plan) -> PrivacyCurve:
     """The certified profile of a plan, bounded noise tail included."""
     ideal = _load(plan.claim.accountant).curve(plan.charges, plan.adjacency)
-    return TailCurve(ideal, plan.phases, plan.bounded_values)
+    return TailCurve(ideal, plan.phases, plan.bounded_values, plan.adjacency)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +96,7 @@ def calibrate_to_attack(
     def profile(sigma: float) -> Profile:
         phase = Phase(rate_k=schedule.rate_k, noise_multiplier=sigma, steps=schedule.steps)
         ideal = draft.accountant.curve([phase.charge], draft.adjacency)
-        return Profile(TailCurve(ideal, (phase,), draft.bounded_values).delta)
+        return Profile(TailCurve(ideal, (phase,), draft.bounded_values, draft.adjacency).delta)
 
     sigma = _smallest(profile, goal, _guess(schedule, goal.mu))
     if sigma is None:
