@@ -19,6 +19,7 @@ class Purpose(StrEnum):
 
     GRAD_NOISE = "grad-noise"
     SAMPLING = "sampling"
+    RECORD_DRAWS = "record-draws"
     INIT = "init"
     TIE_BREAK = "tie-break"
 
