@@ -14,15 +14,15 @@ from torch.utils.data import Dataset
 
 from dpbudget.curve import Bounds
 from dpbudget.errors import PrivacyViolation
-from dpbudget.grid import Grid
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dptrainer.clipping import BookKeeping, Clipping, OneByOne, add_clipped, make_engine
-from dptrainer.data import Collate, Records, check_rows, check_unit, checked_fill, split_batch, to_device
+from dptrainer.data import Collate, Records, check_rows, check_unit, checked_fill, own_copy, split_batch, to_device
 from dptrainer.loop import detach_earlier
 from dptrainer.losses import Loss, PerExampleLoss
 from dptrainer.memory import PhysicalSize, checked_size, physical_size
 from dptrainer.outside import refuse_trainable_criterion, refuse_trainable_loss, trainable_outside
+from dptrainer.own_draws import own_draws
 from dptrainer.probe import probe, probe_again, probe_loss
 from dptrainer.repeats import check_repeatable, deterministic, refuse_static_shapes
 from dptrainer.sampling import Indices, physical_batches
@@ -110,7 +110,10 @@ class TrainerBase:
         self._physical = self._fill_to = None
         if run.plan.noise == "exact":
             refuse_static_shapes(static_shapes)
-            self._engine = OneByOne(model, clip_norm=run.plan.clip_norm, clipping=clipping, test=again)
+            beside = [] if self._loss.module is None else [self._loss.module]
+            self._engine = OneByOne(
+                model, clip_norm=run.plan.clip_norm, clipping=clipping, beside=beside, test=again
+            )  # fmt: skip
             check_repeatable(model, self._loss, self._records.synthetic(), note)
         else:
             self._engine = make_engine(
@@ -141,7 +144,7 @@ class TrainerBase:
     def _clip(self, indices: Indices, receipt: Receipt) -> ClippedSum:
         """The clipped sum of one drawn batch, a physical batch at a time; zeros for an empty one."""
         if isinstance(self._engine, OneByOne):
-            return self._clip_each(indices, self._engine, receipt.grid)
+            return self._clip_each(indices, self._engine, receipt)
         total: ClippedSum | None = None
         for piece in physical_batches(indices, self._physical):
             part = self._clip_piece(piece, self._engine)
@@ -161,25 +164,30 @@ class TrainerBase:
             losses = self._losses(batch, rows)
         return engine.backward(losses)
 
-    def _clip_each(self, indices: Indices, engine: OneByOne, grid: Grid) -> ClippedSum:
+    def _clip_each(self, indices: Indices, engine: OneByOne, receipt: Receipt) -> ClippedSum:
         """The integer sum over the records of a drawn batch, each alone in the model."""
         self._require_training()
-        engine.begin(grid)
+        engine.begin(receipt.grid)
         try:
-            for place in range(len(indices)):
-                batch, grouping = self._records.drawn(indices[place : place + 1])
-                rows, divisor = (1, 1) if grouping is None else (grouping.rows, grouping.divisor)
-                with torch.enable_grad(), deterministic():
-                    engine.add(self._losses(batch, rows), divisor)
+            with own_draws(receipt, len(indices), self._device) as begin:
+                for place in range(len(indices)):
+                    begin(place)
+                    batch, grouping = self._records.drawn(indices[place : place + 1])
+                    rows, divisor = (1, 1) if grouping is None else (grouping.rows, grouping.divisor)
+                    with torch.enable_grad(), deterministic():
+                        engine.add(self._losses(own_copy(batch), rows), divisor)
             return engine.finish()
         finally:
             engine.abort()
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
     def _losses(self, batch: Any, rows: int) -> Tensor:
         """One loss for each row of a batch."""
         check_rows(batch, rows)
-        device = next(self._model.parameters()).device
-        inputs, named, target = split_batch(to_device(batch, device))
+        inputs, named, target = split_batch(to_device(batch, self._device))
         losses = self._loss(self._model(*inputs, **named), target, rows)
         refuse_trainable_loss(losses, self._model, self._others)
         return losses

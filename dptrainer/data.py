@@ -252,6 +252,20 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
 
 
+def own_copy(batch: Any) -> Any:
+    """The batch with its tensors in memory of their own, contiguous.
+
+    Views of a dataset have addresses and strides that follow from where a record stands, and libraries choose kernels
+    by these; and what a model writes into one would change the dataset, other records too where windows overlap.
+    """
+    return tree_map(lambda leaf: _copied(leaf) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    dense = tensor.layout == torch.strided and not tensor.is_nested
+    return tensor.clone(memory_format=torch.contiguous_format) if dense else tensor.clone()
+
+
 def check_rows(batch: Any, rows: int) -> None:
     """Every tensor of a collated batch must have one row a record.
 

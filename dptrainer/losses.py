@@ -38,6 +38,11 @@ class PerExampleLoss:
             )
         self._within, self._call = _unreduced(loss_fn)
 
+    @property
+    def module(self) -> nn.Module | None:
+        """The criterion as it is called, if it is a module."""
+        return self._call if isinstance(self._call, nn.Module) else None
+
     def unreduced(self, outputs: Any, target: Any) -> Tensor:
         """What the criterion returns without its own reduction, of whatever shape."""
         return self._call(outputs, target)

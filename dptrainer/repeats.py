@@ -13,9 +13,11 @@ from torch.utils._pytree import tree_map
 from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dptrainer.clipping.engine import trainable_parameters
 from dptrainer.clipping.factory import deterministic_copy
-from dptrainer.data import split_batch, to_device
-from dptrainer.isolation import seeded
+from dptrainer.clipping.standing import Standing
+from dptrainer.data import own_copy, split_batch, to_device
+from dptrainer.draws import without_dropout
 from dptrainer.losses import PerExampleLoss
+from dptrainer.own_draws import begun_streams
 from dptrainer.untested import NOT_MY_CALL, tell_untested
 
 #: How often the record comes back, each time after another one.
@@ -27,7 +29,8 @@ def check_repeatable(
 ) -> None:
     """Compare the gradients of one synthetic record before and after others went through a copy of the model.
 
-    Dropout is off, and what else torch draws is the same every time. A test, not a proof.
+    Dropout is off, and what else is drawn is the same every time. Numbers are random ones, or those of ``record``
+    where model or loss does not take others. A test, not a proof.
 
     Args:
         model: in the state in which training will start.
@@ -36,15 +39,14 @@ def check_repeatable(
         note: is told where the test was not possible, which without it is a warning.
 
     Raises:
-        PrivacyViolation: they differ in a bit (DP054).
+        PrivacyViolation: they differ in a bit (DP054), or the model keeps something of them (DP013, DP031).
     """
-    twin = deterministic_copy(model)
     record = to_device(record, next(model.parameters()).device)
-    first: list[Tensor | None] | None = None
-    for turn in range(_TIMES):
+    for values in (_other(record, _TIMES), record):  # of zeros, many operations show nothing
+        twin = deterministic_copy(model)
+        standing = Standing(twin)
         try:
-            found = _gradients(twin, loss, record)
-            _gradients(twin, loss, tree_map(lambda leaf, turn=turn: _other(leaf, turn), record))
+            _compare(twin, loss, values)
         except NOT_MY_CALL as error:
             if "deterministic" in str(error):
                 raise PrivacyViolation(
@@ -52,14 +54,25 @@ def check_repeatable(
                     code="DP054",
                     hint="replace it, train on the CPU, or plan secure noise",
                 ) from None
-            tell_untested("nobody tested that a record alone always has the same gradient, to the bit.", note)
-            return
+            continue
+        standing.put_back()
+        standing.check()
+        return
+    tell_untested("nobody tested that a record alone always has the same gradient, to the bit.", note)
+
+
+def _compare(twin: nn.Module, loss: PerExampleLoss, record: Any) -> None:
+    first: list[Tensor | None] | None = None
+    for turn in range(_TIMES):
+        found = _gradients(twin, loss, record)
+        _gradients(twin, loss, _other(record, turn))
         if first is not None and not all(map(_same, first, found)):
             raise PrivacyViolation(
                 "a record's gradient depends on which records went through the model before it, or is another every "
                 "time; exact noise is for a sum of what each record contributes by itself",
                 code="DP054",
-                hint="let the model and the loss keep nothing and draw from torch alone, or plan secure noise",
+                hint="let the model and the loss keep nothing, and draw from torch, random or NumPy's global stream; "
+                "or plan secure noise",
             )
         first = found
 
@@ -69,15 +82,19 @@ def deterministic() -> Iterator[None]:
     """Within the block torch takes the ways of operations that always add in the same order.
 
     Some on the CPU and more on a GPU have others that are faster. An operation without such a way raises RuntimeError.
+    Nor does cuDNN choose them by what it timed.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    timed = torch.backends.cudnn.benchmark
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # not annotated
     torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # takes time, no order
     try:
         yield
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = timed
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
@@ -96,18 +113,24 @@ def refuse_static_shapes(static_shapes: bool) -> None:
 
 
 def _gradients(twin: nn.Module, loss: PerExampleLoss, batch: Any) -> list[Tensor | None]:
-    inputs, named, target = split_batch(batch)
-    with seeded(twin), torch.enable_grad(), deterministic():
+    inputs, named, target = split_batch(own_copy(batch))
+    device = next(twin.parameters()).device
+    with begun_streams(device) as begin, without_dropout(), torch.enable_grad(), deterministic():
+        begin(0)
         losses = loss(twin(*inputs, **named), target, 1)
         return list(torch.autograd.grad(losses.sum(), [*trainable_parameters(twin).values()], allow_unused=True))
 
 
-def _other(leaf: Any, turn: int) -> Any:
-    """A record that is not the first: other numbers where there are real ones."""
-    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-        return leaf
-    generator = torch.Generator().manual_seed(turn)
-    return torch.randn(leaf.shape, generator=generator, device="cpu").to(leaf)
+def _other(record: Any, turn: int) -> Any:
+    """A record with other numbers where there are real ones: from 0 to 1, so that targets may be probabilities."""
+
+    def replaced(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        generator = torch.Generator().manual_seed(turn)
+        return torch.rand(leaf.shape, generator=generator, device="cpu").to(leaf)
+
+    return tree_map(replaced, record)
 
 
 def _same(first: Tensor | None, second: Tensor | None) -> bool:

@@ -28,9 +28,9 @@ class ClippedSum:
             vector of squared length at most ``grid.bound``, without any rounding.
     """
 
-    grads: Mapping[str, Tensor]
+    grads: Mapping[str, Tensor] = field(repr=False)
     sensitivity: float
-    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    statistics: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     unit: float = 1.0
     grid: Grid | None = None
 

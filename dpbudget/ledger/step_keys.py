@@ -31,6 +31,7 @@ class Purpose(StrEnum):
 
     GRAD_NOISE = "grad-noise"
     SAMPLING = "sampling"
+    RECORD_DRAWS = "record-draws"
     INIT = "init"
     TIE_BREAK = "tie-break"
 

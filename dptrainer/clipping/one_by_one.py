@@ -8,7 +8,7 @@ has a single gradient that could be truncated, is for ``secure`` noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,9 @@ from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dpbudget.grid import Grid
 from dptrainer.clipping.engine import checked_clip_norm, trainable_parameters
 from dptrainer.clipping.form import Form
-from dptrainer.clipping.guard import BufferWatch
 from dptrainer.clipping.integers import IntegerSums, sums_for
 from dptrainer.clipping.policy import Clipping, FlatClipping, total
+from dptrainer.clipping.standing import Standing
 from dptrainer.values import ClippedSum
 
 
@@ -28,12 +28,14 @@ class OneByOne:
 
     Guarantee: what ``finish`` returns is the sum of one integer vector for each :meth:`add`, over all parameters and
     statistics together of squared length at most ``grid.bound``. Clip factors and quantisation are floating-point
-    arithmetic, and nothing rests on them.
+    arithmetic, and nothing rests on them. That a vector is a function of its record takes more than this class can see
+    to: ``PrivateTrainer`` gives every record memory and random numbers of its own (docs/exact.md).
 
     Args:
         model: called as ``model(...)``; its parameters are read anew at every ``begin``.
         clip_norm: C in [1e-6, 1e12].
         clipping: how gradients are brought below C; flat unless given.
+        beside: modules besides the model that losses are computed with: they must keep nothing either.
         test: is called, and may refuse, before a step of a model whose modules, ``forward`` or hooks were exchanged.
         sums: makes the sums of a step from its shapes.
 
@@ -48,6 +50,7 @@ class OneByOne:
         *,
         clip_norm: float,
         clipping: Clipping | None = None,
+        beside: Sequence[nn.Module] = (),
         test: Callable[[], object] | None = None,
         sums: Callable[[Mapping[str, torch.Size], Grid, torch.device], IntegerSums] = sums_for,
     ) -> None:
@@ -60,7 +63,7 @@ class OneByOne:
         self._model, self._clip_norm, self._test, self._make = model, checked_clip_norm(clip_norm), test, sums
         self._clipping = FlatClipping() if clipping is None else clipping
         self._clipping.check(list(trainable_parameters(model)), self._clip_norm)
-        self._form = Form(model)
+        self._beside, self._form = tuple(beside), Form(model)
         self._step: _Step | None = None
 
     @property
@@ -89,16 +92,12 @@ class OneByOne:
         parameters = trainable_parameters(self._model)
         if not parameters:
             raise PrivacyViolation("nothing is trainable.", hint="requires_grad_(True) on what to train.", code="DP018")
-        hooked = [name for name, parameter in parameters.items() if parameter._backward_hooks]
-        if hooked:
-            raise PrivacyViolation(
-                f'a hook on the gradient of "{hooked[0]}" would see every record, and could make of one what it learnt '
-                "from others.",
-                hint="remove it: handle.remove(), of the handle that register_hook returned.",
-                code="DP031",
-            )
+        _refuse_hooks(parameters)
+        # Casts of parameters that autocast keeps would be those of an earlier step, if it is on around all of them.
+        torch.clear_autocast_cache()
         self._clipping.check(list(parameters), self._clip_norm)
-        self._step = _Step(self._model, parameters, self._clipping, self._clip_norm, grid, self._make)
+        standing = Standing(self._model, *self._beside)
+        self._step = _Step(standing, parameters, self._clipping, self._clip_norm, grid, self._make)
 
     def add(self, losses: Tensor, divisor: int = 1) -> None:
         """Add the gradient of one record.
@@ -124,17 +123,27 @@ class OneByOne:
         """The integer sums of the step, in units of the grid, and closes it.
 
         Raises:
-            PrivacyViolation: (DP031) no step is open, or a forward pass changed parameters; (DP013) it changed
-                buffers.
+            PrivacyViolation: (DP031) no step is open, or a forward pass changed parameters, modules or hooks; (DP013)
+                it changed buffers or what attributes hold.
         """
         step = self._step
         if step is None:
             raise PrivacyViolation("finish() without begin().", hint="call begin(grid) first.", code="DP031")
         self._step = None
+        _refuse_hooks(step.parameters)
+        if Form(self._model) != self._form:
+            raise PrivacyViolation(
+                "a module, forward or hook of the model was exchanged during forward: later records met another model "
+                "than earlier ones.",
+                hint="exchange them between steps.",
+                code="DP031",
+            )
         return step.finish()
 
     def abort(self) -> None:
-        """Drop the open step."""
+        """Drop the open step, and what it left in attributes of the model."""
+        if self._step is not None:
+            self._step.standing.put_back()
         self._step = None
 
     def detach(self) -> None:
@@ -147,14 +156,16 @@ class _Step:
 
     def __init__(
         self,
-        model: nn.Module,
+        standing: Standing,
         parameters: Mapping[str, nn.Parameter],
         clipping: Clipping,
         clip_norm: float,
         grid: Grid,
         make: Callable[[Mapping[str, torch.Size], Grid, torch.device], IntegerSums],
     ) -> None:
-        self._parameters, self._clipping, self._clip_norm, self._grid = parameters, clipping, clip_norm, grid
+        self.standing, self.parameters = standing, parameters
+        self._clipping, self._clip_norm, self._grid = clipping, clip_norm, grid
+        self._unit = clipping.unit(clip_norm)  # before any record was seen
         nobody = torch.zeros(0, dtype=torch.float64, device="cpu")
         self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._statistics = {name: one.shape for name, one in clipping.statistics(nobody, clip_norm).items()}
@@ -164,16 +175,13 @@ class _Step:
         self._groups = clipping.groups(list(parameters))
         self._device = next(iter(parameters.values())).device
         self._sums = make({**self._shapes, **self._statistics}, grid, self._device)
-        self._watch, self._versions = BufferWatch(model), self._state()
-
-    def _state(self) -> list[int]:
-        return [parameter._version for parameter in self._parameters.values()]
 
     def add(self, loss: Tensor) -> None:
         """See :meth:`OneByOne.add`."""
-        found = torch.autograd.grad(loss, list(self._parameters.values()), allow_unused=True)
+        found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        self.standing.put_back()
         with torch.no_grad():
-            parts = {name: _plain(one) for name, one in zip(self._parameters, found, strict=True)}
+            parts = {name: _plain(one) for name, one in zip(self.parameters, found, strict=True)}
             norms = self._sums.squared_norms([*parts.values(), *[None] * len(self._statistics)])
             squares = dict(zip(parts, norms, strict=False))
             squared = {
@@ -183,26 +191,20 @@ class _Step:
             factors = self._clipping.factors(squared, self._clip_norm)
             scale = {name: float(factors[group]) for group, names in self._groups.items() for name in names}
             more = self._clipping.statistics(total(squared), self._clip_norm)
-            parts |= {name: one.to(self._device) for name, one in more.items()}
+            parts |= {name: _plain(more[name].to(self._device)) for name in self._statistics}
             per_unit = 1.0 / self._grid.unit(self._clip_norm)
             self._sums.add(list(parts.values()), [scale.get(name, 1.0) * per_unit for name in parts])
 
     def finish(self) -> ClippedSum:
         """See :meth:`OneByOne.finish`."""
-        self._watch.check()
-        if self._state() != self._versions:
-            raise PrivacyViolation(
-                "a parameter was changed during forward, from private data and without noise.",
-                hint="let only the optimizer change parameters.",
-                code="DP031",
-            )
+        self.standing.check()
         shapes = {**self._shapes, **self._statistics}
         sums = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), self._sums.parts, strict=True)}
         return ClippedSum(
             grads={name: sums[name] for name in self._shapes},
             sensitivity=self._clip_norm,
             statistics={name: sums[name] for name in self._statistics},
-            unit=self._clipping.unit(self._clip_norm),
+            unit=self._unit,
             grid=self._grid,
         )
 
@@ -213,3 +215,14 @@ def _plain(value: Tensor | None) -> Tensor | None:
         return None
     dense = value.to_dense() if value.layout != torch.strided else value
     return (dense if dense.dtype == torch.float64 else dense.float()).contiguous()
+
+
+def _refuse_hooks(parameters: Mapping[str, nn.Parameter]) -> None:
+    hooked = [name for name, parameter in parameters.items() if parameter._backward_hooks]
+    if hooked:
+        raise PrivacyViolation(
+            f'a hook on the gradient of "{hooked[0]}" would see every record, and could make of one what it learnt '
+            "from others.",
+            hint="remove it: handle.remove(), of the handle that register_hook returned.",
+            code="DP031",
+        )

@@ -11,14 +11,14 @@ from dptrainer.noise.source import NoiseSource, SecureNoise, check_mode
 def source_for(plan: Plan, given: NoiseSource | None) -> NoiseSource:
     """The source of noise for a run of ``plan``: ``given``, or the one of the plan's mode.
 
+    A source without a ``mode`` counts as ``secure``: what is claimed of exact noise must be said by whoever makes it.
+
     Raises:
         PrivacyViolation: ``given`` makes noise of another mode (DP054).
     """
     if given is None:
         return ExactNoise() if plan.noise == "exact" else SecureNoise()
-    mode = getattr(given, "mode", None)
-    if mode is not None:
-        check_mode(plan.noise, mode)
+    check_mode(plan.noise, getattr(given, "mode", "secure"))
     return given
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from loopkit import (
     CountedNoise,
+    NoNoise,
     linear_data,
     linear_model,
     make_plan,
@@ -132,6 +133,27 @@ def test_outputs_can_be_settled() -> None:
     assert all(len(digest) == 64 for digest in settled)
 
 
+def test_a_loss_that_takes_probabilities_is_tested_for_repeating_itself() -> None:
+    inputs, _ = linear_data().tensors
+    data = TensorDataset(inputs, torch.rand(40, 3))
+    model = nn.Sequential(nn.Linear(5, 3), nn.Sigmoid())
+    said: list[str] = []
+    assert trainer(model, data=data, loss=nn.BCELoss(), note=said.append).fit().steps == 4
+    assert not [text for text in said if "to the bit" in text]
+
+
+def test_under_autocast_every_step_meets_the_weights_of_that_step() -> None:
+    model, outputs = linear_model(), list[Tensor]()
+    subject = trainer(model, exact_run(steps=3, rate=1.0), linear_data(1))
+    model.register_forward_hook(lambda module, args, out: outputs.append(out.detach().clone()))
+    with torch.autocast("cpu", torch.bfloat16):
+        subject.fit()
+    last = outputs[-3:]  # the hook is tested before the first
+    assert {out.dtype for out in last} == {torch.bfloat16}
+    assert not torch.equal(last[0], last[1])
+    assert not torch.equal(last[1], last[2])
+
+
 class TestRefusals:
     """Nothing is charged."""
 
@@ -160,6 +182,12 @@ class TestRefusals:
             assert f"the plan's noise is {mode}" in str(caught.value)
             assert run.charged == 0
 
+    def test_a_source_that_does_not_say_that_its_noise_is_exact(self) -> None:
+        run = exact_run()
+        with refused("DP054"):
+            trainer(run=run, noise=NoNoise())
+        assert run.charged == 0
+
     def test_static_shapes(self) -> None:
         with pytest.raises(InvalidParameter, match="static_shapes"):
             trainer(static_shapes=True, physical_batch_size=8)
@@ -185,6 +213,30 @@ class TestRefusals:
         with refused("DP054"):
             trainer(Remembers(), run, note=said.append)
         assert any("nobody tested for mixing" in text for text in said)
+        assert run.charged == 0
+
+    def test_what_a_model_remembers_is_seen_though_a_record_of_zeros_would_not_show_it(self) -> None:
+        class Remembers(nn.Linear):
+            calls = 0
+
+            def forward(self, x: Tensor) -> Tensor:
+                Remembers.calls += 1
+                return super().forward(x * (1.0 + 2.0**-20 * (Remembers.calls % 5)))
+
+        run = exact_run()
+        with refused("DP054"):
+            trainer(Remembers(5, 3), run, note=lambda said: None)
+        assert run.charged == 0
+
+    def test_weights_that_forward_scales_anew_every_time(self) -> None:
+        class Renormalised(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.3)
+                return super().forward(x)
+
+        run = exact_run()
+        with refused("DP031"):
+            trainer(Renormalised(5, 3), run, note=lambda said: None)
         assert run.charged == 0
 
     def test_a_gradient_that_is_another_every_time(self) -> None:
@@ -289,12 +341,15 @@ class TestWithinAStep:
         with unchanged(model), refused("DP031"):
             subject.fit()
 
-    def test_operations_add_in_the_same_order_and_the_program_gets_its_choice_back(self) -> None:
+    def test_operations_add_in_the_same_order_and_the_program_gets_its_choice_back(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         seen: list[bool] = []
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
 
         class Looks(nn.Linear):
             def forward(self, x: Tensor) -> Tensor:
-                seen.append(torch.are_deterministic_algorithms_enabled())
+                seen.append(torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark)
                 return super().forward(x)
 
         model = Looks(5, 3)
@@ -305,6 +360,7 @@ class TestWithinAStep:
         assert all(seen)
         assert not torch.are_deterministic_algorithms_enabled()
         assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.backends.cudnn.benchmark
 
     def test_a_hook_that_came_later_is_tested_again(self) -> None:
         model = nn.Sequential(nn.Linear(5, 3))
@@ -349,6 +405,11 @@ class TestTheSource:
         with refused("DP054"):
             SecureNoise().privatise(ClippedSum({"w": torch.zeros(6)}, 1.0), receipt)
         assert not receipt.was_used("grad-noise")
+
+    def test_a_sum_shows_none_of_its_numbers(self) -> None:
+        receipt = exact_run().next_receipt()
+        clipped = self.clipped(receipt, grads={"w": torch.full((2,), 7654321)}, statistics={"s": torch.tensor([24680])})
+        assert "tensor" not in repr(clipped)
 
     def test_a_receipt_works_once(self) -> None:
         receipt = exact_run().next_receipt()

@@ -10,23 +10,20 @@ import numpy as np
 import pytest
 import torch
 from benchmark_models import BENCHES, Bench
-from loopkit import make_run
+from exactkit import CLIP, KeptIntegers, apart, equal, picked, plus
+from exactkit import integers as sum_of
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from dpbudget.ledger.receipt import Receipt
 from dptrainer import (
     NormalisedClipping,
     PerLayerClipping,
-    PrivateTrainer,
     QuantileClipping,
     ScheduledClipping,
     UserDataset,
 )
-from dptrainer.clipping.engine import trainable_parameters
-from dptrainer.values import ClippedSum, NoisySum
 
-ROWS, WHICH, CLIP = 6, 2, 1e-2
+ROWS, WHICH = 6, 2
 FULL = pytest.param(True, marks=pytest.mark.slow, id="full")
 POLICIES: dict[str, Callable[[nn.Module], Any]] = {
     "flat": lambda model: None,
@@ -37,51 +34,10 @@ POLICIES: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-class KeptIntegers:
-    """Keeps the integer sum and releases zeros: for comparing sums, never for training."""
-
-    mode = "exact"
-
-    def privatise(self, clipped: ClippedSum, receipt: Receipt) -> NoisySum:
-        receipt.use("grad-noise")
-        assert clipped.grid == receipt.grid
-        self.grid = receipt.grid
-        self.sums = {name: one.clone() for name, one in {**clipped.grads, **clipped.statistics}.items()}
-        zeros = ({n: torch.zeros(t.shape) for n, t in part.items()} for part in (clipped.grads, clipped.statistics))
-        return NoisySum(*zeros)
-
-
-def integers(
-    bench: Bench, data: Any, *, full: bool = False, clipping: Any = None, unit: Any = "example", **options: Any
-) -> KeptIntegers:
-    """The integer sum of a step over all records, through the trainer."""
-    noise, model = KeptIntegers(), bench.model(full=full)
-    size = sum(p.numel() + p.numel() % 2 for p in trainable_parameters(model).values()) + 2
-    run = make_run(1, rate=1.0, clip_norm=CLIP, noise="exact", max_parameters=size, unit=unit)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    policy = None if clipping is None else clipping(model)
-    PrivateTrainer(model, optimizer, bench.loss, data, run, noise=noise, clipping=policy, **options).fit()
-    return noise
-
-
-def picked(data: TensorDataset, rows: list[int]) -> TensorDataset:
-    return TensorDataset(*(column[rows] for column in data.tensors))
-
-
-def apart(first: KeptIntegers, second: KeptIntegers) -> int:
-    """Squared distance, in Python's integers."""
-    assert list(first.sums) == list(second.sums)
-    return sum(int((first.sums[n] - second.sums[n]).double().square().sum()) for n in first.sums)
-
-
-def equal(first: KeptIntegers, second: KeptIntegers) -> bool:
-    return all(torch.equal(first.sums[name], second.sums[name]) for name in first.sums)
-
-
-def plus(first: KeptIntegers, second: KeptIntegers) -> KeptIntegers:
-    both = KeptIntegers()
-    both.sums = {name: first.sums[name] + second.sums[name] for name in first.sums}
-    return both
+def integers(bench: Bench, data: Any, *, full: bool = False, clipping: Any = None, **options: Any) -> KeptIntegers:
+    """The integer sum of a step of a benchmark's model over all records."""
+    model = bench.model(full=full)
+    return sum_of(model, bench.loss, data, clipping=None if clipping is None else clipping(model), **options)
 
 
 @pytest.mark.parametrize("full", [pytest.param(False, id="small"), FULL])
