@@ -159,7 +159,7 @@ def test_shards_get_the_values_of_the_whole(triton: Callable[..., Any], dtype: s
 
 
 def test_many_tensors_of_two_types_take_two_launches_and_get_their_own_noise(triton: Callable[..., Any]) -> None:
-    sizes = [1, 17, 0, PROGRAM + 5, 2, *range(1, 17), 0, TILE]
+    sizes = [1, 17, 0, PROGRAM + 5, 2, *range(1, 9), 0, TILE]
     starts = [start_of(size, "float64" if i % 5 == 1 else "float32") for i, size in enumerate(sizes)]
     sums = triton(interpreted.add, starts, KEY, 0.8, [(i, 0) for i in range(len(sizes))])
     assert sums.finite
@@ -197,12 +197,15 @@ def test_a_scale_that_float32_cannot_carry_is_applied_in_float64(triton: Callabl
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_every_number_that_is_not_finite_is_seen(triton: Callable[..., Any], dtype: str) -> None:
     largest = float(np.finfo(dtype).max) / 2
-    starts = [np.full(3, -1e38, dtype=dtype), np.full(TILE + 3, largest, dtype=dtype), np.zeros(1, dtype=dtype)]
-    places = [(i, 7) for i in range(3)]
+    starts = [np.full(3, -1e38, dtype=dtype), np.full(TILE + 3, largest, dtype=dtype)]
+    places = [(i, 7) for i in range(2)]
     assert triton(interpreted.add, starts, KEY, 1.0, places).finite
     for tensor, element, bad in (
-        (0, 0, math.nan), (1, TILE - 8, math.inf), (1, TILE + 2, -math.inf), (2, 0, math.inf), (1, TILE - 7, math.nan),
-    ):  # fmt: skip
+        (0, 0, math.nan),
+        (1, TILE - 8, math.inf),
+        (1, TILE - 7, math.nan),
+        (1, -1, -math.inf),
+    ):
         kept, starts[tensor][element] = starts[tensor][element], bad
         assert not triton(interpreted.add, starts, KEY, 1.0, places).finite
         starts[tensor][element] = kept
