@@ -126,6 +126,8 @@ WHITELIST = {
     "rekey": {"role", "old", "key"},
     "note": {"event"},
     "plan": {"run", "statement", "portfolio"},
+    "commit": {"run", "commitment"},
+    "entropy": {"run", "value"},
     "lease": {"run", "nonce", "commitment", "first", "count", "claim"},
     "reserve": {"run", "step", "count"},
     "settle": {"run", "step", "fresh", "output"},

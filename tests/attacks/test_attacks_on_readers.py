@@ -379,7 +379,7 @@ def test_attack_34_no_option_and_no_variable_takes_a_secret() -> None:
         option for option in options if re.search("key|pass|secret|seed", str(option.name)) and option.name != "seed"
     ]
     # Names of files, and the number of a file descriptor; trust is a public key.
-    files = {"owner_key", "writer_key", "key_file", "new_key", "passphrase_fd"}
+    files = {"owner_key", "writer_key", "key_file", "new_key", "passphrase_fd", "auditor_key", "plan_key", "keep_keys"}
     flags = {"passphrase", "keyring"}
     assert {str(option.name) for option in secret} <= files | flags
     for option in secret:

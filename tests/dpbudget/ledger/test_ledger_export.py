@@ -18,6 +18,7 @@ from ledgerkit import (
     OWNER,
     STRANGER,
     WRITER,
+    committed_run,
     export_bytes,
     lived_in_ledger,
     make_ledger,
@@ -64,7 +65,7 @@ def test_an_export_is_reproduced_byte_for_byte(export: bytes) -> None:
 
 
 def small_exports() -> list[bytes]:
-    """Two complete exports with, together, records of every type."""
+    """Three complete exports with, together, records of every type."""
     portfolio, rdp = make_ledger(), make_ledger(kind="rdp")
     for ledger in (portfolio, rdp):
         run_id = ledger.sign_plan(make_plan(3), owner=OWNER)
@@ -73,7 +74,10 @@ def small_exports() -> list[bytes]:
     rdp.change_budget(Budget(epsilon=4.0, delta=1e-6), owner=OWNER)
     rdp.note("checked")
     rdp.rekey("writer", new=NEXT_WRITER, by=WRITER)
-    return [export_bytes(portfolio), export_bytes(rdp)]
+    committed = make_ledger()
+    with committed_run(committed, make_plan(2), lease_steps=1) as run:
+        run.settle(run.next_receipt(), "ab" * 32)
+    return [export_bytes(portfolio), export_bytes(rdp), export_bytes(committed)]
 
 
 SMALL = small_exports()
@@ -84,7 +88,7 @@ def test_the_small_exports_hold_every_type_of_record() -> None:
     assert kinds == set(FIELDS)
 
 
-@pytest.mark.parametrize("small", SMALL, ids=["portfolio", "rdp"])
+@pytest.mark.parametrize("small", SMALL, ids=["portfolio", "rdp", "committed"])
 def test_every_changed_byte_is_noticed(small: bytes) -> None:
     """Two substitutions of every byte; what stands before the changed record is the same for any verifier."""
     state, start = LedgerState(trust=OWNER.public), 0
