@@ -10,7 +10,7 @@ from torch import Tensor
 from dpbudget.grid import Grid
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ClippedSum:
     """The sum over a batch of per-example gradients, each of norm at most ``sensitivity``. Private: never log it.
 
@@ -33,6 +33,9 @@ class ClippedSum:
     statistics: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     unit: float = 1.0
     grid: Grid | None = None
+
+    def __repr__(self) -> str:
+        return f"<ClippedSum of {len(self.grads)} parameters, sensitivity {self.sensitivity!r}: hidden>"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,15 @@ _ERASED = bytes(KEY_BYTES)
 _live: weakref.WeakSet[Lifetime] = weakref.WeakSet()
 
 
+class KeyBytes(bytes):
+    """The bytes of a key, for derivation and ciphers; as text, also among the variables of a traceback, they hide."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} secret bytes>"
+
+    __str__ = __repr__
+
+
 class Lifetime:
     """How long some secrets may live: until their run or ledger is closed, and never in a forked child."""
 
@@ -112,9 +121,9 @@ class Secret:
 class SecretKey(Secret):
     """A key of 32 bytes."""
 
-    def reveal(self) -> bytes:
+    def reveal(self) -> KeyBytes:
         """The key, for derivation only; raises ReceiptSpent (DP076) in a forked process and after :meth:`wipe`."""
-        return bytes(self._copy(0, KEY_BYTES))
+        return KeyBytes(self._copy(0, KEY_BYTES))
 
     def beside(self, key: bytes) -> SecretKey:
         """Another key that ends with the run of this one, or has ended with it."""

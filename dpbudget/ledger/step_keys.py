@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
+from dpbudget.ledger.noise_keys import KeyBytes
+
 if TYPE_CHECKING:
     from dpbudget.ledger.receipt import Receipt
 
@@ -36,9 +38,9 @@ class Purpose(StrEnum):
     TIE_BREAK = "tie-break"
 
 
-def expand(key: bytes, info: bytes) -> bytes:
+def expand(key: bytes, info: bytes) -> KeyBytes:
     """The 32 bytes that follow from a key for one use."""
-    return HKDFExpand(algorithm=SHA256(), length=32, info=info).derive(key)
+    return KeyBytes(HKDFExpand(algorithm=SHA256(), length=32, info=info).derive(key))
 
 
 def encode_info(purpose: Purpose, lease_nonce: bytes, step: int, fresh: bytes) -> bytes:

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -92,7 +92,7 @@ def standard_gaussian(key: bytes, param_id: int, count: int, *, offset: int = 0)
 class _Piece:
     """A tensor and the address of its noise."""
 
-    tensor: torch.Tensor
+    tensor: torch.Tensor = field(repr=False)  # private until the noise is in it
     param_id: int
     offset: int
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ def rounded_gaussian(key: bytes, param_id: int, count: int, log2_width: int, *, 
 class _Piece:
     """A tensor and the address of its noise."""
 
-    tensor: torch.Tensor
+    tensor: torch.Tensor = field(repr=False)  # private until the noise is in it
     param_id: int
     offset: int
 
