@@ -1,4 +1,4 @@
-"""Numbers, words and imports of a first hour: what the rows of test_first_hour_list.py ask for and no other test holds."""
+"""Numbers, words and imports of a first hour: what rows of test_first_hour_list.py ask for and no other test holds."""
 
 from __future__ import annotations
 
