@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,13 @@ class TestRefusals:
 
 
 class TestSignals:
+    @pytest.fixture(autouse=True)
+    def _interrupts_are_not_ignored(self) -> Iterator[None]:
+        """Whoever starts the tests in the background has them ignore Ctrl-C, and a child would go on ignoring it."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
     def begun(self, folder: Path, **more: Any) -> subprocess.Popen[str]:
         (folder / "wait.py").write_text(SAYS_SIGNALS, encoding="utf-8")
         env = {**ENV, "DPBUDGET_STATE": os.environ["DPBUDGET_STATE"]}
