@@ -36,6 +36,7 @@ EXTRAS = {
     "train": {"torch": "2.6", "safetensors": "0.4"},
     "gpu": {"triton": "3.4"},
     "demo": {"scikit-learn": "1.4"},
+    "parquet": {"pyarrow": "15"},
     "plot": {"matplotlib": "3.8"},
     "keyring": {"keyring": "24"},
     "postgres": {"psycopg": "3.1"},

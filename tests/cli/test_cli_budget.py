@@ -110,7 +110,8 @@ def test_an_exported_ledger_moves_and_the_old_copy_may_not_spend_here(run_cli: C
 def test_plans_and_runs_are_listed(run_cli: Cli, folder: Path) -> None:
     (plan,) = run_cli("ledger", "plans", LEDGER, "--json").json["plans"]
     (run,) = run_cli("ledger", "runs", LEDGER, "--json").json["runs"]
-    assert run == {"run": plan["run"], "planned": 20, "charged": 0, "released": 0, "left": 20, "open_leases": 0}
+    counts = {"planned": 20, "charged": 0, "released": 0, "left": 20, "open_leases": 0}
+    assert run == {"run": plan["run"], "noise_keys": "fresh", **counts}
     assert "planned" in run_cli("ledger", "runs", LEDGER).out
 
 

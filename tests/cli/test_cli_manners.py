@@ -360,7 +360,7 @@ def test_an_interrupt_ends_with_130(empty: Path) -> None:
         "explain.out.emit_table = wait\nmain(['explain'])"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); " + code],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -90,7 +90,8 @@ def leaves(group: click.Group, words: tuple[str, ...] = ()) -> list[tuple[tuple[
     return found
 
 
-COMMANDS = leaves(app)
+#: All but the one whose words are another program's.
+COMMANDS = [(words, command) for words, command in leaves(app) if words != ("run",)]
 
 
 def random_line(draw: random.Random) -> Line:
@@ -116,8 +117,9 @@ def random_line(draw: random.Random) -> Line:
     if not tidy and draw.random() < 0.2:
         typed.insert(draw.randrange(len(typed) + 1), draw.choice(STRAY))
     as_json = draw.random() < 0.5 and not {"-h", "--", "--help"} & set(typed)
+    once = ["--once"] if words[-1] == "watch" else []  # it would go on until somebody stops it
     # First, where it cannot be taken for the value of an option.
-    return Line((*words, *(["--json"] if as_json else []), *typed), as_json)
+    return Line((*words, *once, *(["--json"] if as_json else []), *typed), as_json)
 
 
 def _option(draw: random.Random, param: click.Parameter, tidy: bool) -> list[str]:
