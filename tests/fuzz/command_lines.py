@@ -116,7 +116,7 @@ def random_line(draw: random.Random) -> Line:
     typed = [word for part in parts for word in part]
     if not tidy and draw.random() < 0.2:
         typed.insert(draw.randrange(len(typed) + 1), draw.choice(STRAY))
-    as_json = draw.random() < 0.5 and not {"-h", "--", "--help"} & set(typed)
+    as_json = draw.random() < 0.5 and not {"-h", "--", "--help", "--help-all"} & set(typed)
     once = ["--once"] if words[-1] == "watch" else []  # it would go on until somebody stops it
     # First, where it cannot be taken for the value of an option.
     return Line((*words, *once, *(["--json"] if as_json else []), *typed), as_json)
