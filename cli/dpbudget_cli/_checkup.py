@@ -37,6 +37,7 @@ EXTRAS = {
     "gpu": {"triton": "3.4"},
     "demo": {"scikit-learn": "1.4"},
     "plot": {"matplotlib": "3.8"},
+    "parquet": {"pyarrow": "15"},
     "keyring": {"keyring": "24"},
     "postgres": {"psycopg": "3.1"},
 }
