@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 #: Texts that name no file: arguments by their name, and options whose metavar is none of these.
 _WORDS = frozenset({"code", "event", "role", "run", "shell"})
-_FILES = frozenset({"FILE", "KEY", "PATH"})
+_FILES = frozenset({"FILE", "KEY", "OUT", "PATH"})
 
 
 class FileName(type(click.STRING)):  # type: ignore[misc]  # the class of click's texts has no other public name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -104,7 +105,7 @@ def _answers(ctx: click.Context, given: Answers, yes: bool) -> Answers:
     """
     answers = {name: given[name] for name in ASKS if given[name] is not None}
     params = {str(param.name): param for param in ctx.command.params}
-    _check_batch(answers)
+    _check(answers)
     missing = [name for name, ask in ASKS.items() if name not in answers and not (yes and ask.propose)]
     if missing and not _at_terminal():
         missing = [name for name in missing if name != "path"]  # it has a name that suits everybody
@@ -144,15 +145,17 @@ def _ask(ask: Ask, param: click.Parameter, ctx: click.Context, before: Answers) 
         text = str(click.prompt(ask.text, default=proposed, err=True))
         try:
             value = param.type.convert(text, param, ctx)
-            _check_batch({**before, str(param.name): value})
+            _check({**before, str(param.name): value})
         except InvalidParameter as error:
             out.report_error(error, as_json=False)
         else:
             return value
 
 
-def _check_batch(answers: Answers) -> None:
-    """Raises InvalidParameter (DP008) for a batch larger than the dataset."""
+def _check(answers: Answers) -> None:
+    """What can be refused so far: a place that is taken (:func:`_folder`), a batch larger than the dataset (DP008)."""
+    if "path" in answers:
+        _folder(answers["path"])
     if {"batch_size", "dataset_size"} <= answers.keys():
         from dpbudget._schedule import make_schedule
 
@@ -163,12 +166,19 @@ def _folder(path: str) -> Path:
     """Where the settings go: beside the ledger, or here for a database.
 
     Raises:
-        InvalidParameter: there are settings already (DP074).
+        InvalidParameter: the ledger is there, or there are settings already (DP074).
         Unreadable: the folder is missing (DP070).
     """
     from dpbudget._config import load_settings
+    from dpbudget.ledger.store.postgres_url import is_database
 
     folder = Path(local_name(path)).parent
+    if not is_database(path) and os.path.lexists(path):
+        raise InvalidParameter(
+            f"{path} exists",
+            code="DP074",
+            hint=f"go on with it: dpbudget ledger show {shlex.quote(path)}; or choose another path",
+        )
     if not folder.is_dir():
         raise Unreadable(f"the folder {folder} does not exist", hint="make the folder first")
     source = load_settings(folder).source

@@ -150,6 +150,18 @@ def test_a_missing_folder_is_named(run_cli: Cli, place: Path) -> None:
 
 
 class TestAtATerminal:
+    def test_a_place_that_is_taken_is_told_before_the_next_question(
+        self, run_cli: Cli, place: Path, terminal: None
+    ) -> None:
+        (place / "budget.ledger").touch()
+        answer = run_cli("init", input="\nother.ledger\n400\n3\n1e-5\n100\n5\n")
+        assert answer.code == 0, answer.err
+        first, second = answer.err.index("error DP074: budget.ledger exists"), answer.err.index("Public nominal size")
+        assert first < second
+        assert (place / "other.ledger").exists()
+        given = run_cli("init", "budget.ledger", input="")
+        assert (given.code, "Public nominal size" in given.err) == (2, False)
+
     def test_a_wrong_answer_is_explained_and_asked_for_again(self, run_cli: Cli, place: Path, terminal: None) -> None:
         typed = ["", "0", "400", "nan", "3", "", "500", "100", ""]
         answer = run_cli("init", input="\n".join(typed) + "\n")

@@ -56,6 +56,8 @@ VALUES |= dict.fromkeys(["N", "B", "K", "T"], COUNTS)
 VALUES["Q,S,T"] = ["0.01,1,10", "1,1,1", "0.5,2,1e3", "1,0,1", "2,1,1", "0.1,1", ",,", "1e-9,0.5,1e9", "x,y,z"]
 #: Of these a large value is honest, and takes memory or time in proportion: a width, a wait, a descriptor to read.
 SMALL = {name: ["0", "1", "3", "64", "-1", "x", ""] for name in ("hidden", "classes", "physical_batch_size")}
+SMALL |= {name: ["0", "0.01", "-1", "nan", "x"] for name in ("seconds", "interval")}
+SMALL |= {"words": ["true", "false", "no-such-program", "", "-", "./train.csv"]}  # of run: it runs what it is told
 SMALL |= {"passphrase_fd": ["99", "-1", "x", "1e9"], "time_limit": ["1", "0", "-1", "nan", "x"]}
 #: What a careful person would type, by name or metavar.
 TIDY = {"path": ["budget.ledger"], "target": ["new.out"], "source": ["budget.jsonl"], "request": ["plan.request"]}
@@ -68,6 +70,8 @@ TIDY |= {"N": ["100", "60000"], "B": ["20", "64"], "K": ["1", "5"], "T": ["3", "
 TIDY |= {"F": ["0.01"], "PATH": ["budget.ledger"], "FILE": ["new.out"], "KEY": ["budget.ledger.owner.key.pub"]}
 #: Lines in which nothing is odd but their combination.
 TIDY_SHARE = 0.4
+#: What would go on until somebody ends it is told to end.
+ALWAYS = {("ledger", "watch"): ["--once"]}
 STRAY = ["--", "-", "--nothing", "--epsilonn", "-x", "surplus", "ledger", "--epsilon", "--json=1", "=", "-qv", "-h"]
 
 
@@ -117,9 +121,9 @@ def random_line(draw: random.Random) -> Line:
     if not tidy and draw.random() < 0.2:
         typed.insert(draw.randrange(len(typed) + 1), draw.choice(STRAY))
     as_json = draw.random() < 0.5 and not {"-h", "--", "--help", "--help-all"} & set(typed)
-    once = ["--once"] if words[-1] == "watch" else []  # it would go on until somebody stops it
-    # First, where it cannot be taken for the value of an option.
-    return Line((*words, *once, *(["--json"] if as_json else []), *typed), as_json)
+    # First, where neither can be taken for the value of an option.
+    first = [*ALWAYS.get(words, []), *(["--json"] if as_json else [])]
+    return Line((*words, *first, *typed), as_json)
 
 
 def _option(draw: random.Random, param: click.Parameter, tidy: bool) -> list[str]:
