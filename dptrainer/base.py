@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,10 +23,11 @@ from dptrainer.loop import detach_earlier
 from dptrainer.losses import Loss, PerExampleLoss
 from dptrainer.memory import PhysicalSize, checked_size, physical_size
 from dptrainer.outside import refuse_trainable_criterion, refuse_trainable_loss, trainable_outside
-from dptrainer.own_draws import own_draws
+from dptrainer.own_draws import BatchDraws, own_draws
 from dptrainer.probe import probe, probe_again, probe_loss
 from dptrainer.repeats import check_repeatable, deterministic, refuse_static_shapes
 from dptrainer.sampling import Indices, physical_batches
+from dptrainer.streams import lent_streams
 from dptrainer.untested import tell_untested, why_untested
 from dptrainer.update import check_noise, check_run
 from dptrainer.validation import check
@@ -125,13 +127,15 @@ class TrainerBase:
         self._callbacks = tuple(callbacks)
         self._stopped = False
         self._others: list[weakref.ref[Tensor]] = []
+        self._draws = BatchDraws()
 
     def stop(self) -> None:
         """End :meth:`fit` after the step that is running; the rest of the plan stays charged or unspent as it is."""
         self._stopped = True
 
-    def _ready(self) -> None:
-        """Before the first receipt of a call of ``fit``.
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        """What surrounds the steps of a call of ``fit``.
 
         Raises:
             PlanExhausted: the run has nothing left; with an error, not with an empty loop (DP050).
@@ -140,6 +144,13 @@ class TrainerBase:
         if not self._run.remaining:
             self._run.next_receipt()
         self._others = trainable_outside(self._model)
+        try:
+            with lent_streams(self._device):
+                yield
+        finally:
+            self._draws.close()
+            self._engine.detach()
+            self._optimizer.zero_grad(set_to_none=True)
 
     def _clip(self, indices: Indices, receipt: Receipt) -> ClippedSum:
         """The clipped sum of one drawn batch, a physical batch at a time; zeros for an empty one."""
@@ -147,6 +158,7 @@ class TrainerBase:
             return self._clip_each(indices, self._engine, receipt)
         total: ClippedSum | None = None
         for piece in physical_batches(indices, self._physical):
+            self._draws.begin(receipt, self._device)
             part = self._clip_piece(piece, self._engine)
             total = part if total is None else add_clipped(total, part)
         assert total is not None  # noqa: S101 - an empty draw is one empty piece

@@ -199,6 +199,11 @@ class PrivateLoop:
         """The model that it guards."""
         return self._model
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        return next(self._model.parameters()).device
+
     def holds(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """Whether this loop guards the model or the optimizer."""
         return model is self._model or optimizer is self._optimizer

@@ -1,67 +1,96 @@
-"""Random numbers of a record's own, which the theorem of exact noise asks of dropout and augmentation (docs/exact.md).
+"""Random numbers of dropout and augmentation: not those of the program, but begun from secret words of a receipt.
 
 The streams of a program are shared by all records and often start from a public number. A record less would then give
 all later ones other draws, which are known too: other vectors, and a sum that differs by more than one. Therefore
-every record of a step begins new streams, from secret words of the step's receipt.
+every batch begins new streams from words that nobody knows. Wherever in them they stand, records then draw
+independently and alike, and a record less leaves the draws of the others as likely as they were
+(docs/threat-model.md). The theorem of exact noise wants more (docs/exact.md): that a record's draws are its own, so
+there every record begins streams.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
 
 from dpbudget.ledger.receipt import Receipt
-from dptrainer.noise.chacha import BLOCK_BYTES, keystream
+from dptrainer.noise.chacha import BLOCK_BYTES, fill, keystream
 from dptrainer.noise.keys import Purpose, step_key
+from dptrainer.streams import SECRET_BYTES, begin_short_streams, begin_streams, lent_streams
 
 
-@contextmanager
-def own_draws(receipt: Receipt, records: int, device: torch.device) -> Iterator[Callable[[int], None]]:
-    """Within the block, the call with a record's place in the step begins the streams from which it may draw.
+class BatchDraws:
+    """New streams for every batch of a run whose batches go through the model whole.
 
-    They are those of :func:`begun_streams`, and afterwards the program's go on.
+    The n-th batch of a receipt (a piece of a large one, or a step of a pass) begins them from the words of stream n
+    under the receipt's key for ``record-draws``.
+    """
 
-    Args:
-        receipt: spent for the purpose ``record-draws``.
-        records: how many were drawn. Private.
-        device: of the model.
+    def __init__(self) -> None:
+        self._receipt: Receipt | None = None
+        self._key, self._next = b"", 0
+
+    def open(self, receipt: Receipt) -> None:
+        """Take the key of a receipt, unless it is that of the last one; before its noise, which is a key's last use.
+
+        Raises:
+            ReceiptSpent: the receipt was used for this elsewhere (DP077) or in a forked process (DP076).
+        """
+        if receipt is not self._receipt:
+            self._key, self._receipt, self._next = step_key(receipt, Purpose.RECORD_DRAWS), receipt, 0
+
+    def begin(self, receipt: Receipt, device: torch.device) -> None:
+        """Begin the streams of the next batch of a receipt, within :func:`~dptrainer.streams.lent_streams`.
+
+        Raises:
+            ReceiptSpent: as :meth:`open`.
+        """
+        self.open(receipt)
+        begin_batch(self._key, self._next, device)
+        self._next += 1
+
+    def close(self) -> None:
+        """Forget the key."""
+        self._receipt, self._key = None, b""
+
+
+def begin_batch(key: bytes, number: int, device: torch.device) -> None:
+    """Begin the streams of batch ``number`` of the step whose key for ``record-draws`` this is."""
+    secret = bytearray(SECRET_BYTES)
+    fill(secret, key, number, 0)
+    try:
+        begin_streams(device, secret)
+    finally:
+        secret[:] = bytes(SECRET_BYTES)
+
+
+def own_draws(receipt: Receipt, records: int, device: torch.device) -> AbstractContextManager[Callable[[int], None]]:
+    """:func:`record_draws` with the key of a receipt, which is spent for the purpose ``record-draws``.
 
     Raises:
         ReceiptSpent: the receipt was used for this before (DP077) or in a forked process (DP076).
     """
-    raw = keystream(step_key(receipt, Purpose.RECORD_DRAWS), 0, 0, -(-8 * records // BLOCK_BYTES))
-    words = np.frombuffer(raw, dtype="<u8")
-    try:
-        with begun_streams(device) as begin:
-            yield lambda place: begin(int(words[place]))
-    finally:
-        words.fill(0)
+    return record_draws(step_key(receipt, Purpose.RECORD_DRAWS), records, device)
 
 
 @contextmanager
-def begun_streams(device: torch.device) -> Iterator[Callable[[int], None]]:
-    """Within the block, the call with a 64-bit word begins new streams, each a function of the word alone.
+def record_draws(key: bytes, records: int, device: torch.device) -> Iterator[Callable[[int], None]]:
+    """Within the block, the call with a record's place in the step begins the streams from which it may draw.
 
-    These are torch's on the CPU and on ``device``, that of ``random`` and NumPy's global one; generators of other
-    objects are not reached. After the block the program's streams go on as if nothing had been drawn: how much was is
-    private.
+    Afterwards the program's go on.
+
+    Args:
+        key: of the step, for ``record-draws``.
+        records: how many were drawn. Private.
+        device: of the model.
     """
-
-    def begin(word: int) -> None:
-        torch.default_generator.manual_seed(word)  # which looks at 32 bits
-        if device.type == "cuda":
-            torch.cuda.default_generators[device.index or 0].manual_seed(word)
-        random.seed(word)
-        np.random.seed(word >> 32)
-
-    plain, legacy = random.getstate(), np.random.get_state()
+    raw = keystream(key, 0, 0, -(-8 * records // BLOCK_BYTES))
+    words = np.frombuffer(raw, dtype="<u8")
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield begin
+        with lent_streams(device):
+            yield lambda place: begin_short_streams(device, int(words[place]))
     finally:
-        random.setstate(plain)
-        np.random.set_state(legacy)
+        words.fill(0)

@@ -22,7 +22,9 @@ from dptrainer.losses import Loss
 from dptrainer.memory import PhysicalSize, checked_size, physical_size
 from dptrainer.noise.source import NoiseSource
 from dptrainer.outside import refuse_trainable_criterion
+from dptrainer.own_draws import BatchDraws
 from dptrainer.sampling import PoissonSampler, physical_batches
+from dptrainer.streams import lent_streams
 from dptrainer.untested import callers_level, tell_untested
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -77,12 +79,13 @@ class PrivateLoader:
         """
         steps = 0
         self._loop.look_around()
-        while self._epoch is None or steps < self._epoch:
-            receipt = self._next_receipt(first=steps == 0)
-            if receipt is None:
-                return
-            yield from self._step(receipt)
-            steps += 1
+        with lent_streams(self._loop.device):
+            while self._epoch is None or steps < self._epoch:
+                receipt = self._next_receipt(first=steps == 0)
+                if receipt is None:
+                    return
+                yield from self._step(receipt)
+                steps += 1
 
     @property
     def epsilon(self) -> Bounds | None:
@@ -143,10 +146,12 @@ class PrivateLoader:
         return receipt
 
     def _step(self, receipt: Receipt) -> Iterator[Any]:
-        step = self._loop.begin(receipt)
+        step, draws = self._loop.begin(receipt), BatchDraws()
+        draws.open(receipt)
         pieces = list(physical_batches(self._sampler.draw(receipt, self._records.population), self._physical))
         try:
             for number, piece in enumerate(pieces):
+                draws.begin(receipt, self._loop.device)
                 batch, groups = self._records.drawn(piece, self._physical if self._static else None)
                 size = len(piece) if groups is None else groups.units  # rows of padding go the way of ordinary ones
                 self._loop.open(step, batch, size, last=number + 1 == len(pieces), grouping=groups)

@@ -17,7 +17,7 @@ from dptrainer.clipping.standing import Standing
 from dptrainer.data import own_copy, split_batch, to_device
 from dptrainer.draws import without_dropout
 from dptrainer.losses import PerExampleLoss
-from dptrainer.own_draws import begun_streams
+from dptrainer.streams import begin_short_streams, lent_streams
 from dptrainer.untested import NOT_MY_CALL, tell_untested
 
 #: How often the record comes back, each time after another one.
@@ -115,8 +115,8 @@ def refuse_static_shapes(static_shapes: bool) -> None:
 def _gradients(twin: nn.Module, loss: PerExampleLoss, batch: Any) -> list[Tensor | None]:
     inputs, named, target = split_batch(own_copy(batch))
     device = next(twin.parameters()).device
-    with begun_streams(device) as begin, without_dropout(), torch.enable_grad(), deterministic():
-        begin(0)
+    with lent_streams(device), without_dropout(), torch.enable_grad(), deterministic():
+        begin_short_streams(device, 0)
         losses = loss(twin(*inputs, **named), target, 1)
         return list(torch.autograd.grad(losses.sum(), [*trainable_parameters(twin).values()], allow_unused=True))
 

@@ -11,7 +11,11 @@ batches, since floating-point sums depend on them. Integer sums of ``exact`` pla
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+
+import torch
 
 from dpbudget.errors import InvalidParameter, Unreadable
 from dpbudget.ledger.replay import StepKey
@@ -19,7 +23,9 @@ from dpbudget.ledger.step_keys import Purpose
 from dptrainer.noise.exact import add_exactly
 from dptrainer.noise.gaussian import add_gaussians_
 from dptrainer.noise.source import noise_scale
+from dptrainer.own_draws import begin_batch, record_draws
 from dptrainer.sampling import Indices, poisson_indices
+from dptrainer.streams import lent_streams
 from dptrainer.update import output_digest
 from dptrainer.values import ClippedSum, NoisySum
 
@@ -36,6 +42,46 @@ def replayed_batch(step: StepKey, population: int) -> Indices:
     """
     _check_purpose(step, Purpose.SAMPLING)
     return poisson_indices(step.key, step.rate_k, population)
+
+
+@contextmanager
+def replayed_draws(step: StepKey, device: torch.device | str = "cpu", *, batch: int = 0) -> Iterator[None]:
+    """Within the block, dropout and augmentation draw what they drew for a batch of a plan of ``secure`` noise.
+
+    Read the records and call the model within it, as the trainer did.
+
+    Args:
+        step: a key of purpose ``record-draws``.
+        device: of the model, of the kind that it was trained on.
+        batch: which of the step's physical batches, or of a pass's steps; 0-based.
+
+    Raises:
+        InvalidParameter: the key is of another purpose (DP060).
+    """
+    _check_purpose(step, Purpose.RECORD_DRAWS)
+    place = torch.device(device)
+    with lent_streams(place):
+        begin_batch(step.key, batch, place)
+        yield
+
+
+@contextmanager
+def replayed_record_draws(
+    step: StepKey, records: int, device: torch.device | str = "cpu"
+) -> Iterator[Callable[[int], None]]:
+    """The same for a plan of ``exact`` noise: each call with a record's place in the batch begins that record's draws.
+
+    Args:
+        step: a key of purpose ``record-draws``.
+        records: how many :func:`replayed_batch` gave.
+        device: of the model, of the kind that it was trained on.
+
+    Raises:
+        InvalidParameter: the key is of another purpose (DP060).
+    """
+    _check_purpose(step, Purpose.RECORD_DRAWS)
+    with record_draws(step.key, records, torch.device(device)) as begin:
+        yield begin
 
 
 def replayed_output(step: StepKey, clipped: ClippedSum) -> NoisySum:

@@ -96,8 +96,7 @@ class PrivateTrainer(TrainerBase):
             PrivacyViolation: the training code would break the guarantee; that step was not taken.
         """
         run, steps = self._run, 0
-        self._ready()
-        try:
+        with self._fitting():
             for receipt in run:
                 check_step(self._model, self._optimizer)  # a callback may have changed it
                 clipped = self._clip(self._sampler.draw(receipt, self._records.population), receipt)
@@ -112,7 +111,4 @@ class PrivateTrainer(TrainerBase):
                 self._tell(steps)
                 if self._stopped:
                     break
-        finally:
-            self._engine.detach()
-            self._optimizer.zero_grad(set_to_none=True)
         return self._result(steps)

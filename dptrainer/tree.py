@@ -122,21 +122,18 @@ class TreeTrainer(TrainerBase):
             PrivacyViolation: the training code would break the guarantee; that step was not taken, its pass is over.
         """
         run, steps = self._run, 0
-        self._ready()
-        try:
+        with self._fitting():
             for receipt in run:
                 steps = self._pass(receipt, steps)
                 if self._stopped:
                     break
-        finally:
-            self._engine.detach()
-            self._optimizer.zero_grad(set_to_none=True)
         return self._result(steps)
 
     def _pass(self, receipt: Receipt, steps: int) -> int:
         """The steps of one receipt after ``steps`` others; how many there are then."""
         check_unsampled(receipt.rate_k)
         outputs = hashlib.sha256()
+        self._draws.open(receipt)
         noise = self._noise.open(receipt, self._steps)
         try:
             for indices in self._allocation.draw(receipt, self._steps, self._records.population):

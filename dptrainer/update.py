@@ -13,6 +13,7 @@ from dpbudget.ledger.run import Run
 from dptrainer.clipping.engine import trainable_parameters
 from dptrainer.clipping.policy import Clipping
 from dptrainer.noise.source import NoiseSource, SecureNoise, check_size, noise_scale
+from dptrainer.streams import check_streams
 from dptrainer.values import ClippedSum, NoisySum
 
 
@@ -27,11 +28,12 @@ def check_run(model: nn.Module, run: Run) -> None:
 
 
 def check_noise(model: nn.Module, noise: object) -> None:
-    """Refuse a model that is where ``noise`` cannot be made; nothing is charged or changed.
+    """Refuse a model that is where ``noise``, or secret draws, cannot be made; nothing is charged or changed.
 
     Raises:
-        PrivacyViolation: there are no kernels for a device of its parameters (DP016).
+        PrivacyViolation: there are no kernels for a device of its parameters, or its streams are not known (DP016).
     """
+    check_streams(next(model.parameters()).device)
     if isinstance(noise, SecureNoise):
         noise.check_devices(parameter.device for parameter in trainable_parameters(model).values())
 

@@ -16,7 +16,7 @@ from dpbudget_cli.main import Leaf
 @click.option("--ledger", "path", required=True, metavar="PATH", help="The ledger of the run, or an export of it.")
 @click.option("--auditor-key", required=True, metavar="FILE", help="The private key that SEALED is sealed to.")
 @click.option("--step", type=STEP, required=True, metavar="T", help="The step, counted from 0.")
-@click.option("--purpose", default="grad-noise", metavar="P", help="grad-noise (default) or sampling.")
+@click.option("--purpose", default="grad-noise", metavar="P", help="grad-noise (default), sampling or record-draws.")
 @click.option("--run", "run_id", metavar="RUN", help="The run, if there are several.")
 @click.option("--trust", metavar="KEY", help="The owner's public key: a .pub file or 64 hexadecimal digits.")
 @PASSPHRASE_FD
@@ -36,8 +36,8 @@ def command(
     """Open the noise key of one step in the file SEALED, and write it to the new file OUT (mode 0600).
 
     The ledger is checked first, and the key against what the ledger commits to. The key is never shown: that of
-    grad-noise reveals the clipped sum of its step, that of sampling the records of its batch. dptrainer.replay makes
-    batch and output again and compares; docs/recipes.md shows it.
+    grad-noise reveals the clipped sum of its step, that of sampling the records of its batch, that of record-draws what
+    dropout and augmentation drew. dptrainer.replay makes batch and output again and compares; docs/recipes.md shows it.
 
     Examples:
       dpbudget key replay noise.sealed step.key --ledger budget.ledger --auditor-key auditor.key --step 0

@@ -45,7 +45,8 @@ class StepKey:
         run_id: 32 hexadecimal digits.
         step: 0-based.
         purpose: what it is the key of; that of ``grad-noise`` reveals the clipped sum of the step to whoever has the
-            output, that of ``sampling`` which records were in the batch.
+            output, that of ``sampling`` which records were in the batch, that of ``record-draws`` what dropout and
+            augmentation drew.
         rate_k: the inclusion probability is ``rate_k / 2**64``.
         noise_multiplier: noise standard deviation / clipping norm.
         clip_norm: L2 bound of every record's gradient.
@@ -182,7 +183,7 @@ class RunReplay:
 
         Args:
             step: 0-based.
-            purpose: ``grad-noise`` or ``sampling``.
+            purpose: ``grad-noise``, ``sampling`` or ``record-draws``.
             sealed: the file of sealed keys.
             auditor: the private key that they were sealed to.
 
@@ -264,9 +265,7 @@ def _other_key() -> Tampered:
 
 
 def _purpose(name: Purpose | str) -> Purpose:
-    choices = (Purpose.GRAD_NOISE, Purpose.SAMPLING)
+    choices = (Purpose.GRAD_NOISE, Purpose.SAMPLING, Purpose.RECORD_DRAWS)
     if name not in [choice.value for choice in choices]:
-        raise InvalidParameter(
-            f"unknown purpose {str(name)[:40]!r}", code="DP060", hint=f"choose {' or '.join(choices)}"
-        )
+        raise InvalidParameter(f"unknown purpose {str(name)[:40]!r}", code="DP060", hint=f"choose {', '.join(choices)}")
     return Purpose(name)

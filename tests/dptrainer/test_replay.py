@@ -22,7 +22,7 @@ from dpbudget.ledger.signing import Ed25519Signer
 from dpbudget.plan import Budget, Claim, NoiseMode, Phase, Plan, rate_from_float
 from dptrainer import PrivateTrainer, make_engine
 from dptrainer.clipping import OneByOne
-from dptrainer.replay import output_matches, replayed_batch, replayed_output
+from dptrainer.replay import output_matches, replayed_batch, replayed_draws, replayed_output, replayed_record_draws
 from dptrainer.sampling import PoissonSampler
 from dptrainer.values import ClippedSum
 
@@ -45,7 +45,7 @@ def some_data() -> TensorDataset:
 def new_model() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+        return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 3))
 
 
 class Trained:
@@ -98,11 +98,13 @@ class Trained:
         if self.noise == "exact":
             alone = OneByOne(model, clip_norm=0.5)
             alone.begin(grid_for(0.7, 100))
-            for row in reversed(range(len(target))):  # in another order than the trainer
-                alone.add(F.cross_entropy(model(inputs[row : row + 1]), target[row : row + 1], reduction="none"))
+            with replayed_record_draws(self.key(step, "record-draws"), len(target)) as begin:
+                for row in reversed(range(len(target))):  # in another order than the trainer
+                    begin(row)
+                    alone.add(F.cross_entropy(model(inputs[row : row + 1]), target[row : row + 1], reduction="none"))
             return alone.finish()
         engine = make_engine(model, 0.5)
-        with engine.record(len(target)):
+        with replayed_draws(self.key(step, "record-draws")), engine.record(len(target)):
             losses = F.cross_entropy(model(inputs), target, reduction="none")
         clipped = engine.backward(losses)
         engine.detach()

@@ -1,0 +1,275 @@
+"""What dropout and augmentation draw comes from the receipt: a published seed says nothing about it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from loopkit import linear_data, linear_model, make_run, private, refused
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from dptrainer import PrivateTrainer, TreeTrainer, streams
+from dptrainer.own_draws import BatchDraws
+
+CPU = torch.device("cpu")
+ROWS = 40
+
+
+def one_of_each() -> tuple[float, float, float]:
+    return float(torch.rand(())), random.random(), float(np.random.rand())
+
+
+def seed_all(seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+class Drawing(Dataset[Any]):
+    """Keeps what every stream gives when the first record of a batch is read."""
+
+    def __init__(self) -> None:
+        self.data, self.drawn = linear_data(ROWS), [(0.0, 0.0, 0.0)]
+        self.drawn.clear()
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return self.data[index]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, ...]]:
+        self.drawn.append(one_of_each())
+        return [self.data[index] for index in indices]
+
+
+Fit = Callable[[Drawing, Callable[[], object]], None]
+
+
+def with_trainer(data: Drawing, between: Callable[[], object], size: int | None = None) -> None:
+    model = linear_model()
+    PrivateTrainer(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), data, make_run(rate=1.0),
+        callbacks=[lambda steps, epsilon: between()], physical_batch_size=size,
+    ).fit()  # fmt: skip
+
+
+def with_loop(data: Drawing, between: Callable[[], object], size: int | None = None) -> None:
+    model, optimizer, loader = private(data=data, physical_batch_size=size)
+    for x, y in loader:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        between()
+
+
+def with_passes(data: Drawing, between: Callable[[], object]) -> None:
+    model, run = linear_model(), make_run(steps=2, rate=1.0, max_parameters=1000)
+    TreeTrainer(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), data, run, steps_per_pass=2,
+        callbacks=[lambda steps, epsilon: between()],
+    ).fit()  # fmt: skip
+
+
+WAYS: list[Fit] = [with_trainer, with_loop, with_passes]
+each_way = pytest.mark.parametrize("fit", WAYS)
+
+
+def nothing() -> None:
+    """Between two steps."""
+
+
+@each_way
+@pytest.mark.parametrize("between", [nothing, seed_all], ids=["seeded before", "seeded between steps"])
+def test_a_seed_of_the_program_does_not_tell_what_a_batch_draws(fit: Fit, between: Callable[[], None]) -> None:
+    seen: list[tuple[float, float, float]] = []
+    for _ in range(2):
+        data = Drawing()
+        seed_all()
+        fit(data, between)
+        assert len(data.drawn) == 4
+        seen += data.drawn
+    for numbers in zip(*seen, strict=True):
+        assert len(set(numbers)) == 8
+
+
+@pytest.mark.parametrize("fit", [with_trainer, with_loop])
+def test_every_physical_batch_draws_anew_though_the_loop_seeds_between(fit: Any) -> None:
+    data = Drawing()
+    fit(data, seed_all, size=10)
+    for numbers in zip(*data.drawn, strict=True):
+        assert len(set(numbers)) == len(data.drawn) >= 16
+
+
+@each_way
+def test_afterwards_the_streams_of_the_program_go_on_as_if_nothing_had_been_drawn(fit: Fit) -> None:
+    seed_all(7)
+    expected = [one_of_each(), one_of_each()]
+    seed_all(7)
+    assert one_of_each() == expected[0]
+    fit(Drawing(), nothing)
+    assert one_of_each() == expected[1]
+
+
+def test_a_generator_of_another_kind_that_numpy_was_given_comes_back() -> None:
+    before, other = np.random.get_bit_generator(), np.random.PCG64(5)  # type: ignore[attr-defined]
+    np.random.set_bit_generator(other)  # type: ignore[attr-defined]
+    try:
+        with_trainer(Drawing(), nothing)
+        assert np.random.get_bit_generator() is other  # type: ignore[attr-defined]
+    finally:
+        np.random.set_bit_generator(before)  # type: ignore[attr-defined]
+
+
+def test_a_loop_that_is_left_early_or_fails_gives_the_streams_back() -> None:
+    seed_all(3)
+    expected = one_of_each()
+    seed_all(3)
+    for _ in private()[2]:
+        break
+    assert one_of_each() == expected
+
+    def fail() -> None:
+        raise KeyError
+
+    seed_all(3)
+    with pytest.raises(KeyError):
+        with_trainer(Drawing(), fail)
+    assert one_of_each() == expected
+
+
+def test_of_two_loaders_at_once_the_last_to_end_gives_the_streams_back() -> None:
+    seed_all(3)
+    expected = one_of_each()
+    seed_all(3)
+    first, second = (iter(loader) for loader in (private()[2], private()[2]))
+    next(first), next(second)
+    first.close()  # type: ignore[attr-defined]
+    assert one_of_each() != expected  # the second has a batch out, which may still draw
+    second.close()  # type: ignore[attr-defined]
+    assert one_of_each() == expected
+
+
+class Dropping(nn.Module):
+    """Keeps what dropout left, as many times as it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.drop = linear_model(), nn.Dropout(0.5)
+        self.masks: list[tuple[bool, ...]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.masks.append(tuple((self.drop(torch.ones(64)) != 0).tolist()))
+        return self.layer(x)  # type: ignore[no-any-return]  # of a module
+
+
+def test_dropout_of_a_seeded_program_is_another_in_every_step_and_run() -> None:
+    masks: list[tuple[bool, ...]] = []
+    for _ in range(2):
+        seed_all()
+        model = Dropping()
+        trainer = PrivateTrainer(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), linear_data(ROWS),
+            make_run(rate=1.0), note=lambda said: None,
+        )  # fmt: skip
+        model.masks.clear()  # of the tests at set-up
+        trainer.fit()
+        masks += model.masks
+    assert len(masks) == len(set(masks)) == 8
+
+
+# ---------------------------------------------------------------------- the streams themselves
+
+
+@pytest.fixture
+def lent() -> Iterator[None]:
+    with streams.lent_streams(CPU):
+        yield
+
+
+def secret(seed: int = 1) -> bytearray:
+    return bytearray(random.Random(seed).randbytes(streams.SECRET_BYTES))
+
+
+@pytest.mark.usefixtures("lent")
+def test_torch_draws_from_a_twister_whose_whole_state_is_secret() -> None:
+    words = np.frombuffer(secret(), dtype="<u4")[:624]
+    oracle = np.random.MT19937()
+    oracle.state = {"bit_generator": "MT19937", "state": {"key": words, "pos": 624}}
+    streams.begin_streams(CPU, secret())
+    drawn = torch.empty(3000, dtype=torch.int32)
+    for place in range(len(drawn)):  # one by one: whole vectors are drawn in another order
+        drawn[place : place + 1].random_()
+    assert np.array_equal(drawn.numpy(), oracle.random_raw(3000) & 0x7FFFFFFF)
+
+
+@pytest.mark.usefixtures("lent")
+@pytest.mark.parametrize("byte", [3, 4, 4 * 311, 4 * 624 - 1])
+def test_every_word_of_the_state_counts(byte: int) -> None:
+    def drawn(words: bytearray) -> Tensor:
+        streams.begin_streams(CPU, words)
+        return torch.rand(2000)
+
+    other = secret()
+    other[byte] ^= 0x80
+    assert torch.equal(drawn(secret()), drawn(secret()))
+    assert not torch.equal(drawn(secret()), drawn(other))
+
+
+@pytest.mark.usefixtures("lent")
+@pytest.mark.parametrize("begin", [lambda n: streams.begin_streams(CPU, secret(n)), lambda n: streams.begin_short_streams(CPU, n * 0x1_0001_0001)])  # fmt: skip  # noqa: E501
+def test_begun_streams_are_a_function_of_the_words_alone(begin: Callable[[int], None]) -> None:
+    begin(1)
+    first = one_of_each()
+    one_of_each()
+    begin(1)
+    assert one_of_each() == first
+    begin(2)
+    assert not set(one_of_each()) & set(first)
+
+
+def test_an_unknown_form_of_state_is_refused_and_not_seeded_with_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "_initial_words", lambda seed: np.zeros(624, dtype=np.uint64))
+    streams._twister_offset.cache_clear()
+    try:
+        for set_up in (with_trainer, with_loop, with_passes):
+            data = Drawing()
+            with refused("DP016"):
+                set_up(data, nothing)
+            assert not data.drawn
+    finally:
+        streams._twister_offset.cache_clear()
+
+
+def test_the_key_of_a_batch_is_forgotten_with_it_and_its_words_are_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bytearray] = []
+    monkeypatch.setattr("dptrainer.own_draws.begin_streams", lambda device, words: kept.append(words))
+    draws = BatchDraws()
+    draws.begin(make_run().next_receipt(), CPU)
+    assert kept == [bytearray(streams.SECRET_BYTES)]
+    assert draws._key
+    draws.close()
+    assert draws._key == b""
+
+
+def test_words_of_two_batches_of_a_receipt_and_of_two_receipts_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bytes] = []
+    monkeypatch.setattr("dptrainer.own_draws.begin_streams", lambda device, words: seen.append(bytes(words)))
+    run, draws = make_run(), BatchDraws()
+    for receipt in (run.next_receipt(), run.next_receipt()):
+        draws.begin(receipt, CPU)
+        draws.begin(receipt, CPU)
+    assert len(set(seen)) == 4
+    assert all(len(set(words)) > 200 for words in seen)
+
+
+def test_a_receipt_gives_its_draws_once() -> None:
+    receipt = make_run().next_receipt()
+    BatchDraws().open(receipt)
+    with refused("DP077"):
+        BatchDraws().open(receipt)
