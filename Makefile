@@ -30,8 +30,16 @@ types: $(STAMP)
 unit: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow --timeout 1800 -n 2 --dist worksteal
+# Long tests in shards, each well under half an hour on two cores; `make test-slow-trainer` runs one of them.
+SLOW_core := tests/attacks tests/cli tests/docs tests/dpbudget tests/house tests/reference
+SLOW_trainer := tests/dptrainer
+SLOW_judges := tests/fuzz tests/peers
+SLOW := core trainer judges
+
+test-slow: $(SLOW:%=test-slow-%)
+
+test-slow-%: $(STAMP)
+	$(BIN)/python -m pytest -m slow --timeout 1800 -n 2 --dist worksteal $(SLOW_$*)
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -76,3 +76,12 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_file_outgrows_one_idea(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 520
+
+
+def test_every_folder_of_tests_is_in_one_shard_of_the_long_ones() -> None:
+    listed = re.findall(r"^SLOW_\w+ := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    folders = sorted(folder for shard in listed for folder in shard.split())
+    assert len(listed) == 3
+    assert folders == sorted(
+        f"tests/{folder.name}" for folder in (ROOT / "tests").iterdir() if any(folder.rglob("test_*.py"))
+    )
