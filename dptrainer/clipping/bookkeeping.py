@@ -11,10 +11,9 @@ behaves as if it had no hooks.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dptrainer.clipping.collect import parts_of
+from dptrainer.clipping.compiled import CompiledForward, stand_back, standing_in
 from dptrainer.clipping.engine import (
     Reduction,
     check_losses,
@@ -35,10 +35,12 @@ from dptrainer.clipping.engine import (
     usable_factors,
     zero_sums,
 )
-from dptrainer.clipping.form import Form
+from dptrainer.clipping.form import Form, in_place
+from dptrainer.clipping.graph import NotCompilable
 from dptrainer.clipping.grouping import Grouping, grouped
 from dptrainer.clipping.guard import BufferWatch, ParameterGuard
 from dptrainer.clipping.layout import Layer, layout
+from dptrainer.clipping.marks import EnterHook, LeaveHook
 from dptrainer.clipping.per_example import PerExample, packed, summed, unpacked
 from dptrainer.clipping.policy import Clipping, FlatClipping, total
 from dptrainer.clipping.recording import Call, Hook, Session, in_backward, note_shared, refuse_batch_norm, tap
@@ -70,6 +72,7 @@ class BookKeeping:
             one of their layers directly. Modules with parameters but without a rule are found by themselves.
         clipping: how gradients are brought below C; flat unless given.
         test: is called, and may refuse, before a batch of a model whose modules, ``forward`` or hooks were exchanged.
+        compiled: runs the forward pass of private batches, when the model is called through :meth:`call`.
 
     Raises:
         InvalidParameter: (DP007) clip_norm out of range.
@@ -84,6 +87,7 @@ class BookKeeping:
         replay: Sequence[nn.Module] = (),
         clipping: Clipping | None = None,
         test: Callable[[], object] | None = None,
+        compiled: CompiledForward | None = None,
     ) -> None:
         if clipping is not None and not isinstance(clipping, Clipping):
             raise InvalidParameter(
@@ -108,7 +112,7 @@ class BookKeeping:
         self._recomputing: list[tuple[nn.Module, ParameterGuard]] = []
         self._off: dict[int, nn.Parameter] = {}
         self._places: list[tuple[nn.Module, int, int]] = []
-        self._test, self._form = test, Form(model)
+        self._test, self._form, self._compiled = test, Form(model), compiled
         self._refresh(trainable_parameters(model))
 
     @property
@@ -354,11 +358,13 @@ class BookKeeping:
         root = self._model
         add = self._handles.append
         add(root.register_forward_pre_hook(Hook(self._enter_model), with_kwargs=True, prepend=True))
-        for module, layer in self._layers.items():
+        marks = None if self._compiled is None else self._compiled.marks
+        for place, (module, layer) in enumerate(self._layers.items()):
             # Last before the layer's own forward and first after it: what is recorded is what that forward was given,
             # and the gradient of its own output.
-            enter = module.register_forward_pre_hook(Hook(self._enter_layer), with_kwargs=True)
-            leave = module.register_forward_hook(Hook(self._leave_layer), with_kwargs=True, prepend=True)
+            enter = module.register_forward_pre_hook(EnterHook(self._enter_layer, marks, place), with_kwargs=True)
+            left = LeaveHook(self._leave_layer, marks, place)
+            leave = module.register_forward_hook(left, with_kwargs=True, prepend=True)
             self._handles += [enter, leave]
             self._places.append((module, enter.id, leave.id))
             if layer.rule is not None and layer.rule.traced:
@@ -366,8 +372,36 @@ class BookKeeping:
         add(root.register_forward_hook(Hook(self._leave_model), with_kwargs=True))
         add(root.register_forward_hook(Hook(self._always_restore), with_kwargs=True, always_call=True))
         self._signature = signature
+        if self._compiled is not None:
+            self._compiled.restart(list(self._layers.items()))
+
+    # ------------------------------------------------------------------ compiled
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """``model(...)``, in a private batch with a compiled forward pass."""
+        private = self._session is not None and torch.is_grad_enabled() and self._model.training and not self._busy
+        if private and self._compiled is not None and self._compiled.reason is None and not in_backward():
+            with standing_in(self._model, self._compiled_forward):
+                return self._model._call_impl(*args, **kwargs)
+        return self._model._call_impl(*args, **kwargs)
+
+    def _compiled_forward(self, *args: Any, **kwargs: Any) -> Any:
+        stand_back(self._model)
+        session, guard, compiled = self._session, self._guard, self._compiled
+        if session is not None and guard is not None and compiled is not None:
+            guard.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch does not annotate it
+            try:
+                return compiled(session, guard.allowed, args, kwargs)
+            except NotCompilable:
+                pass  # nothing ran
+            finally:
+                guard.__enter__()  # type: ignore[no-untyped-call]
+        return self._model.forward(*args, **kwargs)
+
+    # ------------------------------------------------------------------ hooks of model and layers
 
     def _enter_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        stand_back(self._model)  # its form is looked at
         session = self._session
         if session is None or self._busy or self._guard is not None or in_backward():
             return
@@ -388,7 +422,7 @@ class BookKeeping:
             watch.check()
 
     def _always_restore(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self._busy:  # a replay of the whole model passes here too
+        if self._session is not None and not self._busy:  # a replay of the whole model passes here too
             self._restore()
 
     def _restore(self) -> None:
@@ -420,7 +454,7 @@ class BookKeeping:
                     hint="change requires_grad between steps, before the next batch is taken from the loader.",
                     code="DP031",
                 )
-        places = all(_in_place(*place) for place in self._places)
+        places = all(in_place(*place) for place in self._places)
         if not places or Form(self._model) != self._form:
             raise PrivacyViolation(
                 "a module, forward or hook of the model was exchanged while a private batch is open, so nobody tested "
@@ -494,17 +528,3 @@ class BookKeeping:
             if entered.module is module:
                 return entered.active
         return False
-
-
-def _in_place(module: nn.Module, enter: int, leave: int) -> bool:
-    """Moves our two hooks next to the forward of ``module``; false if they were taken off."""
-    # Torch annotates them as plain dicts.
-    before = cast("OrderedDict[int, object]", module._forward_pre_hooks)
-    after = cast("OrderedDict[int, object]", module._forward_hooks)
-    if enter not in before or leave not in after:
-        return False
-    if next(reversed(before)) != enter:
-        before.move_to_end(enter)
-    if next(iter(after)) != leave:
-        after.move_to_end(leave, last=False)
-    return True

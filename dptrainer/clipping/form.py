@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from types import MethodType
+from typing import cast
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -51,8 +53,21 @@ def _parts(model: nn.Module) -> list[object]:
         for name in _HOOKS:
             if name in own:  # a module from an old pickle may lack some
                 for hook in own[name].values():
-                    if type(hook) is not Hook:
+                    if not isinstance(hook, Hook):
                         parts.append(hook)  # noqa: PERF401  (a list of its own for each dict takes twice as long)
     for hooks in _GLOBAL_HOOKS:
-        parts += [hook for hook in hooks.values() if type(hook) is not Hook]
+        parts += [hook for hook in hooks.values() if not isinstance(hook, Hook)]
     return parts
+
+def in_place(module: nn.Module, enter: int, leave: int) -> bool:
+    """Moves our two hooks next to the forward of ``module``; false if they were taken off."""
+    # Torch annotates them as plain dicts.
+    before = cast("OrderedDict[int, object]", module._forward_pre_hooks)
+    after = cast("OrderedDict[int, object]", module._forward_hooks)
+    if enter not in before or leave not in after:
+        return False
+    if next(reversed(before)) != enter:
+        before.move_to_end(enter)
+    if next(iter(after)) != leave:
+        after.move_to_end(leave, last=False)
+    return True

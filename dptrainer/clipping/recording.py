@@ -83,6 +83,15 @@ def nested_rows(name: str) -> PrivacyViolation:
     )
 
 
+def overwritten(name: str) -> PrivacyViolation:
+    """What is said of a layer whose input was overwritten after the call."""
+    return PrivacyViolation(
+        f'the input of layer "{name}" was changed in place after the layer had used it.',
+        hint="replace the in-place operation (x += y) by x = x + y.",
+        code="DP019",
+    )
+
+
 class Session:
     """One open physical batch.
 
@@ -360,11 +369,7 @@ class Call:
             PrivacyViolation: (DP019) names the layer.
         """
         if any(tensor._version != version for tensor, version in self._versions):
-            raise PrivacyViolation(
-                f'the input of layer "{self.layer.name}" was changed in place after the layer had used it.',
-                hint="replace the in-place operation (x += y) by x = x + y.",
-                code="DP019",
-            )
+            raise overwritten(self.layer.name)
 
 
 class _Leaf(torch.autograd.Function):
@@ -428,8 +433,8 @@ def tap(
         if keep:
             session.calls.append(call)
         if layer.rule is not None:
-            call.expanded = _one_row(module, inputs) and session.batch_size > 1 and session.shared.get(module, False)
-            output = _per_example_output(session, layer, inputs, output, expand=call.expanded)
+            call.expanded = one_row(module, inputs) and session.batch_size > 1 and session.shared.get(module, False)
+            output = per_example_output(session, layer, inputs, output, expand=call.expanded)
             call.grads.append(None)
             return hooked(output, call.receiver(0))
     call.ordinal, call.autocast = session.counts.get(module, 0), _autocast(layer)
@@ -452,7 +457,7 @@ def _first(inputs: tuple[Any, Mapping[str, Any]]) -> Tensor | None:
     return next((t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), None)
 
 
-def _one_row(module: nn.Module, inputs: tuple[Any, Mapping[str, Any]]) -> bool:
+def one_row(module: nn.Module, inputs: tuple[Any, Mapping[str, Any]]) -> bool:
     """Whether a layer is given one row; that of a flat list of bags is no row."""
     first = _first(inputs)
     if (
@@ -469,7 +474,7 @@ def note_shared(
     session: Session, module: nn.Module, inputs: tuple[Any, Mapping[str, Any]], buffers: Iterable[Tensor]
 ) -> None:
     """Notes, while the guard watches, whether a layer that is given one row is given what all examples share."""
-    if session.batch_size > 1 and _one_row(module, inputs):
+    if session.batch_size > 1 and one_row(module, inputs):
         first = _first(inputs)
         shared = first is not None and shared_by_all(first, buffers)
         session.shared[module] = shared and session.shared.get(module, True)
@@ -481,7 +486,7 @@ def _autocast(layer: Layer) -> tuple[str, torch.dtype] | None:
     return (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
 
-def _per_example_output(
+def per_example_output(
     session: Session, layer: Layer, inputs: tuple[Any, Mapping[str, Any]], output: Tensor, *, expand: bool
 ) -> Tensor:
     """The output, expanded where one row serves all examples (position ids of shape [1, T])."""

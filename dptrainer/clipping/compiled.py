@@ -1,0 +1,181 @@
+"""The forward pass of a whole model through ``torch.compile``, recorded for clipping.
+
+What is compiled is ``model.forward``, all of it in one graph or not at all, by the backend that the program chose for
+its model. :mod:`dptrainer.clipping.graph` checks each graph and records from it. Where that is not possible the forward
+pass runs as it is, under the hooks of the engine: slower, and with the same sums.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dptrainer.clipping.graph import NotCompilable, RecordingGraph
+from dptrainer.clipping.layout import Layer
+from dptrainer.clipping.marks import Marks, enter, leave
+from dptrainer.clipping.recording import Session
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the program has its model compiled.
+
+    Attributes:
+        backend: name or function; ``mode`` and ``options`` are part of it.
+        dynamic: whether sizes are variable; None leaves it to the compiler.
+    """
+
+    backend: Any = "inductor"
+    dynamic: bool | None = None
+
+
+def settings_of(compiled: object) -> Settings:
+    """The settings of a module or function that came from ``torch.compile``; torch's own where they are not found."""
+    held = [getattr(compiled, "dynamo_ctx", None)]
+    held += [cell.cell_contents for cell in getattr(compiled, "__closure__", None) or () if _filled(cell)]
+    context = next((value for value in held if callable(getattr(value, "callback", None))), None)
+    if context is None:
+        return Settings()
+    backend = context.callback
+    while True:  # from what calls it to the backend itself, by the names that this has had in torch
+        inner = getattr(backend, "_torchdynamo_orig_backend", getattr(backend, "_torchdynamo_orig_callable", None))
+        if inner is None:
+            return Settings(backend, getattr(context, "_dynamic", None))
+        backend = inner
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _call(model: Any, args: Any, kwargs: Any) -> Any:
+    return model.forward(*args, **kwargs)
+
+
+class CompiledForward:
+    """Stands for ``forward`` of a model while a private batch runs, once :meth:`restart` found that it may.
+
+    Attributes:
+        reason: why the model runs uncompiled; None while it runs compiled.
+        marks: what tells the hooks of layers to leave marks.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self._model, self._settings = model, settings
+        self.marks = Marks()
+        self.reason: str | None = "it was not tested yet"
+        self._layers: list[tuple[nn.Module, Layer]] = []
+        self._fast: Callable[..., Any] | None = None
+        self._session: Session | None = None
+        self._allowed: frozenset[int] = frozenset()
+
+    def restart(self, layers: Sequence[tuple[nn.Module, Layer]]) -> None:
+        """Forgets what was compiled, for a model with these layers; each is marked by its place."""
+        import torch._dynamo
+
+        self._layers, self.reason = list(layers), _unsupported(layers)
+        torch.compiler.allow_in_graph(enter)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        torch.compiler.allow_in_graph(leave)  # type: ignore[no-untyped-call]
+        self._fast = self._compiled_call(self._graph)
+
+    def give_up(self, reason: str) -> None:
+        """From now on the model runs uncompiled."""
+        import os; os.environ.get('SHOW') and print(reason)
+        self.reason = reason.partition("\n")[0][:200]
+
+    def __call__(self, session: Session, allowed: frozenset[int], args: Any, kwargs: Any) -> Any:
+        """The outputs of the model, its layer calls recorded in ``session``; nothing is recorded if it raises.
+
+        Args:
+            session: the open batch.
+            allowed: parameters whose layer is running around ``forward``.
+            args: positional arguments of ``forward``.
+            kwargs: its arguments by name.
+
+        Raises:
+            NotCompilable: the forward pass did not run, and must be run uncompiled.
+            PrivacyViolation: what the eager engine would refuse.
+        """
+        if self._fast is None or self.reason is not None:
+            raise NotCompilable(self.reason or "it was not tested yet")
+        self._session, self._allowed, self.marks.on = session, allowed, True
+        try:
+            return self._fast(self._model, args, kwargs)
+        except NotCompilable as error:
+            self.give_up(str(error))
+            raise
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:  # type: ignore[attr-defined]
+            self.give_up(str(error))
+            raise NotCompilable(str(error)) from error
+        finally:
+            self._session, self._allowed, self.marks.on = None, frozenset(), False
+
+    def _graph(self, module: Any, inputs: Any) -> RecordingGraph:
+        """The backend that the compiler hands graphs to."""
+
+        def compile(graph: Any) -> Callable[..., Any]:
+            fast = self._compiled_call(self._settings.backend)
+            return lambda *given: fast(graph, given, {})
+
+        return RecordingGraph(module, self._layers, self._open, lambda: self._allowed, compile, self._model)
+
+    def _compiled_call(self, backend: Any) -> Callable[..., Any]:
+        """A compiled (module, args, kwargs) -> outputs."""
+        # The compiler keeps its graphs with the code of the function: one of our own, which nobody else fills.
+        own = types.FunctionType(_call.__code__.replace(), globals())
+        return torch.compile(own, backend=backend, fullgraph=True, dynamic=self._settings.dynamic)
+
+    def _open(self) -> Session:
+        assert self._session is not None  # noqa: S101 - graphs are run by __call__ alone
+        return self._session
+
+
+def _unsupported(layers: Sequence[tuple[nn.Module, Layer]]) -> str | None:
+    """Why a model with these layers cannot be recorded from a graph."""
+    for module, layer in layers:
+        title = f'layer "{layer.name}" ({type(module).__name__})' if layer.name else "the model itself"
+        if layer.rule is None:
+            return f"{title} has no rule, and is run again for each example"
+        if layer.rule.traced:
+            return f"{title} is recorded inside, function by function"
+    return None
+
+
+@contextmanager
+def standing_in(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the block ``forward`` is called for ``model.forward``; :func:`stand_back` ends it sooner."""
+    own = vars(model)
+    before = own.get("forward")
+    own["forward"] = _Stand(forward, before)
+    try:
+        yield
+    finally:
+        stand_back(model)
+
+
+@dataclass(frozen=True)
+class _Stand:
+    forward: Callable[..., Any]
+    before: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+
+def stand_back(model: nn.Module) -> None:
+    """Gives the model back the ``forward`` that it had; idempotent."""
+    own = vars(model)
+    stand = own.get("forward")
+    if isinstance(stand, _Stand):
+        del own["forward"]
+        if stand.before is not None:
+            own["forward"] = stand.before
