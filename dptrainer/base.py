@@ -18,6 +18,7 @@ from dpbudget.errors import PrivacyViolation
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dptrainer.clipping import BookKeeping, Clipping, OneByOne, add_clipped, make_engine
+from dptrainer.clipping.engine import plain
 from dptrainer.data import Collate, Records, check_rows, check_unit, checked_fill, own_copy, split_batch, to_device
 from dptrainer.loop import detach_earlier
 from dptrainer.losses import Loss, PerExampleLoss
@@ -25,13 +26,14 @@ from dptrainer.memory import PhysicalSize, checked_size, physical_size
 from dptrainer.outside import refuse_trainable_criterion, refuse_trainable_loss, trainable_outside
 from dptrainer.own_draws import BatchDraws, own_draws
 from dptrainer.probe import probe, probe_again, probe_loss
-from dptrainer.repeats import check_repeatable, deterministic, refuse_static_shapes
+from dptrainer.repeats import check_repeatable, deterministic, refuse_compiled, refuse_static_shapes
 from dptrainer.sampling import Indices, physical_batches
 from dptrainer.streams import lent_streams
 from dptrainer.untested import tell_untested, why_untested
 from dptrainer.update import check_noise, check_run
 from dptrainer.validation import check
 from dptrainer.values import ClippedSum
+from dptrainer.wrapped import entry_of
 
 #: Called after each step with (steps released by this call, live epsilon or None); returning False stops the training.
 Callback = Callable[[int, Bounds | None], object]
@@ -96,6 +98,8 @@ class TrainerBase:
         noise: object = None,
     ) -> None:
         checked_size(physical_batch_size)
+        self._entry = entry_of(model)
+        self._shown, model = model, plain(model)
         check(model, optimizer)
         check_run(model, run)
         check_noise(model, noise)
@@ -112,17 +116,23 @@ class TrainerBase:
         self._physical = self._fill_to = None
         if run.plan.noise == "exact":
             refuse_static_shapes(static_shapes)
+            refuse_compiled(self._entry is not None)
             beside = [] if self._loss.module is None else [self._loss.module]
             self._engine = OneByOne(
                 model, clip_norm=run.plan.clip_norm, clipping=clipping, beside=beside, test=again
             )  # fmt: skip
             check_repeatable(model, self._loss, self._records.synthetic(), note)
         else:
-            self._engine = make_engine(
-                model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note, test=again
+            forward = None if self._entry is None else self._entry.forward
+            engine = self._engine = make_engine(
+                model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note, test=again, compiled=forward
             )
             self._physical = physical_size(physical_batch_size, model, self._records, run.plan, replay, batches=batches)
             self._fill_to = checked_fill(self._records, self._physical) if static_shapes else None
+            if self._entry is not None:
+                rows = None if self._fill_to is None else self._fill_to * self._records.most_rows
+                call = split_batch(self._records.synthetic())[:2]
+                self._entry.attach(engine, [call], rows, note)
         self._record_outputs = record_outputs
         self._callbacks = tuple(callbacks)
         self._stopped = False
@@ -200,7 +210,7 @@ class TrainerBase:
         """One loss for each row of a batch."""
         check_rows(batch, rows)
         inputs, named, target = split_batch(to_device(batch, self._device))
-        losses = self._loss(self._model(*inputs, **named), target, rows)
+        losses = self._loss(self._shown(*inputs, **named), target, rows)
         refuse_trainable_loss(losses, self._model, self._others)
         return losses
 

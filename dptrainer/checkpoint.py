@@ -25,6 +25,7 @@ from dpbudget._record import Record
 from dpbudget.errors import InvalidParameter, PrivacyViolation, Tampered, Unreadable
 from dpbudget.ledger.run import Run
 from dpbudget.plan import Digest
+from dptrainer.clipping.engine import plain
 
 _WEIGHTS, _OPTIMIZER, _SIDECAR = "model.safetensors", "optimizer.pt", "checkpoint.json"
 _EXTRAS = "extras.pt"
@@ -92,7 +93,7 @@ def save_checkpoint(
         raise InvalidParameter(f"{target} exists", code="DP074", hint="choose another folder, or remove it")
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     draft.mkdir(mode=0o700)
-    save_model(model, str(draft / _WEIGHTS))
+    save_model(plain(model), str(draft / _WEIGHTS))
     torch.save(optimizer.state_dict(), draft / _OPTIMIZER)
     if extras:
         torch.save({name: dict(part.state_dict()) for name, part in extras.items()}, draft / _EXTRAS)
@@ -145,7 +146,7 @@ def load_checkpoint(
             raise Tampered(f"{place / name} is not the file that was saved", hint="restore the folder as a whole")
     saved = _read_extras(place, sidecar, extras or {})
     try:
-        load_model(model, str(place / _WEIGHTS))
+        load_model(plain(model), str(place / _WEIGHTS))
         if optimizer is not None:
             # weights_only: no code of the file is run.
             optimizer.load_state_dict(torch.load(place / _OPTIMIZER, weights_only=True))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dptrainer.clipping import BookKeeping, PerExample
-from dptrainer.clipping.engine import trainable_parameters
+from dptrainer.clipping.engine import plain, trainable_parameters
 from dptrainer.data import split_batch, to_device
 from dptrainer.loop import refuse_open_batch
 from dptrainer.losses import Loss, PerExampleLoss
@@ -38,6 +38,7 @@ def per_example_gradients(
         PrivacyViolation: a private batch of this model is open (DP031); model or loss cannot be split into examples
             (DP019, DP030).
     """
+    model = plain(model)
     size, found = _forms(model, loss_fn, batch, replay)
     return {
         name: found[name].dense(slice(0, size)) if name in found else parameter.new_zeros(size, *parameter.shape)
@@ -59,6 +60,7 @@ def per_example_norms(model: nn.Module, loss_fn: Loss, batch: Any, *, replay: Se
 def _forms(
     model: nn.Module, loss_fn: Loss, batch: Any, replay: Sequence[nn.Module]
 ) -> tuple[int, dict[str, PerExample]]:
+    model = plain(model)
     refuse_open_batch(model)
     paths = {id(module): name for name, module in model.named_modules()}
     twin = copy.deepcopy(model)

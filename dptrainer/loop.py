@@ -22,17 +22,18 @@ from dpbudget.errors import PrivacyViolation
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dptrainer.clipping import Clipping, Grouping, Reduction, add_clipped, make_engine
-from dptrainer.clipping.engine import trainable_parameters
+from dptrainer.clipping.engine import plain, trainable_parameters
 from dptrainer.clipping.recording import Hook
 from dptrainer.data import check_rows, check_unit
 from dptrainer.given import GivenBatch
 from dptrainer.noise.choice import require_secure, source_for
 from dptrainer.noise.source import NoiseSource
 from dptrainer.outside import OutsideWatch
-from dptrainer.probe import probe_again, probe_batch
+from dptrainer.probe import calls_with, probe_again, probe_batch
 from dptrainer.update import check_noise, check_run, release
 from dptrainer.validation import check, check_step
 from dptrainer.values import ClippedSum
+from dptrainer.wrapped import entry_of
 
 _attached: weakref.WeakSet[PrivateLoop] = weakref.WeakSet()
 _global_hook: list[RemovableHandle] = []
@@ -89,6 +90,8 @@ class PrivateLoop:
         dataset: object = None,
         discard_outside: bool = False,
     ) -> None:
+        self._entry = entry_of(model)
+        self._shown, model = model, plain(model)
         check(model, optimizer)
         check_run(model, run)
         require_secure(run.plan, "make_private")
@@ -100,7 +103,10 @@ class PrivateLoop:
         self.run, self.step_complete = run, True
         self._model, self._optimizer = model, optimizer
         again = partial(probe_again, model, optimizer, partial(probe_batch, model, synthetic, replay, note=note))
-        self._engine = make_engine(model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note, test=again)
+        self._engine = make_engine(
+            model, run.plan.clip_norm, replay=replay, clipping=clipping, note=note, test=again,
+            compiled=None if self._entry is None else self._entry.forward,
+        )  # fmt: skip
         self._reduction: Reduction = reduction
         self._discard_outside, self._given, self._reused = discard_outside, GivenBatch(), False
         self._record_outputs = record_outputs
@@ -120,6 +126,22 @@ class PrivateLoop:
     def step_ends(self) -> bool:
         """Whether the physical batch that was opened last ends its step."""
         return self._step is not None and self._step.last
+
+    def compile(self, synthetic: Any, rows: int | None, note: Callable[[str], None] | None) -> None:
+        """Have the forward pass of private batches compiled, if the program gave a compiled model.
+
+        Args:
+            synthetic: one collated synthetic record.
+            rows: rows of every batch; None where they vary.
+            note: is told if the model will run uncompiled.
+        """
+        if self._entry is not None:
+            self._entry.attach(self._engine, list(calls_with(synthetic)), rows, note)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the forward pass of private batches runs compiled."""
+        return self._entry is not None and self._entry.forward.reason is None
 
     def look_around(self) -> None:
         """Find what is trained beside the model, so that private batches do not train it too."""
@@ -153,7 +175,7 @@ class PrivateLoop:
         for parameter in self._model.parameters():
             parameter.grad = None
         self._engine.begin(rows, grouping=grouping)
-        self._outside.start(self._model, batch)
+        self._outside.start(self._shown, batch)
         step.open, step.empty, step.last = True, size == 0, last
 
     def end(self, step: Step) -> None:
@@ -185,6 +207,8 @@ class PrivateLoop:
         """Take all hooks off; idempotent."""
         self.drop()
         self._engine.detach()
+        if self._entry is not None:
+            self._entry.release()
         for handle in self._watched.values():
             handle.remove()
         self._watched.clear()
@@ -386,7 +410,7 @@ def refuse_open_batch(model: nn.Module) -> None:
     Raises:
         PrivacyViolation: a batch is open (DP031).
     """
-    if any(loop.batch_is_open and loop.model is model for loop in _attached):
+    if any(loop.batch_is_open and loop.model is plain(model) for loop in _attached):
         raise PrivacyViolation(
             "per-example gradients were asked for while a private batch is open; they would be unclipped and unnoised",
             code="DP031",

@@ -22,7 +22,7 @@ from dpbudget.plan import Plan
 from dptrainer.clipping import BookKeeping, Grouping
 from dptrainer.clipping.factory import deterministic_copy
 from dptrainer.data import Records
-from dptrainer.probe import _calls
+from dptrainer.probe import calls_with
 from dptrainer.untested import NOT_MY_CALL
 
 #: Share of a bound that the measured step may take; the loss and the allocator have the rest.
@@ -134,7 +134,7 @@ def _peak_of(model: nn.Module, records: Records, size: int, replay: Sequence[nn.
         return leaf
 
     batch = tree_map(widened, records.synthetic())
-    for args, named in _calls(batch):
+    for args, named in calls_with(batch):
 
         def step(args: tuple[Any, ...] = args, named: dict[str, Any] = named) -> None:
             engine.begin(grouping.rows, grouping=grouping)

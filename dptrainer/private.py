@@ -15,6 +15,7 @@ from dpbudget.errors import DPBudgetError, DPBudgetWarning, InvalidParameter, Pl
 from dpbudget.ledger.receipt import Receipt
 from dpbudget.ledger.run import Run
 from dptrainer.clipping import Clipping, Reduction
+from dptrainer.clipping.engine import plain
 from dptrainer.data import Collate, Records, checked_fill
 from dptrainer.loop import PrivateLoop
 from dptrainer.loss_probe import probe_criterion, why_untested_criterion
@@ -99,6 +100,11 @@ class PrivateLoader:
         A script that must not run on a declaration alone asserts it before its loop.
         """
         return self._loss_tested
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the forward pass of private batches runs compiled; ``note`` was told at set-up if it does not."""
+        return self._loop.compiled
 
     @property
     def step_complete(self) -> bool:
@@ -269,6 +275,7 @@ def make_private(
     refuse_trainable_criterion(loss_fn, model)
     records = Records(dataset, collate_fn, views=views)
     synthetic = records.synthetic()
+    inside = plain(model)
     loop = PrivateLoop(
         model,
         optimizer,
@@ -284,10 +291,12 @@ def make_private(
         discard_outside=discard_outside,
     )
     try:
-        tested = loss_fn is not None and probe_criterion(model, loss_fn, loss_reduction, synthetic)
-        size = physical_size(physical_batch_size, model, records, run.plan, replay)
+        tested = loss_fn is not None and probe_criterion(inside, loss_fn, loss_reduction, synthetic)
+        size = physical_size(physical_batch_size, inside, records, run.plan, replay)
         if static_shapes:
-            checked_fill(records, size)
+            loop.compile(synthetic, checked_fill(records, size) * records.most_rows, note)
+        else:
+            loop.compile(synthetic, None, note)
     except DPBudgetError:
         loop.detach()
         raise
@@ -295,7 +304,7 @@ def make_private(
         note(f"{run.charged} steps of this run are charged already; load the checkpoint of their weights.")
     if loss_fn is not None and not tested:
         what = "loss_fn could not be called with synthetic outputs and targets, so it was not tested."
-        tell_untested(what + why_untested_criterion(model, loss_fn, synthetic), note)
+        tell_untested(what + why_untested_criterion(inside, loss_fn, synthetic), note)
     elif note is not None and not tested:
         note(_NO_LOSS.format(reduction=loss_reduction))
     return model, optimizer, PrivateLoader(loop, records, size, steps_per_epoch, tested, static_shapes)

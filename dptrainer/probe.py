@@ -56,7 +56,7 @@ def probe_batch(
     Raises:
         PrivacyViolation: as :func:`probe`.
     """
-    if any(probe(model, args, replay, named=named, note=note) for args, named in _calls(batch)):
+    if any(probe(model, args, replay, named=named, note=note) for args, named in calls_with(batch)):
         return True
     tell_untested(UNTESTED + _why_not(model, batch), note)
     return False
@@ -64,7 +64,7 @@ def probe_batch(
 
 def _why_not(model: nn.Module, batch: object) -> str:
     """What the model says to a batch that is passed on in the usual way."""
-    args, named = next(_calls(batch), ((), {}))
+    args, named = next(calls_with(batch), ((), {}))
     return failure(partial(call_twin, model, args, named)) if args or named else ""
 
 
@@ -80,7 +80,7 @@ def probe_again(model: nn.Module, optimizer: torch.optim.Optimizer, test: Callab
         test()
 
 
-def _calls(batch: object) -> Iterator[Call]:
+def calls_with(batch: object) -> Iterator[Call]:
     """Ways in which a model may be called with a batch, the usual one first."""
     if isinstance(batch, Tensor):
         yield (batch,), {}
@@ -90,7 +90,7 @@ def _calls(batch: object) -> Iterator[Call]:
         yield from (((value,), {}) for name, value in batch.items() if isinstance(value, Tensor) and name != "labels")
     elif isinstance(batch, tuple | list) and batch:
         if isinstance(batch[0], Mapping):
-            yield from _calls(batch[0])
+            yield from calls_with(batch[0])
         yield tuple(batch[:-1]), {}
         yield tuple(batch), {}
         yield (batch[0],), {}
@@ -122,13 +122,10 @@ def probe(
         PrivacyViolation: one example reaches another's output (DP033), a buffer, parameter or attribute follows the
             data (DP013), or clipping differs from the reference (DP019, DP030).
     """
-    values = [*inputs, *(named or {}).values()]
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    if not tensors or len(tensors) != len(values) or any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
+    record = _record(model, [*inputs, *(named or {}).values()])
+    if record is None:
         return False
-    device = next(model.parameters()).device
-    record = [tensor.to(device) for tensor in tensors]
-    with _passed_by_name(model, len(inputs), tuple(named or ())):
+    with passed_by_name(model, len(inputs), tuple(named or ())):
         examples = (example for example in synthetic_examples(record) if _outputs(model, example) is not None)
         example = next(examples, None)
         lengths = _with_lengths(record)
@@ -159,6 +156,36 @@ def _probe_values(
     if note is not None:
         _note_unused(model, example, note)
     return True
+
+
+def callable_with(
+    model: nn.Module, inputs: Sequence[object], named: Mapping[str, object]
+) -> tuple[list[Tensor], int, tuple[str, ...]] | None:
+    """Synthetic values for a call of this kind, how many of them are positional, and the names of the others.
+
+    None where the model cannot be called like this.
+
+    Args:
+        model: the model.
+        inputs: positional inputs for one collated record, of the right shapes and types.
+        named: inputs by name, likewise.
+    """
+    record = _record(model, [*inputs, *named.values()])
+    if record is None:
+        return None
+    with passed_by_name(model, len(inputs), tuple(named)):
+        examples = [*synthetic_examples(record), *(each for each in [_with_lengths(record)] if each is not None)]
+        example = next((example for example in examples if _outputs(model, example) is not None), None)
+    return None if example is None else (example, len(inputs), tuple(named))
+
+
+def _record(model: nn.Module, values: Sequence[object]) -> list[Tensor] | None:
+    """One record on the model's device; None where it is not made of tensors with one row each."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not tensors or len(tensors) != len(values) or any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
+        return None
+    device = next(model.parameters()).device
+    return [tensor.to(device) for tensor in tensors]
 
 
 def _takes(model: nn.Module, example: Sequence[Tensor]) -> bool:
@@ -284,7 +311,7 @@ def _staircase(shape: tuple[int, ...]) -> Tensor:
 
 
 @contextmanager
-def _passed_by_name(model: nn.Module, positional: int, names: tuple[str, ...]) -> Iterator[None]:
+def passed_by_name(model: nn.Module, positional: int, names: tuple[str, ...]) -> Iterator[None]:
     """Within the block, positional inputs of ``model`` beyond the first few arrive under these names."""
     if not names:
         yield

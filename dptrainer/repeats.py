@@ -98,6 +98,20 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+def refuse_compiled(compiled: bool) -> None:
+    """Refuse a model that was compiled: what the compiler makes of a sum is not the same for every record.
+
+    Raises:
+        PrivacyViolation: it was (DP019).
+    """
+    if compiled:
+        raise PrivacyViolation(
+            "the model is the result of torch.compile, and exact noise rests on the same operations for every record",
+            code="DP019",
+            hint="pass the module that was compiled, as it was before",
+        )
+
+
 def refuse_static_shapes(static_shapes: bool) -> None:
     """Refuse to fill up batches of one record.
 

@@ -11,9 +11,9 @@ behaves as if it had no hooks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +35,10 @@ from dptrainer.clipping.engine import (
     usable_factors,
     zero_sums,
 )
-from dptrainer.clipping.form import Form, in_place
+from dptrainer.clipping.form import Form, exchanged, frozen, in_place
 from dptrainer.clipping.graph import NotCompilable
 from dptrainer.clipping.grouping import Grouping, grouped
-from dptrainer.clipping.guard import BufferWatch, ParameterGuard
+from dptrainer.clipping.guard import BufferWatch, Entered, ParameterGuard
 from dptrainer.clipping.layout import Layer, layout
 from dptrainer.clipping.marks import EnterHook, LeaveHook
 from dptrainer.clipping.per_example import PerExample, packed, summed, unpacked
@@ -46,15 +46,6 @@ from dptrainer.clipping.policy import Clipping, FlatClipping, total
 from dptrainer.clipping.recording import Call, Hook, Session, in_backward, note_shared, refuse_batch_norm, tap
 from dptrainer.clipping.trace import Trace
 from dptrainer.values import ClippedSum
-
-
-class Entered(NamedTuple):
-    """A layer that is running, and the guard as it was before."""
-
-    module: nn.Module
-    active: bool
-    allowed: frozenset[int]
-    functions: Mapping[Callable[..., Any], Callable[..., Any]]
 
 
 class BookKeeping:
@@ -112,6 +103,7 @@ class BookKeeping:
         self._recomputing: list[tuple[nn.Module, ParameterGuard]] = []
         self._off: dict[int, nn.Parameter] = {}
         self._places: list[tuple[nn.Module, int, int]] = []
+        self._run: Callable[..., Any] = model._call_impl  # hooks and forward, whatever stands for the call
         self._test, self._form, self._compiled = test, Form(model), compiled
         self._refresh(trainable_parameters(model))
 
@@ -129,6 +121,11 @@ class BookKeeping:
     def replayed(self) -> tuple[str, ...]:
         """Names of the modules without a rule, which are replayed one example at a time; "" is the model itself."""
         return tuple(layer.name for layer in self._layers.values() if layer.rule is None)
+
+    @property
+    def batch_is_open(self) -> bool:
+        """Whether :meth:`begin` opened a batch that neither ended nor was dropped."""
+        return self._session is not None
 
     @property
     def task(self) -> int | None:
@@ -157,14 +154,18 @@ class BookKeeping:
         if grouping is not None and grouping.rows != batch_size:
             raise InvalidParameter("the grouping has another number of rows than the batch.", code="DP009")
         self.abort()
-        self._grouping = grouping
         form = Form(self._model)
         if form != self._form:
             if self._test is not None:
                 self._test()
             self._form, self._signature = form, ()
+            if self._compiled is not None:
+                self._compiled.forget()
         trainable = trainable_parameters(self._model)
         self._refresh(trainable)
+        if self._compiled is not None:
+            self._compiled.ready()  # which takes batches of its own
+        self._grouping = grouping
         self._session = Session(batch_size, trainable, self._parts_of)
 
     def finish(self, loss_reduction: Reduction = "mean", *, loss_scale: float = 1.0) -> ClippedSum:
@@ -382,8 +383,8 @@ class BookKeeping:
         private = self._session is not None and torch.is_grad_enabled() and self._model.training and not self._busy
         if private and self._compiled is not None and self._compiled.reason is None and not in_backward():
             with standing_in(self._model, self._compiled_forward):
-                return self._model._call_impl(*args, **kwargs)
-        return self._model._call_impl(*args, **kwargs)
+                return self._run(*args, **kwargs)
+        return self._run(*args, **kwargs)
 
     def _compiled_forward(self, *args: Any, **kwargs: Any) -> Any:
         stand_back(self._model)
@@ -391,9 +392,8 @@ class BookKeeping:
         if session is not None and guard is not None and compiled is not None:
             guard.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch does not annotate it
             try:
-                return compiled(session, guard.allowed, args, kwargs)
-            except NotCompilable:
-                pass  # nothing ran
+                with suppress(NotCompilable):  # then nothing ran
+                    return compiled(session, guard.allowed, args, kwargs)
             finally:
                 guard.__enter__()  # type: ignore[no-untyped-call]
         return self._model.forward(*args, **kwargs)
@@ -449,20 +449,10 @@ class BookKeeping:
         """
         for name, parameter in session.trainable.items():
             if not parameter.requires_grad:
-                raise PrivacyViolation(
-                    f'parameter "{name}" was frozen while a private batch is open.',
-                    hint="change requires_grad between steps, before the next batch is taken from the loader.",
-                    code="DP031",
-                )
+                raise frozen(name)
         places = all(in_place(*place) for place in self._places)
         if not places or Form(self._model) != self._form:
-            raise PrivacyViolation(
-                "a module, forward or hook of the model was exchanged while a private batch is open, so nobody tested "
-                "what runs now.",
-                hint="change the model between steps, before the next batch is taken from the loader; it is then "
-                "tested again.",
-                code="DP019",
-            )
+            raise exchanged()
 
     def _inside_unit(self) -> bool:
         return any(entered.active and self._layers[entered.module].rule is None for entered in self._stack)

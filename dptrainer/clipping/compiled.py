@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from dptrainer.clipping.graph import NotCompilable, RecordingGraph
 from dptrainer.clipping.layout import Layer
 from dptrainer.clipping.marks import Marks, enter, leave
-from dptrainer.clipping.recording import Session
+from dptrainer.clipping.recording import Hook, Session
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class CompiledForward:
 
     Attributes:
         reason: why the model runs uncompiled; None while it runs compiled.
+        rehearse: tries it out on synthetic records; called before the first batch of a model, and of a changed one.
         marks: what tells the hooks of layers to leave marks.
     """
 
@@ -73,24 +75,45 @@ class CompiledForward:
         self._model, self._settings = model, settings
         self.marks = Marks()
         self.reason: str | None = "it was not tested yet"
+        self.rehearse: Callable[[], object] | None = None
+        self._untried = False
         self._layers: list[tuple[nn.Module, Layer]] = []
         self._fast: Callable[..., Any] | None = None
         self._session: Session | None = None
         self._allowed: frozenset[int] = frozenset()
 
+    @property
+    def sizes_are_open(self) -> bool:
+        """Whether the program left it to the compiler which sizes are variable."""
+        return self._settings.dynamic is None
+
+    def forget(self) -> None:
+        """The model is another one; what was compiled may be untrue of it."""
+        self._fast = None
+
     def restart(self, layers: Sequence[tuple[nn.Module, Layer]]) -> None:
-        """Forgets what was compiled, for a model with these layers; each is marked by its place."""
+        """Prepares for a model with these layers, each marked by its place; keeps what was compiled for just these."""
         import torch._dynamo
 
-        self._layers, self.reason = list(layers), _unsupported(layers)
+        known = [(module, layer.ids) for module, layer in self._layers]
+        if self._fast is not None and known == [(module, layer.ids) for module, layer in layers]:
+            return
+        self._layers, self.reason, self._untried = list(layers), _unsupported(layers), True
         torch.compiler.allow_in_graph(enter)  # type: ignore[no-untyped-call]  # torch does not annotate it
         torch.compiler.allow_in_graph(leave)  # type: ignore[no-untyped-call]
         self._fast = self._compiled_call(self._graph)
 
+    def ready(self) -> None:
+        """Has it tried out, if that was not done yet."""
+        if self._untried:
+            self._untried = False
+            if self.rehearse is not None:
+                self.rehearse()
+
     def give_up(self, reason: str) -> None:
         """From now on the model runs uncompiled."""
-        import os; os.environ.get('SHOW') and print(reason)
-        self.reason = reason.partition("\n")[0][:200]
+        said = [line.strip() for line in reason.splitlines() if line.strip()]
+        self.reason = " ".join(said[:2])[:300].rstrip(". ")
 
     def __call__(self, session: Session, allowed: frozenset[int], args: Any, kwargs: Any) -> Any:
         """The outputs of the model, its layer calls recorded in ``session``; nothing is recorded if it raises.
@@ -109,11 +132,12 @@ class CompiledForward:
             raise NotCompilable(self.reason or "it was not tested yet")
         self._session, self._allowed, self.marks.on = session, allowed, True
         try:
-            return self._fast(self._model, args, kwargs)
+            with without_global_hooks():
+                return self._fast(self._model, args, kwargs)
         except NotCompilable as error:
             self.give_up(str(error))
             raise
-        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:  # type: ignore[attr-defined]
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             self.give_up(str(error))
             raise NotCompilable(str(error)) from error
         finally:
@@ -137,6 +161,22 @@ class CompiledForward:
     def _open(self) -> Session:
         assert self._session is not None  # noqa: S101 - graphs are run by __call__ alone
         return self._session
+
+
+@contextmanager
+def without_global_hooks() -> Iterator[None]:
+    """Takes our hooks on all modules away meanwhile: they would be compiled too, and anew when they are gone."""
+    tables = [getattr(torch_module, f"_global_{name}_hooks") for name in ("forward_pre", "forward")]
+    before = [dict(table) for table in tables]
+    for table in tables:
+        for key in [key for key, hook in table.items() if isinstance(hook, Hook)]:
+            del table[key]
+    try:
+        yield
+    finally:
+        for table, hooks in zip(tables, before, strict=True):
+            table.clear()
+            table.update(hooks)
 
 
 def _unsupported(layers: Sequence[tuple[nn.Module, Layer]]) -> str | None:

@@ -153,6 +153,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def plain(model: nn.Module) -> nn.Module:
+    """The model itself: what is inside the wrapper that ``torch.compile`` puts around a module."""
+    while isinstance(inside := vars(model).get("_modules", {}).get("_orig_mod"), nn.Module):
+        model = inside
+    return model
+
+
 def _precision_switches() -> tuple[Any, ...]:
     """What decides the precision of float32 products and convolutions in this build; none before torch 2.9."""
     libraries = [torch.backends.mkldnn]

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from dpbudget.errors import InvalidParameter, PrivacyViolation
 from dptrainer.clipping.arguments import adopt, arguments_of, learn
 from dptrainer.clipping.bookkeeping import BookKeeping
+from dptrainer.clipping.compiled import CompiledForward
 from dptrainer.clipping.engine import (
     LARGEST_CLIP_NORM,
     SMALLEST_CLIP_NORM,
@@ -38,6 +39,7 @@ def make_engine(
     example: Sequence[Tensor] | None = None,
     note: Callable[[str], None] | None = None,
     test: Callable[[], object] | None = None,
+    compiled: CompiledForward | None = None,
 ) -> BookKeeping:
     """The clipping engine for a model: book-keeping, with modules that have no rule replayed one example at a time.
 
@@ -49,12 +51,13 @@ def make_engine(
         example: public or synthetic positional inputs [B, ...] of the model; with them :func:`self_test` is run.
         note: is told once which modules are replayed, because that is slower.
         test: see :class:`BookKeeping`.
+        compiled: likewise.
 
     Raises:
         InvalidParameter: (DP007) clip_norm out of range.
         PrivacyViolation: (DP018, DP019) the model cannot be trained privately; (DP019) the self-test failed.
     """
-    engine = BookKeeping(model, clip_norm=clip_norm, replay=replay, clipping=clipping, test=test)
+    engine = BookKeeping(model, clip_norm=clip_norm, replay=replay, clipping=clipping, test=test, compiled=compiled)
     if note is not None and engine.replayed:
         names = ", ".join(f'"{name}"' if name else "the whole model" for name in engine.replayed)
         note(f"no rule for {names}: replayed one example at a time, which is slower (register one with @rule).")
@@ -122,7 +125,7 @@ def self_test(model: nn.Module, example: Sequence[Tensor], *, replay: Sequence[n
         for clip_norm in (LARGEST_CLIP_NORM, float(norms.median().clamp(min=SMALLEST_CLIP_NORM)) / 2):
             engine = BookKeeping(twin, clip_norm=max(clip_norm, SMALLEST_CLIP_NORM), replay=twin_replay)
             with engine.record(batch):
-                losses = _losses(twin(*[t.clone() for t in inputs]), batch) * _sizes(batch).to(inputs[0].device)
+                losses = losses_like(twin(*[t.clone() for t in inputs]), batch) * _sizes(batch).to(inputs[0].device)
             found = engine.backward(losses).grads
             engine.detach()
             _compare(found, rows, clip_factors(norms.square(), engine.clip_norm))
@@ -204,7 +207,7 @@ def deterministic_copy(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _losses(output: object, batch: int) -> Tensor:
+def losses_like(output: object, batch: int) -> Tensor:
     """A different smooth loss for each example, from whatever tensors the model returns."""
     leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 0]
     rows = [t.reshape(batch, -1) for t in leaves if t.shape[0] == batch]
@@ -232,7 +235,7 @@ def _one_at_a_time(twin: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tenso
     rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for index in range(inputs[0].shape[0]):
         # backward() and not autograd.grad(), which reentrant checkpointing refuses.
-        losses = _losses(twin(*[t[index : index + 1].clone() for t in inputs]), 1)  # the model may write into them
+        losses = losses_like(twin(*[t[index : index + 1].clone() for t in inputs]), 1)  # the model may write into them
         (losses * float(_sizes(len(inputs[0]))[index])).sum().backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         for name, parameter in parameters.items():
             one = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

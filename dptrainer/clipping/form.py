@@ -9,6 +9,7 @@ from typing import cast
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from dpbudget.errors import PrivacyViolation
 from dptrainer.clipping.guard import every_module
 from dptrainer.clipping.recording import Hook
 
@@ -59,6 +60,7 @@ def _parts(model: nn.Module) -> list[object]:
         parts += [hook for hook in hooks.values() if not isinstance(hook, Hook)]
     return parts
 
+
 def in_place(module: nn.Module, enter: int, leave: int) -> bool:
     """Moves our two hooks next to the forward of ``module``; false if they were taken off."""
     # Torch annotates them as plain dicts.
@@ -71,3 +73,22 @@ def in_place(module: nn.Module, enter: int, leave: int) -> bool:
     if next(iter(after)) != leave:
         after.move_to_end(leave, last=False)
     return True
+
+
+def frozen(name: str) -> PrivacyViolation:
+    """What is said of a parameter that was frozen too late."""
+    return PrivacyViolation(
+        f'parameter "{name}" was frozen while a private batch is open.',
+        hint="change requires_grad between steps, before the next batch is taken from the loader.",
+        code="DP031",
+    )
+
+
+def exchanged() -> PrivacyViolation:
+    """What is said of a model that has another form than when its batch was opened."""
+    return PrivacyViolation(
+        "a module, forward or hook of the model was exchanged while a private batch is open, so nobody tested what "
+        "runs now.",
+        hint="change the model between steps, before the next batch is taken from the loader; it is then tested again.",
+        code="DP019",
+    )

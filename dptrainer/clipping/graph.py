@@ -145,8 +145,8 @@ class RecordingGraph:
         for node, tensor in zip(nodes, [*given, *zeros], strict=True):
             known = node.meta.get("example_value")
             if isinstance(known, Tensor) and isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
-                dims = [place for place, size in enumerate(known.shape) if isinstance(size, torch.SymInt)]
-                torch._dynamo.maybe_mark_dynamic(tensor, dims)  # type: ignore[attr-defined, no-untyped-call]
+                dims = [place for place, size in enumerate(known.shape) if type(size) is not int]
+                torch._dynamo.maybe_mark_dynamic(tensor, dims)
 
     def _study(self, given: Sequence[Any], session: Session) -> list[_Tap]:
         """Goes through the graph as the eager engine goes through the model, without data.
@@ -324,7 +324,7 @@ class _Walk:
         self, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], guard: ParameterGuard, buffers: list[Tensor]
     ) -> Any:
         if isinstance(target, torch._ops.HigherOrderOperator):
-            raise NotCompilable(f"the graph holds {target.name()}, which the guard cannot look into")
+            raise NotCompilable(f"the graph holds {target.__name__}, which the guard cannot look into")
         if target is enter:
             self._running.append((args[0], guard.allowed))
             guard.allowed = guard.allowed | self._alike(self._layers[args[0]][1].ids)

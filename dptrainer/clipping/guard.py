@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -203,6 +203,15 @@ class ParameterGuard(TorchFunctionMode):
             "replay=[module] so that it is differentiated as a whole.",
             code="DP019",
         )
+
+
+class Entered(NamedTuple):
+    """A layer that is running, and the guard as it was before."""
+
+    module: nn.Module
+    active: bool
+    allowed: frozenset[int]
+    functions: Mapping[Callable[..., Any], Callable[..., Any]]
 
 
 def every_module(model: nn.Module) -> list[nn.Module]:

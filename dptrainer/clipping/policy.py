@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dpbudget.errors import InvalidParameter, PrivacyViolation
-from dptrainer.clipping.engine import checked_clip_norm, clip_factors, trainable_parameters
+from dptrainer.clipping.engine import checked_clip_norm, clip_factors, plain, trainable_parameters
 from dptrainer.values import NoisySum
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class PerLayerClipping(Clipping):
             model: with everything trainable that will ever be.
             clip_norm: the plan's, ``run.plan.clip_norm``.
         """
-        layers = sorted({name.rpartition(".")[0] for name in trainable_parameters(model)})
+        layers = sorted({name.rpartition(".")[0] for name in trainable_parameters(plain(model))})
         share = checked_clip_norm(clip_norm) / math.sqrt(max(1, len(layers)))
         return cls(dict.fromkeys(layers, share))
 

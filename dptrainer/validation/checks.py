@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dpbudget.errors import PrivacyViolation
+from dptrainer.clipping.engine import plain
 from dptrainer.validation.layers import layer_problems
 from dptrainer.validation.models import mode_problems, parameter_problems, replay_problems, wrapper_problems
 from dptrainer.validation.optimizers import foreign_parameters, optimizer_problems
@@ -22,7 +23,7 @@ def validate(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         model: in the state in which training will start.
         optimizer: the optimizer that will step it, if it exists already.
     """
-    found: list[Problem] = []
+    found, model = list[Problem](), plain(model)
     for name, module in model.named_modules():
         found += wrapper_problems(name, module)
         found += layer_problems(name, module)

@@ -23,10 +23,10 @@ _REPLICATES = {
 def wrapper_problems(name: str, module: nn.Module) -> Iterator[Problem]:
     """What stands between the engine and the layers: compiled or scripted code, replicas on other devices."""
     title = layer_title(name, module)
-    # Wrapped by torch.compile, or in place by module.compile().
-    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+    # Wrapped by torch.compile, or in place by module.compile(). A model compiled as a whole is taken apart before.
+    if name and (hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None):
         reason = f"{title} is the result of torch.compile, whose layers cannot be hooked."
-        yield Problem(name, "DP019", reason, "pass the module that was compiled.")
+        yield Problem(name, "DP019", reason, "compile the model as a whole, or not this part of it.")
     if isinstance(module, torch.jit.ScriptModule):
         reason = f"{title} is TorchScript, whose layers cannot be hooked."
         yield Problem(name, "DP019", reason, "pass the module that was scripted or traced.")
