@@ -61,14 +61,11 @@ def _try(
         return
     example, positional, names = found
     inputs = _with_rows(example, _ANY if rows is None else rows)
-    if rows is None and forward.sizes_are_open:
-        for tensor in inputs:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
     gpus = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=gpus), torch.enable_grad(), passed_by_name(model, positional, names):
         with _uncompiled(forward):
             expected, again = _sums(engine, inputs), _sums(engine, inputs)
-        sums = _sums(engine, inputs)
+        sums = _sums(engine, inputs, any_size=rows is None and forward.sizes_are_open)
     if forward.reason is None and _differ(expected, again) == 0 and not _differ(sums, expected) <= _TOLERANCE:
         forward.give_up("it gave other gradients than the model itself")
 
@@ -93,12 +90,15 @@ def _uncompiled(forward: CompiledForward) -> Iterator[None]:
         forward.reason = None
 
 
-def _sums(engine: BookKeeping, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+def _sums(engine: BookKeeping, inputs: Sequence[Tensor], *, any_size: bool = False) -> dict[str, Tensor]:
     """Clipped sums of the model's own output, under a loss that is different for each entry."""
     torch.manual_seed(0)
-    batch = len(inputs[0])
+    given, batch = [tensor.clone() for tensor in inputs], len(inputs[0])
+    if any_size:
+        for tensor in given:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
     with engine.record(batch):
-        losses = losses_like(engine.call(*[tensor.clone() for tensor in inputs]), batch)
+        losses = losses_like(engine.call(*given), batch)
     return dict(engine.backward(losses).grads)
 
 

@@ -27,6 +27,7 @@ class Entry:
 
     Attributes:
         shown: what the program calls.
+        original: what stood there.
         forward: the compiled forward pass of private batches.
         engine: of the private training, once there is one.
     """
@@ -35,8 +36,8 @@ class Entry:
         self.shown, self.model = shown, plain(shown)
         self._place = "_compiled_call_impl" if shown is self.model else "forward"
         held = vars(shown)[self._place]
-        self._original: Callable[..., Any] = held._original if isinstance(held, Entry) else held
-        self.forward = CompiledForward(self.model, settings_of(self._original if shown is self.model else shown))
+        self.original: Callable[..., Any] = held.original if isinstance(held, Entry) else held
+        self.forward = CompiledForward(self.model, settings_of(self.original if shown is self.model else shown))
         self.engine: BookKeeping | None = None
 
     def attach(
@@ -44,6 +45,7 @@ class Entry:
     ) -> None:
         """From now on private batches go to ``engine``; see :func:`~dptrainer.rehearsal.rehearse`."""
         self.engine = engine
+        self.forward.rows = rows
         self.forward.rehearse = partial(rehearse, engine, self.forward, self.model, calls, rows, note)
         self.forward.ready()
         vars(self.shown)[self._place] = self
@@ -54,13 +56,13 @@ class Entry:
         """Gives the model back as it was."""
         self.engine = None
         if vars(self.shown).get(self._place) is self:
-            vars(self.shown)[self._place] = self._original
+            vars(self.shown)[self._place] = self.original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs of the model."""
         if self.engine is None or not self.engine.batch_is_open:
             with without_global_hooks():
-                return self._original(*args, **kwargs)
+                return self.original(*args, **kwargs)
         return self.engine.call(*args, **kwargs)
 
 

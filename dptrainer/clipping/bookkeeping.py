@@ -37,10 +37,10 @@ from dptrainer.clipping.engine import (
 )
 from dptrainer.clipping.form import Form, exchanged, frozen, in_place
 from dptrainer.clipping.graph import NotCompilable
-from dptrainer.clipping.grouping import Grouping, grouped
+from dptrainer.clipping.grouping import Grouping, grouped, real_units
 from dptrainer.clipping.guard import BufferWatch, Entered, ParameterGuard
 from dptrainer.clipping.layout import Layer, layout
-from dptrainer.clipping.marks import EnterHook, LeaveHook
+from dptrainer.clipping.marks import EnterHook, LeaveHook, refuse_compilers_around
 from dptrainer.clipping.per_example import PerExample, packed, summed, unpacked
 from dptrainer.clipping.policy import Clipping, FlatClipping, total
 from dptrainer.clipping.recording import Call, Hook, Session, in_backward, note_shared, refuse_batch_norm, tap
@@ -205,7 +205,7 @@ class BookKeeping:
             return ClippedSum(
                 grads=grads,
                 sensitivity=self._clip_norm,
-                statistics=self._clipping.statistics(self._real(squared), self._clip_norm),
+                statistics=self._clipping.statistics(real_units(squared, self._grouping), self._clip_norm),
                 unit=self._clipping.unit(self._clip_norm),
             )
         finally:
@@ -238,10 +238,6 @@ class BookKeeping:
             return parts_of(call, batch_size)
         with self._computing(next(iter(call.layer.parameters.values())).device):
             return list(parts_of(call, batch_size))
-
-    def _real(self, squared: Tensor) -> Tensor:
-        """The squared norms of the units that records stand behind."""
-        return squared if self._grouping is None else squared[: self._grouping.units - self._grouping.padding]
 
     def _units(self, session: Session) -> dict[str, PerExample]:
         """Parameter name -> the gradients of each unit of privacy, rows that belong together added up."""
@@ -380,8 +376,9 @@ class BookKeeping:
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """``model(...)``, in a private batch with a compiled forward pass."""
-        private = self._session is not None and torch.is_grad_enabled() and self._model.training and not self._busy
-        if private and self._compiled is not None and self._compiled.reason is None and not in_backward():
+        session, compiled = self._session, self._compiled
+        ready = session is not None and compiled is not None and compiled.takes(session.batch_size)
+        if ready and torch.is_grad_enabled() and self._model.training and not self._busy and not in_backward():
             with standing_in(self._model, self._compiled_forward):
                 return self._run(*args, **kwargs)
         return self._run(*args, **kwargs)
@@ -407,6 +404,7 @@ class BookKeeping:
             return
         if not torch.is_grad_enabled() or not self._model.training:
             return
+        refuse_compilers_around()
         refuse_batch_norm(self._model)
         self._restore()  # what a recomputation left
         self._refuse_changes(session)

@@ -67,6 +67,8 @@ class CompiledForward:
 
     Attributes:
         reason: why the model runs uncompiled; None while it runs compiled.
+        rows: rows of every private batch; None where they vary. Then batches of one row run uncompiled: the compiler
+            makes a graph of its own for one, and nobody shall wait for it in a batch that is private.
         rehearse: tries it out on synthetic records; called before the first batch of a model, and of a changed one.
         marks: what tells the hooks of layers to leave marks.
     """
@@ -76,6 +78,7 @@ class CompiledForward:
         self.marks = Marks()
         self.reason: str | None = "it was not tested yet"
         self.rehearse: Callable[[], object] | None = None
+        self.rows: int | None = None
         self._untried = False
         self._layers: list[tuple[nn.Module, Layer]] = []
         self._fast: Callable[..., Any] | None = None
@@ -86,6 +89,10 @@ class CompiledForward:
     def sizes_are_open(self) -> bool:
         """Whether the program left it to the compiler which sizes are variable."""
         return self._settings.dynamic is None
+
+    def takes(self, batch_size: int) -> bool:
+        """Whether it runs batches of this size."""
+        return self.reason is None and (batch_size > 1 or self.rows == 1)
 
     def forget(self) -> None:
         """The model is another one; what was compiled may be untrue of it."""

@@ -50,7 +50,7 @@ def _parts(model: nn.Module) -> list[object]:
         if "forward" in own and own["forward"] != MethodType(forward, module):
             parts.append(own["forward"])
         if own.get("_compiled_call_impl") is not None:
-            parts.append(own["_compiled_call_impl"])
+            parts.append(getattr(own["_compiled_call_impl"], "original", own["_compiled_call_impl"]))  # behind an entry
         for name in _HOOKS:
             if name in own:  # a module from an old pickle may lack some
                 for hook in own[name].values():

@@ -174,3 +174,8 @@ def _padded(values: Tensor, grouping: Grouping) -> Tensor:
     out = values.new_zeros(grouping.units, max(grouping.counts), values.shape[1])
     out[grouping.owners(values.device), places] = values
     return out
+
+
+def real_units(squared: Tensor, grouping: Grouping | None) -> Tensor:
+    """The squared norms of the units that records stand behind."""
+    return squared if grouping is None else squared[: grouping.units - grouping.padding]

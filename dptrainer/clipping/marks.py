@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 
+from dpbudget.errors import PrivacyViolation
 from dptrainer.clipping.recording import Hook
 
 
@@ -67,3 +69,22 @@ class LeaveHook(EnterHook):
             _, given, named, output = args
             return leave(self._index, output, given, named)
         return Hook.__call__(self, *args)
+
+
+#: What compiles the frames that run now, in the versions of torch that tell.
+_compiling: Callable[[], object] = getattr(eval_frame, "get_eval_frame_callback", lambda: None)
+
+
+def refuse_compilers_around() -> None:
+    """Refuses a private forward pass inside something that is being compiled, whose hooks would be compiled too.
+
+    Raises:
+        PrivacyViolation: (DP019) there is such a thing.
+    """
+    if torch.compiler.is_dynamo_compiling() or _compiling() not in (None, False):
+        raise PrivacyViolation(
+            "a private batch is given to the model by code that torch.compile was asked to compile.",
+            hint="compile the model before its private training is set up, pass what torch.compile returned, and leave "
+            "the training step itself uncompiled.",
+            code="DP019",
+        )
