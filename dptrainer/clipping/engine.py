@@ -155,8 +155,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def plain(model: nn.Module) -> nn.Module:
     """The model itself: what is inside the wrapper that ``torch.compile`` puts around a module."""
-    while isinstance(inside := vars(model).get("_modules", {}).get("_orig_mod"), nn.Module):
-        model = inside
+    while type(model).__module__.startswith("torch._dynamo"):
+        model = model._orig_mod  # type: ignore[assignment]  # a module
     return model
 
 

@@ -1,4 +1,4 @@
-"""A model whose forward pass is compiled: the oracle's sums, the refusals of the eager engine, or no compiling at all."""
+"""A model whose forward pass is compiled: the oracle's sums, the eager engine's refusals, or no compiling at all."""
 
 from __future__ import annotations
 
@@ -187,6 +187,35 @@ def test_half_precision_under_autocast_is_that_of_the_eager_engine():
             with pytest.raises(PrivacyViolation, match="DP030"):
                 engine.finish("mean")  # the rounding of a mean in half precision follows the size of the batch
     assert_close(found["compiled"], found["eager"], 2e-2)
+
+
+def test_what_lies_before_the_model_gets_its_gradient():
+    model, x = MODELS["perceptron"][0](), torch.randn(6, 5)
+    found = []
+    for engine in (BookKeeping(model, clip_norm=0.2), compiled(model, 0.2)[0]):
+        given = x.clone().requires_grad_()
+        sums_of(engine, [given.sin()])
+        found.append(given.grad)
+        engine.detach()
+    torch.testing.assert_close(found[1], found[0])
+    assert found[0].abs().sum() > 0
+
+
+def test_a_layer_under_no_grad_contributes_nothing():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            with torch.no_grad():
+                h = self.body(x)
+            return self.last(h)
+
+    model, x = Half(), torch.randn(6, 4)
+    engine, forward = compiled(model, 0.2)
+    assert_close(sums_of(engine, [x]), microbatch(model, [x], 0.2))
+    assert forward.reason is None
 
 
 class Outside(nn.Module):

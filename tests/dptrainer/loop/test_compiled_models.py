@@ -198,6 +198,27 @@ def test_a_compiler_that_is_wrong_is_found_at_set_up() -> None:
     assert any("other gradients" in line for line in said)
 
 
+def test_a_model_with_dropout_is_tried_out_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.3), nn.Linear(7, 3))
+    _, loader = sums_of("wrapped", model=model)
+    assert loader.compiled
+    assert loader.compiled_later == 0
+    _, loader = sums_of("wrapped", model=nn.Sequential(nn.Dropout(0.3), Branches()))
+    assert not loader.compiled
+
+
+def test_exact_noise_takes_no_compiled_model() -> None:
+    model = network()
+    run = make_run(2, noise="exact")
+    with refused("DP019"):
+        PrivateTrainer(
+            as_given(model, "wrapped"), torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(),
+            linear_data(), run, note=lambda _: None,
+        )  # fmt: skip
+    assert run.charged == 0
+
+
 class Mixes(nn.Module):
     def __init__(self) -> None:
         super().__init__()

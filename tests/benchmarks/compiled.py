@@ -1,0 +1,97 @@
+"""Private and ordinary steps of models that were compiled, against the same steps as they are, in turns.
+
+``python -m tests.benchmarks.compiled --rounds 20 a e``: medians and quartiles of the ratio to the ordinary step that ran
+just before, in wall time. A C++ compiler must be there, and the first round takes up to a minute a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from dptrainer.clipping import make_engine
+from dptrainer.clipping.compiled import CompiledForward, Settings
+from dptrainer.update import release
+from tests.benchmarks.step_models import CASES, Case
+from tests.benchmarks.step_rows import RATE, Ours, non_private
+
+
+class OursCompiled(Ours):
+    """The whole private step with a compiled forward pass."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.engine.detach()
+        self.forward = CompiledForward(self.model, Settings("inductor"))
+        self.engine = make_engine(self.model, self.run.plan.clip_norm, compiled=self.forward)
+
+    def __call__(self) -> None:
+        """One step."""
+        self.optimizer.zero_grad()
+        receipt = self.run.next_receipt()
+        with self.engine.record(len(self.x)):
+            losses = self.case.losses(self.engine.call(self.x), self.y)
+        release(self.model, self.engine.backward(losses), receipt, self.noise)
+        self.optimizer.step()
+        assert self.forward.reason is None, self.forward.reason
+
+
+def ordinary_compiled(case: Case) -> Callable[[], None]:
+    """The step without privacy of a compiled model."""
+    model, (x, y) = case.make(), case.data(case.batch)
+    fast = torch.compile(model)
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=RATE)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        case.losses(fast(x), y).mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def show(name: str, rounds: int) -> None:
+    """One model: all rows in turns, each beside an ordinary step."""
+    case = CASES[name]
+    ordinary = non_private(case)
+    rows = {
+        "ordinary, compiled": ordinary_compiled(case),
+        "private": Ours(case),
+        "private, compiled": OursCompiled(case),
+    }
+    found: dict[str, list[float]] = {row: [] for row in rows}
+    base: list[float] = []
+    for number in range(rounds + 2):
+        for row, step in rows.items():
+            before, own = _seconds(ordinary), _seconds(step)
+            if number >= 2:
+                base.append(before)
+                found[row].append(own / before)
+    print(f"{name}: ordinary {1e3 * statistics.median(base):.1f} ms")
+    for row, ratios in found.items():
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"  {row:20} {middle:.2f} ({low:.2f} to {high:.2f})")
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="+", choices=list(CASES))
+    parser.add_argument("--rounds", type=int, default=20)
+    given = parser.parse_args()
+    for name in given.models:
+        show(name, given.rounds)
+
+
+if __name__ == "__main__":
+    main()
