@@ -1,14 +1,14 @@
 """Private and ordinary steps of models that were compiled, against the same steps as they are, in turns.
 
-``python -m tests.benchmarks.compiled --rounds 20 a e``: medians and quartiles of the ratio to the ordinary step that ran
-just before, in wall time. A C++ compiler must be there, and the first round takes up to a minute a model.
+``python -m tests.benchmarks.compiled a e --rounds 20 --threads 1``: medians and quartiles of the ratio to the ordinary
+step that ran just before, in wall time and in processor time, which says more on a machine that others use. A C++
+compiler must be there; the first round takes up to a minute a model.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -18,6 +18,7 @@ from dptrainer.clipping.compiled import CompiledForward, Settings
 from dptrainer.update import release
 from tests.benchmarks.step_models import CASES, Case
 from tests.benchmarks.step_rows import RATE, Ours, non_private
+from tests.benchmarks.trainer import timed
 
 
 class OursCompiled(Ours):
@@ -63,24 +64,23 @@ def show(name: str, rounds: int) -> None:
         "private": Ours(case),
         "private, compiled": OursCompiled(case),
     }
-    found: dict[str, list[float]] = {row: [] for row in rows}
-    base: list[float] = []
+    found: dict[str, list[tuple[float, float]]] = {row: [] for row in rows}
+    base: list[tuple[float, float]] = []
     for number in range(rounds + 2):
         for row, step in rows.items():
-            before, own = _seconds(ordinary), _seconds(step)
+            before, own = timed(ordinary), timed(step)
             if number >= 2:
                 base.append(before)
-                found[row].append(own / before)
-    print(f"{name}: ordinary {1e3 * statistics.median(base):.1f} ms")
+                found[row].append((own[0] / before[0], own[1] / before[1]))
+    wall, processor = (1e3 * statistics.median(one) for one in zip(*base, strict=True))
+    print(f"{name}: ordinary {wall:.1f} ms, {processor:.1f} ms of processors")
     for row, ratios in found.items():
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"  {row:20} {middle:.2f} ({low:.2f} to {high:.2f})")
+        print(f"  {row:20}", "   ".join(_quartiles(one) for one in zip(*ratios, strict=True)))
 
 
-def _seconds(step: Callable[[], None]) -> float:
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
+def _quartiles(ratios: tuple[float, ...]) -> str:
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def main() -> None:
@@ -88,7 +88,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", choices=list(CASES))
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     for name in given.models:
         show(name, given.rounds)
 
