@@ -1,8 +1,8 @@
 """``torch.compile`` for the parts of a private model that train nothing: activations, attention scores, frozen bodies.
 
 Where the model runs uncompiled, tracing cannot pass through the guard that watches every operation of a private
-forward. A function without trainable parameters needs no guard: it runs compiled, outside it, once it is certain that it holds
-none. Models that are compiled as a whole are the matter of :mod:`dptrainer.clipping.compiled`.
+forward. A function without trainable parameters needs no guard: it runs compiled, outside it, once it is certain that
+it holds none. Models that are compiled as a whole are the matter of :mod:`dptrainer.clipping.compiled`.
 """
 
 from __future__ import annotations

@@ -130,6 +130,19 @@ def test_evaluation_goes_where_the_program_sent_it_also_between_steps() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters()), "the model is free again"
 
 
+@pytest.mark.parametrize("kind", ["wrapped", "in place"])
+def test_the_backend_of_the_program_compiles_the_private_pass(kind: str) -> None:
+    seen: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        seen.append(len(inputs))
+        return graph.forward
+
+    _, loader = sums_of(kind, backend=backend)
+    assert loader.compiled
+    assert len(seen) == 1
+
+
 def test_the_model_inside_and_the_one_shown_are_one() -> None:
     expected, _ = sums_of("as it is", steps=3)
     model, noise = network(), NoNoise()
