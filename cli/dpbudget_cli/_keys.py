@@ -78,10 +78,12 @@ def shown(ledger: str) -> str:
 
 def require_ledger(ledger: str) -> None:
     """Say that a ledger is missing before its keys are (DP070); a database is asked when it is opened."""
+    from dpbudget.ledger.store.files import check_path
     from dpbudget.ledger.store.postgres_url import is_database
 
     if not is_database(ledger) and not os.path.lexists(ledger):
-        raise Unreadable(f"{ledger}: no such ledger", hint="check the path, or make it with dpbudget ledger init")
+        new = f"dpbudget ledger init {ledger} --epsilon E --delta D"
+        raise Unreadable(f"{ledger}: no such ledger", hint=f"{check_path(ledger)}; a new one is made by {new}")
 
 
 def key_path(given: str | None, ledger: str, role: str) -> str:

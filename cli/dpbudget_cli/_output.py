@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dpbudget.errors import CODES, DPBudgetError, DPBudgetWarning, NotComputable
+from dpbudget.errors import CODES, WAYS_OUT, DPBudgetError, DPBudgetWarning, NotComputable
 
 if TYPE_CHECKING:
     from dpbudget._config import Assumed
@@ -109,7 +109,9 @@ def warnings_told() -> Iterator[None]:
 def talk_assumed(assumed: Iterable[Assumed]) -> None:
     """One line for every value that nobody stated."""
     for item in assumed:
-        talk(f"assumed {item.name.replace('_', '-')} = {item.value} ({item.why})")
+        value = item.value
+        whole = isinstance(value, float) and value.is_integer()
+        talk(f"assumed {item.name.replace('_', '-')} = {int(value) if whole else value} ({item.why})")
 
 
 def bounds_json(bounds: Bounds) -> dict[str, Any]:
@@ -164,7 +166,8 @@ def report_error(error: Exception, as_json: bool) -> int:
 
 def _explain(error: Exception) -> tuple[str, str, str, int]:
     if isinstance(error, DPBudgetError):
-        return error.code, error.message, error.hint, error.exit_code
+        way_out = error.hint or WAYS_OUT[error.code].rstrip(".")  # what helps in general, where nobody knows better
+        return error.code, error.message, way_out, error.exit_code
     if isinstance(error, click.ClickException):
         return _explain_click(error)
     if isinstance(error, OSError):

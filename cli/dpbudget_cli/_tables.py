@@ -72,7 +72,9 @@ def read_columns(path: str, roles: Roles) -> Columns:
     try:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:
-        raise bad(f"{path}: {getattr(error, 'strerror', None) or error}", "check the path") from None
+        from dpbudget.ledger.store.files import check_path
+
+        raise bad(f"{path}: {getattr(error, 'strerror', None) or error}", check_path(path)) from None
     return _READERS[kind](path, data, roles)
 
 
@@ -139,10 +141,13 @@ def _check_header(path: str, header: list[str], roles: Roles) -> None:
 
 def _require(path: str, header: list[str], roles: Roles) -> None:
     """Refuse a table without labels, users or any feature, with the names that it has."""
+    from dpbudget._checks import did_you_mean
+
     options = dict(zip(roles.named, ("labels with --target", "users with --user-column"), strict=False))
     for name, option in options.items():
         if name not in header:
-            raise bad(f"{path} has no column {name!r}", f"name the {option}; the columns are {_listed(header)}")
+            meant = f"{did_you_mean(name, header)} The columns are {_listed(header)}".strip()
+            raise bad(f"{path} has no column {name!r}", f"name the {option}. {meant}")
     if not roles.features(header):
         raise bad(f"{path} has no feature column", "check the file")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dpbudget.curve import round_up, show_delta
-from dpbudget.errors import InvalidParameter, MissingExtra
+from dpbudget.errors import InvalidParameter, MissingExtra, PlanExhausted
 from dpbudget_cli import _output as out
 from dpbudget_cli._card import Facts, accuracy_text, card
 from dpbudget_cli._checkpoints import Checkpoints
@@ -22,7 +22,7 @@ from dpbudget_cli._models import make_model
 from dpbudget_cli._more import LongLeaf
 from dpbudget_cli._noise_keys import NoiseKeys, kept_keys, open_plan_key
 from dpbudget_cli._progress import Clock, last_line, stop_on_interrupt
-from dpbudget_cli._runs import choose_run
+from dpbudget_cli._runs import choose_run, used_up
 from dpbudget_cli._train_options import train_options
 from dpbudget_cli._training import train_private
 from dpbudget_cli._weights import card_of, check_output, save_weights, write_whole
@@ -114,7 +114,11 @@ def command(
         output = job.output or f"{local_name(path)}.{chosen[:8]}.safetensors"
         held.enter_context(hold_output(output))  # until the weights are written
         prepared = _prepare(job, ledger.state)
-        done = _train(job, prepared, ledger, shown(path), chosen, score_run, output, NoiseKeys(keep, key, expect_head))
+        noise = NoiseKeys(keep, key, expect_head)
+        try:
+            done = _train(job, prepared, ledger, shown(path), chosen, score_run, output, noise)
+        except PlanExhausted as error:
+            raise used_up(error.message, shown(path)) from None
     _report(done, as_json)
     out.talk(last_line(done.result, done.public, clock))
     if done.result.charged < done.result.planned:
