@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 #: Exit codes, as every page of help states them.
 EXIT_CODES = (
-    "Exit codes: 0 done, 1 invalid or tampered, 2 wrong usage, 3 budget refused, 4 unreadable input, "
-    "5 valid but unanchored, 6 not computable, 130 interrupted, 141 broken pipe."
+    "Exit codes: 0 done, 1 invalid, 2 wrong usage, 3 budget refused, 4 unreadable, 5 unanchored, 6 not computable, "
+    "130 interrupted, 141 broken pipe."
 )
 #: The variable by which a shell asks for completions; click's name for a command called dpbudget.
 COMPLETE_VAR = "_DPBUDGET_COMPLETE"

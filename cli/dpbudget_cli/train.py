@@ -12,7 +12,7 @@ import click
 from dpbudget.curve import round_up, show_delta
 from dpbudget.errors import InvalidParameter, MissingExtra, PlanExhausted
 from dpbudget_cli import _output as out
-from dpbudget_cli._card import Facts, accuracy_text, card
+from dpbudget_cli._card import Facts, accuracy_text, card, split_text
 from dpbudget_cli._checkpoints import Checkpoints
 from dpbudget_cli._heldout import Score, Split, charged_score, check_score, public_score, split_off
 from dpbudget_cli._job import Job
@@ -142,6 +142,8 @@ def _prepare(job: Job, state: LedgerState) -> _Prepared:
     """Read and check everything that the options name; nothing is charged meanwhile."""
     _check_unit(job, state)
     split = split_off(job, job.read(job.data), state)
+    if job.hold_out is not None:
+        out.talk(f"kept from training: {split_text(job.hold_out, 'user' if job.user_column else 'record')}")
     public = job.read_public(job.public_eval) if job.public_eval else None
     shape = split.train.features.shape[1:]
     for name, other in ((job.validation, split.held_out), (job.public_eval, public)):
@@ -199,7 +201,9 @@ def _train(
             score = _score(job, prepared, ledger, score_run)
     finally:
         facts = Facts.of(ledger, location, result)
-        text = card(facts, output, digest, model=job.model, init=job.init, public=public, score=score)
+        text = card(
+            facts, output, digest, model=job.model, init=job.init, public=public, score=score, hold_out=job.hold_out
+        )
         write_whole(card_of(output), text.encode())
     return _Done(result, facts.head, output, public, score, interrupt.asked)
 

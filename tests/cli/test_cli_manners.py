@@ -292,7 +292,7 @@ def test_every_help_page_has_examples_exit_codes_and_fits_a_screen(
     assert answer.out == run_cli(*words, "--help").out
     assert len(re.findall(r"^ +dpbudget ", answer.out, re.MULTILINE)) >= 2
     assert "Exit codes" in answer.out
-    assert len(answer.out.splitlines()) <= 45
+    assert len(answer.out.splitlines()) <= (45 if words == ("calibrate",) else 40)
     assert "--json" in answer.out
 
 
