@@ -192,8 +192,13 @@ def _explain_click(error: click.ClickException) -> tuple[str, str, str, int]:
         if error.option_name in elsewhere:
             return "DP060", f"unknown option {error.option_name}", elsewhere[error.option_name], 2
         known = [] if error.ctx is None else [name for p in error.ctx.command.get_params(error.ctx) for name in p.opts]
+        longer = [name for name in known if name.startswith("--" + error.option_name.lstrip("-"))]
+        if longer:  # the beginning of an option is not taken for it
+            return "DP060", f"unknown option {error.option_name}", f"write {' or '.join(longer)}", 2
         close = did_you_mean(error.option_name, [name for name in known if name.startswith("--")])
         return "DP060", f"unknown option {error.option_name}", close or hint, 2
+    if "unexpected extra argument" in error.format_message():
+        hint = f"name the option of every value, as the examples do; {hint}"
     message, _, fix = error.format_message().rstrip(".").partition(". Fix: ")
     code = "DP064" if isinstance(error, click.MissingParameter) else "DP060"
     message = " ".join(message.split())

@@ -12,8 +12,8 @@ import click
 from dpbudget.curve import round_up, show_delta
 from dpbudget.errors import Unreadable
 from dpbudget_cli import _output as out
+from dpbudget_cli._keys import BY_DESCRIPTOR, ask_passphrase, key_path, read_passphrases, require_ledger, shown
 from dpbudget_cli._keys import PASSPHRASE_FD as PASSPHRASES
-from dpbudget_cli._keys import ask_passphrase, key_path, read_passphrases, require_ledger, shown
 from dpbudget_cli._launch import find_program, launch
 from dpbudget_cli._options import JSON
 from dpbudget_cli._runs import choose_run, used_up
@@ -119,6 +119,8 @@ def _opened(key: str, given: tuple[bytes, ...]) -> tuple[Ed25519Signer, bytes | 
         tried = (kept,)
     elif not tried and sys.stdin.isatty():
         tried = (ask_passphrase(),)
+    if not tried:
+        raise Unreadable(refusal.message, code=refusal.code, hint=BY_DESCRIPTOR)
     for passphrase in tried:
         try:
             return load_key(key, passphrase), passphrase

@@ -37,19 +37,43 @@ NEXT = {
     f"{TRAIN} train.csv --target label --epochs 9": "the signed plan has it (dpbudget plan show)",
     f"{TRAIN} train.csv --target label --plan 0000": "the runs are {run}",
     f"{TRAIN} train.csv --target label --writer-key owner.key": "whose public half is",
+    "help": "write dpbudget --help",
+    "ledger help": "write dpbudget ledger --help",
+    "show budget.ledger": "write dpbudget key show or dpbudget ledger show or dpbudget plan show",
+    "calibrate --eps 3": "write --epsilon",
+    "calibrate -e 3": "write --epsilon or --epochs",
+    "calibrate 3": "name the option of every value",
+    "ledger grant budget.ledger --epsilon 4 --owner-key sealed.key": "--passphrase-fd FD",
+    f"{TRAIN} train.npz --init none.safetensors": "check the path",
+    f"{TRAIN} bare.csv": "name the columns in the first line, as in a,b,label",
+    f"{TRAIN} twice.csv --target label": "name the columns in the first line, as in a,b,label",
+    f"{TRAIN} other.csv": "separate values by commas",
     "explain DP5": "Did you mean DP005?",
     "explain 52": "Did you mean DP052?",
 }
 
 
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A key with a passphrase."""
+    place = tmp_path_factory.mktemp("keys") / "sealed.key"
+    dpbudget.new_key(place, passphrase=b"secret")
+    return place
+
+
 @pytest.mark.parametrize("line", NEXT, ids=NEXT.keys())
-def test_the_fix_says_what_to_type(run_cli: Cli, folder: Path, seen: Seen, line: str) -> None:
+def test_the_fix_says_what_to_type(run_cli: Cli, folder: Path, seen: Seen, sealed: Path, line: str) -> None:
     run = run_cli("ledger", "runs", "budget.ledger", "--json").json["runs"][0]["run"]
+    Path("bare.csv").write_text("4177,77.31,0\n5288,80.5,1\n", encoding="utf-8")
+    Path("twice.csv").write_text("4177,4177,0\n5288,80.5,1\n", encoding="utf-8")
+    Path("other.csv").write_text("77.31;0\n80.5;1\n", encoding="utf-8")
+    shutil.copy(sealed, "sealed.key")
     before = seen(folder)
     answer = run_cli(*shlex.split(line))
     assert answer.code in (2, 4)
     (fix,) = re.findall(r"^Fix: (.+)$", answer.err, re.MULTILINE)
     assert NEXT[line].format(folder=folder, run=run) in fix
+    assert not re.search(r"4177|77\.31|5288|80\.5", answer.err), "a first line may be a record"
     assert seen(folder) == before
 
 
