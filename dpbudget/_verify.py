@@ -117,7 +117,7 @@ def examine(
 
     What was seen is worth something only when the verdict is reached: a record is seen before its rules are checked.
     """
-    anchors = [*_parse_anchors(expect_head), *map(anchor_of, checkpoints)]
+    anchors = [*parse_anchors(expect_head), *map(anchor_of, checkpoints)]
     clock = Clock(UNTRUSTED_SECONDS if time_limit is None else time_limit)
     try:
         history = _replay(location, trust, anchors, all_heads, time_limit, see)
@@ -251,7 +251,12 @@ def _judge(history: _History, anchors: Sequence[tuple[int, str]], forged: Sequen
     )
 
 
-def _parse_anchors(expect_head: str | Sequence[str] | None) -> list[tuple[int, str]]:
+def parse_anchors(expect_head: str | Sequence[str] | None) -> list[tuple[int, str]]:
+    """Size and root of heads in the form ``size:root``.
+
+    Raises:
+        InvalidParameter: another form (DP082).
+    """
     texts = [expect_head] if isinstance(expect_head, str) else list(expect_head or ())
     anchors = []
     for text in texts:

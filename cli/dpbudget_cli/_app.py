@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 #: Exit codes, as every page of help states them.
 EXIT_CODES = (
-    "Exit codes: 0 done, 1 invalid or tampered, 2 wrong usage, 3 budget refused, 4 unreadable input, "
-    "5 valid but unanchored, 6 not computable, 130 interrupted, 141 broken pipe."
+    "Exit codes: 0 done, 1 invalid, 2 wrong usage, 3 over budget, 4 unreadable, 5 unanchored, 6 not computable, "
+    "130 interrupted, 141 broken pipe."
 )
 #: The variable by which a shell asks for completions; click's name for a command called dpbudget.
 COMPLETE_VAR = "_DPBUDGET_COMPLETE"
@@ -141,9 +141,22 @@ class LazyGroup(click.Group):
         if name not in self.lazy and not name.startswith("-") and not ctx.resilient_parsing:
             from dpbudget._checks import did_you_mean  # here, for it loads much that a right name needs not
 
-            hint = did_you_mean(name, tuple(self.lazy)) or f"the commands are {', '.join(self.lazy)}"
+            hint = (
+                self.way_to(name, ctx.command_path)
+                or did_you_mean(name, tuple(self.lazy))
+                or f"the commands are {', '.join(self.lazy)}"
+            )
             raise click.UsageError(f"unknown command {name!r}. Fix: {hint}", ctx)
         return super().resolve_command(ctx, args)
+
+    def way_to(self, name: str, path: str) -> str:
+        """Where a word that is no command here has its place: ``--help``, or a command of one of the groups."""
+        if name == "help":
+            return f"write {path} --help"
+        module = import_module("dpbudget_cli.main")
+        groups = {word: getattr(module, word, None) for word in self.lazy}
+        owners = [word for word, group in groups.items() if isinstance(group, LazyGroup) and name in group.lazy]
+        return f"write {' or '.join(f'{path} {word} {name}' for word in owners)}" if owners else ""
 
 
 class _ReaderGone(Exception):

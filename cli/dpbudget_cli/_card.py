@@ -93,7 +93,15 @@ class Facts:
 
 
 def card(
-    facts: Facts, weights: str, digest: str, *, model: str, init: str | None, public: float | None, score: Score | None
+    facts: Facts,
+    weights: str,
+    digest: str,
+    *,
+    model: str,
+    init: str | None,
+    public: float | None,
+    score: Score | None,
+    hold_out: float | None = None,
 ) -> str:
     """The card as Markdown.
 
@@ -105,6 +113,7 @@ def card(
         init: the file of the initial weights, if they were not drawn at random.
         public: accuracy on data that were declared public.
         score: accuracy on held-out records.
+        hold_out: share of the records that were kept away from training by their own hash.
     """
     name = Path(weights).name
     lines = [
@@ -117,7 +126,7 @@ def card(
         "",
         "| | |",
         "|---|---|",
-        *(f"| {key} | {value} |" for key, value in _rows(facts, digest, model, init, public, score)),
+        *(f"| {key} | {value} |" for key, value in _rows(facts, digest, model, init, public, score, hold_out)),
         "",
         "## Verify it",
         "",
@@ -144,7 +153,13 @@ def card(
 
 
 def _rows(
-    facts: Facts, digest: str, model: str, init: str | None, public: float | None, score: Score | None
+    facts: Facts,
+    digest: str,
+    model: str,
+    init: str | None,
+    public: float | None,
+    score: Score | None,
+    hold_out: float | None,
 ) -> list[tuple[str, str]]:
     plan, rows = facts.plan, list[tuple[str, str]]()
     rows.append(("model", _code(model)))
@@ -158,6 +173,8 @@ def _rows(
         rows.append((f"mechanism{part}", f"{what}{round_down(phase.noise_multiplier)}"))
     rows.append(("clipping norm", f"{plan.clip_norm:g} of each {_UNIT[plan.unit].split()[0]}'s gradient"))
     rows.append(("public size of the data", f"{plan.nominal_size} {plan.unit}s"))
+    if hold_out is not None:
+        rows.append(("kept from training", split_text(hold_out, _UNIT[plan.unit].split()[0])))
     rows.append(("accountant", f"{plan.claim.accountant}, {plan.adjacency}, {plan.noise} noise"))
     rows.append(("ledger", f"`{facts.ledger_id}`"))
     rows.append(("ledger's head", f"`{facts.head}`"))
@@ -167,6 +184,14 @@ def _rows(
     if score is not None and score.accuracy is not None:
         rows.append(("accuracy on held-out data", accuracy_text(score)))
     return rows
+
+
+def split_text(share: float, unit: str) -> str:
+    """What a split by keyed hash is, and why the claim holds for both of its parts."""
+    return (
+        f"each {unit} with probability {share:g}, by a keyed hash of it alone: one {unit} more or less moves no other, "
+        "so the claim holds for all of the data"
+    )
 
 
 def accuracy_text(score: Score) -> str:
@@ -188,6 +213,11 @@ def _not_covered(facts: Facts, init: str | None) -> list[str]:
     ]
     if facts.plan.unit == "example":
         found.append("Several records of one person: the guarantee is for one record.")
+    if facts.plan.noise == "secure":
+        found.append(
+            "The rounding of sums and noise to floating point, which a plan with exact noise does without "
+            "(`dpbudget plan new --noise exact`)."
+        )
     if init is not None:
         found.append("The initial weights, unless they are public or come from a run of this ledger.")
     if facts.public_data:

@@ -6,17 +6,83 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
 
 import click
 
 from dpbudget.curve import round_up, show_delta
-from dpbudget.errors import InvalidParameter, Unanchored
+from dpbudget.errors import InvalidParameter, Tampered, Unanchored
 from dpbudget_cli import _output as out
 
 _HEAD = re.compile(r"\s*[0-9]+:.*")
-_Show = Callable[[str, str | None, tuple[str, ...], bool], None]
 #: As much of a document as shows what it is, white space left out.
 _START = 64
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What is asked of a document beside holding in itself.
+
+    Attributes:
+        trust: the key, from elsewhere, of whoever must have signed it.
+        heads: ``size:root`` of the heads that it must be about, those of checkpoint files among them.
+        as_json: whether the answer is one JSON object.
+    """
+
+    trust: str | None
+    heads: tuple[str, ...]
+    as_json: bool
+
+    @classmethod
+    def of(cls, trust: str | None, expect_head: tuple[str, ...], witnesses: tuple[str, ...], as_json: bool) -> Self:
+        """The demands that the options of ``verify`` make.
+
+        Raises:
+            InvalidParameter: a head is none (DP082), or a witness is named and no checkpoint file is (DP064).
+            Unanchored: no checkpoint file carries the cosignature of a witness (DP079).
+        """
+        from dpbudget._verify import anchor_of, parse_anchors
+
+        texts, notes = read_anchors(expect_head)
+        for witness in witnesses:
+            _require_cosignature(witness, notes)
+        anchors = (*parse_anchors(texts), *map(anchor_of, notes))
+        return cls(trust, tuple(f"{size}:{root}" for size, root in anchors), as_json)
+
+    def meet(self, head: str | None, what: str, hint: str) -> None:
+        """Refuse a document about another head than each that was demanded.
+
+        Raises:
+            Unanchored: (DP079).
+        """
+        if any(wanted != head for wanted in self.heads):
+            raise Unanchored(f"the {what} is about the head {head}", hint=hint)
+
+
+def _require_cosignature(witness: str, notes: list[bytes]) -> None:
+    from dpbudget.ledger.head import check_cosignature
+
+    if not notes:
+        raise InvalidParameter(
+            "a witness cosigns a checkpoint, and none was given",
+            code="DP064",
+            hint="pass the checkpoint's file with --expect-head",
+        )
+    failed = []
+    for note in notes:
+        try:
+            check_cosignature(note, witness)
+        except Tampered as error:
+            failed.append(error.message)
+    if len(failed) == len(notes):
+        raise Unanchored(
+            f"no checkpoint carries the cosignature of {witness[:60]}: {failed[-1]}",
+            hint="ask the witness for its cosignature of this checkpoint",
+        )
+
+
+_Show = Callable[[str, Demands], None]
 
 
 def other_document(path: str) -> _Show | None:
@@ -56,19 +122,15 @@ def _trusted(trust: str | None, what: str) -> str:
     return trust
 
 
-def _show_run_proof(path: str, trust: str | None, expect_head: tuple[str, ...], as_json: bool) -> None:
+def _show_run_proof(path: str, demands: Demands) -> None:
     from dpbudget.ledger.keys import load_public_key
     from dpbudget.ledger.proof_file import MAX_BYTES, check_run_proof
     from dpbudget.ledger.store.files import as_path, read_regular
 
-    owner = load_public_key(_trusted(trust, "a run proof"))
+    owner = load_public_key(_trusted(demands.trust, "a run proof"))
     proof = check_run_proof(read_regular(as_path(path), MAX_BYTES), owner)
-    heads, _ = read_anchors(expect_head)
-    if any(head.strip() != str(proof.head) for head in heads):
-        raise Unanchored(
-            f"the proof is about the head {proof.head}", hint="ask for a proof under the head that you know"
-        )
-    if as_json:
+    demands.meet(str(proof.head), "proof", "ask for a proof under the head that you know")
+    if demands.as_json:
         out.emit_json(
             {
                 "ok": True,
@@ -94,38 +156,36 @@ def _show_run_proof(path: str, trust: str | None, expect_head: tuple[str, ...], 
         click.echo(f"  {out.clean(line)}")
 
 
-def _show_consistency(path: str, _: str | None, expect_head: tuple[str, ...], as_json: bool) -> None:
+def _show_consistency(path: str, demands: Demands) -> None:
     from dpbudget.ledger.head import Head
     from dpbudget.ledger.proof_file import check_consistency_proof
     from dpbudget.ledger.store.files import as_path, read_regular
 
-    parsed = [re.fullmatch(r"\s*([0-9]{1,16}):([0-9a-f]{64})\s*", text) for text in expect_head]
-    heads = sorted((Head(int(match[1]), match[2], "") for match in parsed if match), key=lambda head: head.size)
-    if len(heads) != 2 or len(parsed) != 2:
+    parts = (text.split(":") for text in demands.heads)
+    heads = sorted((Head(int(size), root, "") for size, root in parts), key=lambda head: head.size)
+    if len(heads) != 2:
         raise InvalidParameter(
-            f"a consistency proof joins two heads, and {len(expect_head)} were given",
+            f"a consistency proof joins two heads, and {len(heads)} were given",
             code="DP064",
-            hint="pass --expect-head SIZE:ROOT twice: the old head and the new one",
+            hint="pass --expect-head twice, the old head and the new one: SIZE:ROOT or a checkpoint file",
         )
     check_consistency_proof(read_regular(as_path(path), 1 << 16), *heads)
     facts = {"ok": True, "old": str(heads[0]), "new": str(heads[1])}
-    if as_json:
+    if demands.as_json:
         out.emit_json(facts)
     else:
         click.echo(f"CONSISTENT: the history under {heads[1]} begins with the whole history under {heads[0]}")
 
 
-def _show_attestation(path: str, trust: str | None, expect_head: tuple[str, ...], as_json: bool) -> None:
+def _show_attestation(path: str, demands: Demands) -> None:
     from dpbudget._attest import read_attestation
     from dpbudget.ledger.entries import MAX_ENVELOPE_BYTES
     from dpbudget.ledger.keys import load_public_key
     from dpbudget.ledger.store.files import as_path, read_regular
 
-    signer = load_public_key(_trusted(trust, "a signed verdict"))
+    signer = load_public_key(_trusted(demands.trust, "a signed verdict"))
     found = read_attestation(read_regular(as_path(path), MAX_ENVELOPE_BYTES), signer)
-    heads, _ = read_anchors(expect_head)
-    if any(head.strip() != found.head for head in heads):
-        raise Unanchored(f"the verdict is about the head {found.head}", hint="verify the ledger itself for other heads")
+    demands.meet(found.head, "verdict", "verify the ledger itself for other heads")
     facts = {
         "signed": True,
         "ledger": found.ledger_id,
@@ -141,7 +201,7 @@ def _show_attestation(path: str, trust: str | None, expect_head: tuple[str, ...]
         "checked_by": list(found.checked_by),
         "warnings": list(found.warnings),
     }
-    if as_json:
+    if demands.as_json:
         out.emit_json({"ok": True, **facts})
         return
     click.echo(f"SIGNED VERDICT: epsilon <= {round_up(found.epsilon_upper, 10)} at delta {show_delta(found.delta)}")
@@ -152,10 +212,10 @@ def _show_attestation(path: str, trust: str | None, expect_head: tuple[str, ...]
     out.talk("This is the signer's word; verify the ledger with this head to see for yourself.")
 
 
-def _show_report(path: str, trust: str | None, expect_head: tuple[str, ...], as_json: bool) -> None:
+def _show_report(path: str, demands: Demands) -> None:
     from dpbudget_cli._reports import show_report
 
-    show_report(path, trust, expect_head, as_json)
+    show_report(path, demands)
 
 
 _DOCUMENTS: dict[bytes, _Show] = {

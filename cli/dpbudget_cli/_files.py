@@ -8,8 +8,13 @@ import tempfile
 from dpbudget.errors import InvalidParameter, Unreadable
 
 
-def write_new(name: str, data: bytes) -> None:
+def write_new(name: str, data: bytes, *, way_out: str = "choose another path") -> None:
     """Write a new file.
+
+    Args:
+        name: its path.
+        data: what it holds.
+        way_out: what to do where the name is taken.
 
     Raises:
         InvalidParameter: the name exists (DP074).
@@ -18,9 +23,7 @@ def write_new(name: str, data: bytes) -> None:
     try:
         descriptor = os.open(name, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o644)
     except FileExistsError:
-        raise InvalidParameter(
-            f"{name} exists", code="DP074", hint="choose another path; nothing was written"
-        ) from None
+        raise InvalidParameter(f"{name} exists", code="DP074", hint=f"{way_out}; nothing was written") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise Unreadable(f"cannot create {name}: {reason}", hint="make the folder first") from None

@@ -103,7 +103,8 @@ def check_score(job: Job, state: LedgerState, chosen: str, score_run: str | None
             f"run {score_run} cannot pay for a score: that takes a plan of its own, of one step, not yet charged, with "
             "secure noise",
             code="DP081",
-            hint="dpbudget plan new --sample-rate 1 --steps 1, signed before training begins; nothing was charged",
+            hint="sign one in before training begins: dpbudget plan new --sample-rate 1 --steps 1 --noise secure; "
+            "nothing was charged",
         )
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _Key = TypeVar("_Key")
 _MAX_PASSPHRASE = 4096
 
+#: The way out where a passphrase is needed and nobody is there to type it.
+BY_DESCRIPTOR = "pass --passphrase-fd FD, as in --passphrase-fd 3 3< FILE"
 PASSPHRASE_FD = click.option(
     "--passphrase-fd", type=int, metavar="FD", help="Read passphrases of encrypted keys here, one a line."
 )
@@ -56,7 +58,7 @@ def ask_passphrase(*, twice: bool = False) -> bytes:
         raise InvalidParameter(
             "a passphrase is needed and there is no terminal to ask at",
             code="DP073",
-            hint="pass --passphrase-fd FD, as in --passphrase-fd 3 3< FILE",
+            hint=BY_DESCRIPTOR,
         )
     text = click.prompt("passphrase", hide_input=True, confirmation_prompt=twice, err=True)
     return str(text).encode()
@@ -78,10 +80,12 @@ def shown(ledger: str) -> str:
 
 def require_ledger(ledger: str) -> None:
     """Say that a ledger is missing before its keys are (DP070); a database is asked when it is opened."""
+    from dpbudget.ledger.store.files import check_path
     from dpbudget.ledger.store.postgres_url import is_database
 
     if not is_database(ledger) and not os.path.lexists(ledger):
-        raise Unreadable(f"{ledger}: no such ledger", hint="check the path, or make it with dpbudget ledger init")
+        new = f"dpbudget ledger init {ledger} --epsilon E --delta D"
+        raise Unreadable(f"{ledger}: no such ledger", hint=f"{check_path(ledger)}; a new one is made by {new}")
 
 
 def key_path(given: str | None, ledger: str, role: str) -> str:
@@ -139,7 +143,9 @@ def _open(load: Callable[[str, bytes | None], _Key], path: str, passphrases: tup
         kept = _kept_passphrase(path)
         if kept is not None:
             return load(path, kept)
-    if passphrases or not sys.stdin.isatty():
+    if not passphrases and not sys.stdin.isatty():
+        raise Unreadable(refusal.message, code=refusal.code, hint=BY_DESCRIPTOR)
+    if passphrases:
         raise refusal
     return load(path, ask_passphrase())
 

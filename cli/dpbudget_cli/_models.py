@@ -163,6 +163,10 @@ def _load(model: torch.nn.Module, path: str) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from dpbudget.ledger.store.files import check_path
+
+    if not Path(path).exists():
+        raise Unreadable(f"{path}: no such file", code="DP091", hint=check_path(path))
     try:
         model.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError, ValueError):

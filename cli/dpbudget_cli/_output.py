@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dpbudget.errors import CODES, DPBudgetError, DPBudgetWarning, NotComputable
+from dpbudget.errors import CODES, WAYS_OUT, DPBudgetError, DPBudgetWarning, NotComputable
 
 if TYPE_CHECKING:
     from dpbudget._config import Assumed
@@ -109,7 +109,9 @@ def warnings_told() -> Iterator[None]:
 def talk_assumed(assumed: Iterable[Assumed]) -> None:
     """One line for every value that nobody stated."""
     for item in assumed:
-        talk(f"assumed {item.name.replace('_', '-')} = {item.value} ({item.why})")
+        value = item.value
+        whole = isinstance(value, float) and value.is_integer()
+        talk(f"assumed {item.name.replace('_', '-')} = {int(value) if whole else value} ({item.why})")
 
 
 def bounds_json(bounds: Bounds) -> dict[str, Any]:
@@ -164,7 +166,8 @@ def report_error(error: Exception, as_json: bool) -> int:
 
 def _explain(error: Exception) -> tuple[str, str, str, int]:
     if isinstance(error, DPBudgetError):
-        return error.code, error.message, error.hint, error.exit_code
+        way_out = error.hint or WAYS_OUT[error.code].rstrip(".")  # what helps in general, where nobody knows better
+        return error.code, error.message, way_out, error.exit_code
     if isinstance(error, click.ClickException):
         return _explain_click(error)
     if isinstance(error, OSError):
@@ -189,8 +192,13 @@ def _explain_click(error: click.ClickException) -> tuple[str, str, str, int]:
         if error.option_name in elsewhere:
             return "DP060", f"unknown option {error.option_name}", elsewhere[error.option_name], 2
         known = [] if error.ctx is None else [name for p in error.ctx.command.get_params(error.ctx) for name in p.opts]
+        longer = [name for name in known if name.startswith("--" + error.option_name.lstrip("-"))]
+        if longer:  # the beginning of an option is not taken for it
+            return "DP060", f"unknown option {error.option_name}", f"write {' or '.join(longer)}", 2
         close = did_you_mean(error.option_name, [name for name in known if name.startswith("--")])
         return "DP060", f"unknown option {error.option_name}", close or hint, 2
+    if "unexpected extra argument" in error.format_message():
+        hint = f"name the option of every value, as the examples do; {hint}"
     message, _, fix = error.format_message().rstrip(".").partition(". Fix: ")
     code = "DP064" if isinstance(error, click.MissingParameter) else "DP060"
     message = " ".join(message.split())

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import click
 
 from dpbudget.curve import round_down, round_up, show_delta
-from dpbudget.errors import Tampered, Unanchored
+from dpbudget.errors import Tampered
 from dpbudget_cli import _output as out
 
 if TYPE_CHECKING:
     from dpbudget.report.document import Document
+    from dpbudget_cli._documents import Demands
 
 #: Seconds for a report, which nobody signed; an honest one takes one or two.
 SECONDS = 30.0
@@ -44,7 +45,7 @@ def read_report(path: str, seconds: float = SECONDS) -> tuple[Document, list[str
     return document, problems
 
 
-def show_report(path: str, trust: str | None, expect_head: tuple[str, ...], as_json: bool) -> None:
+def show_report(path: str, demands: Demands) -> None:
     """Check the report in ``path`` and say what follows from it; the exit code is 1 if something does not.
 
     Raises:
@@ -57,19 +58,19 @@ def show_report(path: str, trust: str | None, expect_head: tuple[str, ...], as_j
 
     document, problems = read_report(path, click.get_current_context().params.get("time_limit") or SECONDS)
     other_version = document.dpbudget != this_version()
-    if trust is not None and document.owner not in (None, load_public_key(trust).hex):
+    if demands.trust is not None and document.owner not in (None, load_public_key(demands.trust).hex):
         raise Tampered(
             f"the report names the owner {document.owner}, another key than the trusted one",
             code="DP072",
             hint="after a rekey of the owner, trust the newest key, or verify the ledger itself",
         )
-    _refuse_other_heads(document.head, expect_head)
+    demands.meet(document.head, "report", "verify the ledger itself for other heads")
     if not document.ok:
         problems = [*problems, *(f"of the ledger, when the report was made: {text}" for text in document.problems)]
         problems = problems or ["the ledger did not hold when the report was made"]
     ends = document.epsilon
     notes = [f"its words are those of dpbudget {document.dpbudget}, and were not compared"] if other_version else []
-    if as_json:
+    if demands.as_json:
         out.emit_json(
             {
                 "ok": not problems,
@@ -104,13 +105,3 @@ def _tell(name: str, problems: list[str], notes: list[str]) -> None:
         click.echo(out.clean(f"  problem: {problem}"))
     for note in notes:
         click.echo(out.clean(f"  note: {note}"))
-
-
-def _refuse_other_heads(head: str | None, expect_head: tuple[str, ...]) -> None:
-    from dpbudget._verify import anchor_of
-    from dpbudget_cli._documents import read_anchors
-
-    heads, notes = read_anchors(expect_head)
-    heads += [f"{size}:{root}" for size, root in map(anchor_of, notes)]
-    if any(text.strip() != head for text in heads):
-        raise Unanchored(f"the report is about the head {head}", hint="verify the ledger itself for other heads")

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dpbudget.errors import InvalidParameter
+from dpbudget.errors import InvalidParameter, PlanExhausted
 
 if TYPE_CHECKING:
     from dpbudget.ledger.state import LedgerState
+
+
+def used_up(message: str, ledger: str) -> PlanExhausted:
+    """The refusal of a step beyond a plan, with what to type next about the ledger."""
+    return PlanExhausted(
+        message,
+        hint=f"stop here; whether some of the budget is left for another plan says dpbudget ledger show {ledger}",
+    )
 
 
 def choose_run(state: LedgerState, text: str | None, *, but: str | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -72,7 +73,9 @@ def read_columns(path: str, roles: Roles) -> Columns:
     try:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:
-        raise bad(f"{path}: {getattr(error, 'strerror', None) or error}", "check the path") from None
+        from dpbudget.ledger.store.files import check_path
+
+        raise bad(f"{path}: {getattr(error, 'strerror', None) or error}", check_path(path)) from None
     return _READERS[kind](path, data, roles)
 
 
@@ -132,17 +135,36 @@ def _check_header(path: str, header: list[str], roles: Roles) -> None:
     if not header:
         raise bad(f"{path} is empty", "write a header, and a row of numbers for each record")
     twice = [name for index, name in enumerate(header) if name in header[:index]]
+    missing = not set(roles.named) <= set(header)
+    # The first line may be a record, of which nothing is shown.
+    if missing and len(header) == 1 and re.search("[;\t|]", header[0]):
+        raise bad(f"{path} has one column alone", "separate values by commas: export it again")
+    if (twice or missing) and any(map(_is_number, header)):
+        raise bad(
+            f"{path} has numbers in the place of column names", "name the columns in the first line, as in a,b,label"
+        )
     if twice:
         raise bad(f"{path} has two columns {twice[0]!r}", "rename one of them")
     _require(path, header, roles)
 
 
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
 def _require(path: str, header: list[str], roles: Roles) -> None:
     """Refuse a table without labels, users or any feature, with the names that it has."""
+    from dpbudget._checks import did_you_mean
+
     options = dict(zip(roles.named, ("labels with --target", "users with --user-column"), strict=False))
     for name, option in options.items():
         if name not in header:
-            raise bad(f"{path} has no column {name!r}", f"name the {option}; the columns are {_listed(header)}")
+            meant = f"{did_you_mean(name, header)} The columns are {_listed(header)}".strip()
+            raise bad(f"{path} has no column {name!r}", f"name the {option}. {meant}")
     if not roles.features(header):
         raise bad(f"{path} has no feature column", "check the file")
 

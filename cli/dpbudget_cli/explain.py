@@ -10,6 +10,12 @@ from dpbudget_cli._options import JSON
 from dpbudget_cli.main import Leaf
 
 
+def _padded(name: str) -> str:
+    """``DP005`` for ``DP5`` and ``5``; anything else as it is."""
+    number = name.removeprefix("DP")
+    return f"DP{int(number):03d}" if number.isascii() and number.isdecimal() and len(number) <= 9 else name
+
+
 @click.command("explain", cls=Leaf)
 @click.argument("code", required=False)
 @JSON
@@ -33,7 +39,7 @@ def command(code: str | None, as_json: bool) -> None:
         raise InvalidParameter(
             f"there is no code {code[:20]!r}",
             code="DP060",
-            hint=f"{did_you_mean(name, tuple(CODES))} dpbudget explain lists all of them".strip(),
+            hint=f"{did_you_mean(_padded(name), tuple(CODES))} dpbudget explain lists all of them".strip(),
         )
     if as_json:
         out.emit_json({"code": name, "meaning": CODES[name], "way_out": WAYS_OUT[name]})

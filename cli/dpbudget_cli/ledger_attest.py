@@ -5,8 +5,9 @@ from __future__ import annotations
 import click
 
 from dpbudget.curve import round_up, show_delta
-from dpbudget.errors import Tampered
+from dpbudget.errors import Tampered, Unanchored
 from dpbudget_cli import _output as out
+from dpbudget_cli._documents import read_anchors
 from dpbudget_cli._files import write_new
 from dpbudget_cli._keys import PASSPHRASE_FD, load_signer, read_passphrases, shown
 from dpbudget_cli._options import JSON
@@ -20,7 +21,12 @@ from dpbudget_cli.main import Leaf
 @click.option(
     "--key", "key_file", required=True, metavar="FILE", help="The key that signs: an auditor's, or the owner's."
 )
-@click.option("--expect-head", multiple=True, metavar="SIZE:ROOT", help="A head seen before. May be repeated.")
+@click.option(
+    "--expect-head",
+    multiple=True,
+    metavar="HEAD",
+    help="A head seen before, SIZE:ROOT or a checkpoint file. May be repeated.",
+)
 @PASSPHRASE_FD
 @JSON
 def command(
@@ -46,12 +52,13 @@ def command(
     from dpbudget.ledger.keys import load_public_key
 
     signer = load_signer(key_file, read_passphrases(passphrase_fd))
-    report = verify(path, trust=load_public_key(trust), expect_head=expect_head)
+    heads, notes = read_anchors(expect_head)
+    report = verify(path, trust=load_public_key(trust), expect_head=heads, checkpoints=notes)
     if not report.ok:
-        raise Tampered(
-            f"the ledger does not hold: {report.problems[0]}",
-            hint=f"see all of it: dpbudget ledger verify {shown(path)}",
-        )
+        found = f"see all of it: dpbudget ledger verify {shown(path)}"
+        if report.exit_code == Unanchored.exit_code:
+            raise Unanchored(report.problems[0], hint=found)
+        raise Tampered(f"the ledger does not hold: {report.problems[0]}", hint=found)
     data = attest(report, signer)
     write_new(target, data)
     if as_json:

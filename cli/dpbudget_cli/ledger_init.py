@@ -29,7 +29,7 @@ ONE_PERSON = "Owner and writer keys were made together, so both roles are one pe
 @click.command("init", cls=Leaf)
 @click.argument("path")
 @click.option("--epsilon", type=EPSILON, metavar="E", required=True, help="Total epsilon of all runs.")
-@click.option("--delta", type=DELTA, metavar="D", required=True, help="Total delta of all runs.")
+@click.option("--delta", type=DELTA, metavar="D", required=True, help="Total delta of all runs, such as 1e-5.")
 @click.option("--owner-key", metavar="FILE", help="Key that grants; PATH.owner.key is made if not given.")
 @click.option("--writer-key", metavar="FILE", help="Key that spends; PATH.writer.key is made if not given.")
 @click.option("--adjacency", type=ADJACENCY, default="add-remove", help="add-remove (default), zero-out, replace-one.")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
+from dpbudget.errors import InvalidParameter
 from dpbudget_cli import _output as out
-from dpbudget_cli._documents import other_document, read_anchors
+from dpbudget_cli._documents import Demands, other_document, read_anchors
 from dpbudget_cli._options import JSON, POSITIVE
 from dpbudget_cli.main import Leaf
 
@@ -50,7 +51,13 @@ def command(
 
     show = other_document(path)
     if show is not None:
-        show(path, trust, expect_head, as_json)
+        if all_heads:
+            raise InvalidParameter(
+                "--all-heads is about the heads that a ledger's store kept, and this document is no ledger",
+                code="DP064",
+                hint="leave --all-heads out, or verify the ledger itself",
+            )
+        show(path, Demands.of(trust, expect_head, witness, as_json))
         return
     heads, notes = read_anchors(expect_head)
     report = verify(

@@ -124,7 +124,7 @@ def _plan(question: Question, ledger: Ledger, path: str) -> Plan:
     if question.has("epsilon"):
         return calibrate(epsilon=values["epsilon"], **facts)
     beside = () if newest.frozen else state.plans_of(newest)
-    _refuse_crumbs(beside, room, ledger.plan_delta)
+    _refuse_crumbs(beside, room, ledger.plan_delta, path)
     question.note("epsilon", room, "all that is left of the budget; pass --epsilon to leave some")
     return calibrate(epsilon=room, beside=beside, **facts)
 
@@ -180,7 +180,7 @@ def _adaptive_plan(question: Question, ledger: Ledger) -> Plan:
     )
 
 
-def _refuse_crumbs(beside: tuple[Plan, ...], room: float, delta: float) -> None:
+def _refuse_crumbs(beside: tuple[Plan, ...], room: float, delta: float, path: str) -> None:
     """Refuse to fill what rounding left of a portfolio with a plan that would be noise alone (DP052)."""
     from dpbudget.filters.portfolio import FULL, PortfolioFilter
 
@@ -189,8 +189,8 @@ def _refuse_crumbs(beside: tuple[Plan, ...], room: float, delta: float) -> None:
         raise BudgetExceeded(
             f"the {'plan' if len(beside) == 1 else f'{len(beside)} plans'} signed before may claim epsilon "
             f"{round_up(taken, 10)} of {round_down(room, 10)}, so nothing of use is left for another",
-            hint="train under a plan that dpbudget plan show lists; a plan is not taken back, so pass --epsilon to "
-            "leave room for the next",
+            hint=f"train under a plan that dpbudget plan show --ledger {path} lists; a plan is not taken back, so pass "
+            "--epsilon to leave room for the next",
         )
 
 

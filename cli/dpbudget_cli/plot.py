@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _PANELS = ("profile", "trade-off", "steps")
 #: For the plans of one ledger.
 _SECONDS = 120.0
+#: Longer than for a verdict on a ledger that nobody vouches for: the lines are what is asked for.
+_FOR_A_LEDGER = 60.0
 
 
 class ScheduleType(PhaseType):
@@ -117,7 +119,10 @@ def _document(source: str) -> Document:
     from dpbudget_cli._documents import is_report
     from dpbudget_cli._reports import read_report
 
-    document, problems = read_report(source) if is_report(source) else (make_report(source), [])
+    if is_report(source):
+        document, problems = read_report(source)
+    else:
+        document, problems = make_report(source, time_limit=_FOR_A_LEDGER), []
     problems += [] if document.ok else document.problems
     if problems:
         raise Tampered(f"{document.name} does not hold: {problems[0]}", hint="see all of it: dpbudget verify")

@@ -100,7 +100,10 @@ def command(
     if output == _STDOUT:
         click.echo(data, nl=False)
     else:
-        write_anew(output, data) if replace else write_new(output, data)
+        if replace:
+            write_anew(output, data)
+        else:
+            write_new(output, data, way_out="pass --replace to write over it, or -o OUT for another path")
         _tell(document, output, kind, len(data), as_json)
     ctx.exit({"valid": 0, "not valid": 1, "not anchored": 5}[document.verdict])
 

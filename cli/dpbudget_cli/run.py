@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import click
 
 from dpbudget.curve import round_up, show_delta
-from dpbudget.errors import PlanExhausted, Unreadable
+from dpbudget.errors import Unreadable
 from dpbudget_cli import _output as out
+from dpbudget_cli._keys import BY_DESCRIPTOR, ask_passphrase, key_path, read_passphrases, require_ledger, shown
 from dpbudget_cli._keys import PASSPHRASE_FD as PASSPHRASES
-from dpbudget_cli._keys import ask_passphrase, key_path, read_passphrases, require_ledger
 from dpbudget_cli._launch import find_program, launch
 from dpbudget_cli._options import JSON
-from dpbudget_cli._runs import choose_run
+from dpbudget_cli._runs import choose_run, used_up
 from dpbudget_cli.main import Leaf
 
 if TYPE_CHECKING:
@@ -57,10 +57,7 @@ def command(
     signer, secret = _opened(key, read_passphrases(passphrase_fd))
     before, _ = _look_up(path, run_id, signer)
     if before.charged >= before.plan.steps:
-        raise PlanExhausted(
-            f"run {before.run_id} has used up its {before.plan.steps} steps",
-            hint="sign another plan where dpbudget ledger show says that some of the budget is left; nothing was run",
-        )
+        raise used_up(f"run {before.run_id} has used up its {before.plan.steps} steps; nothing was run", shown(path))
     find_program(words[0])
     claim = before.plan.claim
     out.talk(f"run {before.run_id}: {before.charged} of {before.plan.steps} steps charged")
@@ -122,6 +119,8 @@ def _opened(key: str, given: tuple[bytes, ...]) -> tuple[Ed25519Signer, bytes | 
         tried = (kept,)
     elif not tried and sys.stdin.isatty():
         tried = (ask_passphrase(),)
+    if not tried:
+        raise Unreadable(refusal.message, code=refusal.code, hint=BY_DESCRIPTOR)
     for passphrase in tried:
         try:
             return load_key(key, passphrase), passphrase

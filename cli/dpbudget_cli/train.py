@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dpbudget.curve import round_up, show_delta
-from dpbudget.errors import InvalidParameter, MissingExtra
+from dpbudget.errors import InvalidParameter, MissingExtra, PlanExhausted
 from dpbudget_cli import _output as out
-from dpbudget_cli._card import Facts, accuracy_text, card
+from dpbudget_cli._card import Facts, accuracy_text, card, split_text
 from dpbudget_cli._checkpoints import Checkpoints
 from dpbudget_cli._heldout import Score, Split, charged_score, check_score, public_score, split_off
 from dpbudget_cli._job import Job
@@ -22,7 +22,7 @@ from dpbudget_cli._models import make_model
 from dpbudget_cli._more import LongLeaf
 from dpbudget_cli._noise_keys import NoiseKeys, kept_keys, open_plan_key
 from dpbudget_cli._progress import Clock, last_line, stop_on_interrupt
-from dpbudget_cli._runs import choose_run
+from dpbudget_cli._runs import choose_run, used_up
 from dpbudget_cli._train_options import train_options
 from dpbudget_cli._training import train_private
 from dpbudget_cli._weights import card_of, check_output, save_weights, write_whole
@@ -114,7 +114,11 @@ def command(
         output = job.output or f"{local_name(path)}.{chosen[:8]}.safetensors"
         held.enter_context(hold_output(output))  # until the weights are written
         prepared = _prepare(job, ledger.state)
-        done = _train(job, prepared, ledger, shown(path), chosen, score_run, output, NoiseKeys(keep, key, expect_head))
+        noise = NoiseKeys(keep, key, expect_head)
+        try:
+            done = _train(job, prepared, ledger, shown(path), chosen, score_run, output, noise)
+        except PlanExhausted as error:
+            raise used_up(error.message, shown(path)) from None
     _report(done, as_json)
     out.talk(last_line(done.result, done.public, clock))
     if done.result.charged < done.result.planned:
@@ -138,6 +142,8 @@ def _prepare(job: Job, state: LedgerState) -> _Prepared:
     """Read and check everything that the options name; nothing is charged meanwhile."""
     _check_unit(job, state)
     split = split_off(job, job.read(job.data), state)
+    if job.hold_out is not None:
+        out.talk(f"kept from training: {split_text(job.hold_out, 'user' if job.user_column else 'record')}")
     public = job.read_public(job.public_eval) if job.public_eval else None
     shape = split.train.features.shape[1:]
     for name, other in ((job.validation, split.held_out), (job.public_eval, public)):
@@ -195,7 +201,9 @@ def _train(
             score = _score(job, prepared, ledger, score_run)
     finally:
         facts = Facts.of(ledger, location, result)
-        text = card(facts, output, digest, model=job.model, init=job.init, public=public, score=score)
+        text = card(
+            facts, output, digest, model=job.model, init=job.init, public=public, score=score, hold_out=job.hold_out
+        )
         write_whole(card_of(output), text.encode())
     return _Done(result, facts.head, output, public, score, interrupt.asked)
 

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from dpbudget.errors import InvalidParameter, Unreadable, UnsafeKeyFile
 from dpbudget.ledger.signing import Ed25519Signer, PublicKey
-from dpbudget.ledger.store.files import as_path, read_regular, sync_folder
+from dpbudget.ledger.store.files import as_path, check_path, read_regular, sync_folder
 
 MAX_KEY_BYTES = 16 * 1024
 #: Signing keys, and the keys of auditors, who open sealed noise keys (:mod:`dpbudget.ledger.auditor`).
@@ -215,7 +215,7 @@ def read_private_file(place: Path) -> bytes:
     except OSError as error:
         if place.is_symlink():
             raise UnsafeKeyFile(f"the key {place} is a symbolic link", hint="name the file itself") from None
-        raise Unreadable(f"{place}: {error.strerror}", hint="check the path") from None
+        raise Unreadable(f"{place}: {error.strerror}", hint=check_path(place)) from None
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)

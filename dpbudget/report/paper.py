@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dpbudget.curve import round_up
-from dpbudget.errors import InvalidParameter
+from dpbudget.errors import InvalidParameter, NotComputable
 from dpbudget.plan import Plan
 from dpbudget.report.document import Document
 from dpbudget.report.figures import FALSE_POSITIVES, PROFILE_POINTS, THRESHOLDS
@@ -106,8 +106,14 @@ def line_of_report(document: Document, label: str | None) -> Line:
     """The line of a ledger: of what it spent, or of its plans where none began.
 
     Raises:
-        InvalidParameter: the report has no profile (DP060).
+        InvalidParameter: no plan is signed in, so there is no profile (DP060).
+        NotComputable: there is one, and it could not be computed in time (DP063).
     """
+    if not document.profile and document.left_out:
+        raise NotComputable(
+            f"{document.name} cannot be drawn: {document.left_out[0]}",
+            hint="draw its report, which has the time that it needs: dpbudget report LEDGER --trust KEY -o FILE.json",
+        )
     if not document.profile or document.delta is None or document.epsilon is None:
         raise InvalidParameter(
             f"{document.name} has nothing to draw: no plan is signed in", code="DP060", hint="dpbudget plan new"

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import dpbudget
+from dpbudget.ledger.head import VerifierKey
 from dpbudget.ledger.keys import load_public_key
 from dpbudget.ledger.requests import request_budget, sign_request
+from dpbudget.ledger.signing import PublicKey
 
 Cli = Callable[..., Any]
 Seen = Callable[[Path], dict[str, tuple[int, str]]]
@@ -191,7 +194,8 @@ def test_a_ledger_that_does_not_hold_is_not_attested(run_cli: Cli, folder: Path)
     assert (answer.code, "does not hold" in answer.err) == (1, True)
     head = run_cli("ledger", "head", LEDGER, "--json").json["head"]
     wrong = f"{head.split(':')[0]}:{'0' * 64}"
-    assert run_cli(*attest, "--trust", f"{LEDGER}.owner.key.pub", "--expect-head", wrong).code == 1
+    missed = run_cli(*attest, "--trust", f"{LEDGER}.owner.key.pub", "--expect-head", wrong)
+    assert (missed.code, "DP079" in missed.err) == (5, True)
     assert not (folder / "r.dsse").exists()
 
 
@@ -290,6 +294,49 @@ def test_a_checkpoint_file_anchors_and_a_witness_is_demanded(run_cli: Cli, folde
     witness = "witness.example+e3a2e6b2+BAAA"
     assert run_cli("verify", LEDGER, "--expect-head", "head.txt", "--witness", witness).code == 5
     assert run_cli("verify", LEDGER, "--witness", witness).code == 2
+
+
+def test_a_checkpoint_file_anchors_a_proof_and_a_signed_verdict(run_cli: Cli, folder: Path) -> None:
+    run = run_cli("ledger", "runs", LEDGER, "--json").json["runs"][0]["run"]
+    old = run_cli("ledger", "head", LEDGER, "--output", "head.txt", "--json").json
+    assert run_cli("ledger", "prove", LEDGER, "run.proof", "--run", run).code == 0
+    owner = f"{LEDGER}.owner.key.pub"
+    attest = ("ledger", "attest", LEDGER, "r.dsse", "--key", "owner.key", "--trust", owner)
+    assert run_cli(*attest, "--expect-head", "head.txt").code == 0
+    assert run_cli("verify", "r.dsse", "--trust", "owner.key.pub", "--json").json["anchored"] is True
+    assert run_cli("ledger", "note", LEDGER, "checked").code == 0
+    assert run_cli("ledger", "head", LEDGER, "--output", "later.txt").code == 0
+    for document, key in (("run.proof", owner), ("r.dsse", "owner.key.pub")):
+        verify = ("verify", document, "--trust", key, "--expect-head")
+        assert run_cli(*verify, "head.txt").code == 0
+        missed = run_cli(*verify, "later.txt")
+        assert (missed.code, missed.out, "DP079" in missed.err) == (5, "", True)
+        assert run_cli(*verify, "head.txt", "--expect-head", "later.txt").code == 5
+        assert run_cli(*verify, "train.csv").code == 2
+        assert run_cli(*verify, "12").code == 2
+    assert run_cli("ledger", "prove", LEDGER, "c.proof", "--since", str(old["size"])).code == 0
+    joined = run_cli("verify", "c.proof", "--expect-head", "head.txt", "--expect-head", "later.txt")
+    assert "CONSISTENT" in joined.out
+
+
+def test_a_witness_is_demanded_of_a_proof_too(run_cli: Cli, folder: Path) -> None:
+    """What an option asks for is checked or refused, whatever document is verified."""
+    head = run_cli("ledger", "head", LEDGER, "--output", "head.txt", "--json").json
+    run = run_cli("ledger", "runs", LEDGER, "--json").json["runs"][0]["run"]
+    assert run_cli("ledger", "prove", LEDGER, "run.proof", "--run", run).code == 0
+    seed = Ed25519PrivateKey.from_private_bytes(bytes(32))
+    witness = VerifierKey("witness.example", PublicKey(seed.public_key().public_bytes_raw()), cosigner=True)
+    note = (folder / "head.txt").read_text(encoding="utf-8")
+    message = f"cosignature/v1\ntime 1700000000\n{note.rpartition(chr(10) * 2)[0]}\n".encode()
+    blob = witness.hash + (1700000000).to_bytes(8, "big") + seed.sign(message)
+    cosigned = f"{note}— {witness.name} {base64.b64encode(blob).decode()}\n"
+    (folder / "cosigned.txt").write_text(cosigned, encoding="utf-8")
+    verify = ("verify", "run.proof", "--trust", f"{LEDGER}.owner.key.pub", "--witness", str(witness), "--expect-head")
+    assert run_cli(*verify, "cosigned.txt").code == 0
+    alone = run_cli(*verify, "head.txt")
+    assert (alone.code, "cosignature of witness.example" in alone.err) == (5, True)
+    assert run_cli(*verify, head["head"]).code == 2
+    assert run_cli("verify", "run.proof", "--trust", f"{LEDGER}.owner.key.pub", "--all-heads").code == 2
 
 
 def test_an_owner_elsewhere_certifies_the_numbers_of_an_rdp_ledger(run_cli: Cli, empty: Path) -> None:

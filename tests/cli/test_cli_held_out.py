@@ -152,6 +152,9 @@ class TestTheScore:
         answer = run_cli(*TRAIN, "--hold-out", "0.5", "--json")
         assert (answer.code, answer.json["held_out"]) == (0, None)
         assert "--score-plan RUN would pay for it" in answer.err
+        why = "each record with probability 0.5, by a keyed hash of it alone: one record more or less moves no other"
+        assert why in answer.err
+        assert why in Path(answer.json["card"]).read_text(encoding="utf-8")
 
     def test_a_private_validation_file_without_a_plan_is_refused(self, run_cli: Cli, folder: Path, seen: Seen) -> None:
         before = seen(folder)
@@ -169,6 +172,24 @@ class TestTheScore:
         assert answer.json["held_out"]["run"] is None
         assert 0.0 <= answer.json["held_out"]["accuracy"] <= 1.0
         assert verify("open.ledger").steps == 5
+
+    def test_a_score_plan_with_exact_noise_is_refused_with_the_plan_that_would_do(
+        self, run_cli: Cli, folder: Path, seen: Seen
+    ) -> None:
+        exact = run_cli("plan", "new", "--ledger", "budget.ledger", *PAYS, "--noise", "exact", "--json").json["run"]
+        training = next(
+            plan["run"]
+            for plan in run_cli("ledger", "plans", "budget.ledger", "--json").json["plans"]
+            if plan["run"] != exact
+        )
+        words = (*TRAIN, "--plan", training, "--hold-out", "0.5")
+        before = seen(folder)
+        refused = run_cli(*words, "--score-plan", exact)
+        assert (refused.code, "DP081" in refused.err, seen(folder) == before) == (2, True, True)
+        assert "dpbudget plan new --sample-rate 1 --steps 1 --noise secure" in refused.err
+        sizes = (*PAYS[2:], "--epsilon", "0.3", "--noise", "secure")
+        secure = run_cli("plan", "new", "--ledger", "budget.ledger", *sizes, "--json").json["run"]
+        assert run_cli(*words, "--score-plan", secure).code == 0
 
     @pytest.mark.parametrize("which", ["itself", "many steps", "spent"])
     def test_a_plan_that_cannot_pay_is_refused_before_any_charge(

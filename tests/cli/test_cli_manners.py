@@ -189,7 +189,7 @@ def test_a_bad_input_gets_one_line_a_fix_and_its_exit_code(
     assert found is not None
     assert found[1] in CODES
     assert code in {None, found[1]}, answer.err
-    assert "Fix: " in answer.err or code is None
+    assert "Fix: " in answer.err
     assert answer.out == ""
     assert "Traceback" not in answer.err
     assert "SECRET" not in answer.err
@@ -292,7 +292,7 @@ def test_every_help_page_has_examples_exit_codes_and_fits_a_screen(
     assert answer.out == run_cli(*words, "--help").out
     assert len(re.findall(r"^ +dpbudget ", answer.out, re.MULTILINE)) >= 2
     assert "Exit codes" in answer.out
-    assert len(answer.out.splitlines()) <= 45
+    assert len(answer.out.splitlines()) <= (45 if words == ("calibrate",) else 40)
     assert "--json" in answer.out
 
 

@@ -90,6 +90,10 @@ def test_a_card_says_what_its_guarantee_leaves_out(folder: Path, trained: dict[s
     facts, more = facts_of(trained["run"]), {"model": "mlp", "public": None, "score": None}
     plain = card(facts, "w", "0" * 64, init=None, **more)
     assert "The initial weights, unless" not in plain
+    assert "kept from training" not in plain
+    assert "rounding of sums and noise to floating point" in plain
+    exact = replace(facts, plan=facts.plan.replace(noise="exact"))
+    assert "rounding" not in card(exact, "w", "0" * 64, init=None, **more)
     assert "Several records of one person" in plain
     started = card(replace(facts, public_data=True), "w", "0" * 64, init="some/where/old.safetensors", **more)
     assert "The initial weights, unless" in started

@@ -21,6 +21,7 @@ WORDS, ASK, MEAN, LEDGER = (f"cli/test_cli_{name}::test_" for name in ("manners"
 VOICE, DOCTOR, INIT, TRAIN = (f"cli/test_cli_{name}::test_" for name in ("voice", "doctor", "init", "train"))
 LIST, HERE = "cli/test_first_hour_list::test_", "cli/test_cli_first_hour::test_"
 DOCS, FUZZ = "docs/test_docs::test_", "fuzz/test_fuzz_commands::test_"
+NEXT, NAMED = "cli/test_cli_next_step::test_", "docs/test_commands_in_words::test_"
 TRAPS = "dptrainer/traps/test_trap_index::test_"
 STATION, REPORT, QUICK = "cli/test_cli_standing::test_", "cli/test_cli_report::test_", "docs/test_quickstart::test_"
 LINES = f"{FUZZ}no_line_whatever_breaks_the_command_line"
@@ -91,7 +92,13 @@ HABITS: dict[str, tuple[str, ...]] = {
         f"{HERE}questions_and_ledgers_load_no_torch",
         f"{VOICE}completion_loads_nothing_that_takes_long",
     ),
-    "3 stable codes and a fix": (BAD, f"{HERE}a_refusal_shows_the_value_that_it_refuses"),
+    "3 stable codes and a fix": (
+        BAD,
+        LINES,
+        f"{HERE}a_refusal_shows_the_value_that_it_refuses",
+        f"{NEXT}the_fix_says_what_to_type",
+        f"{NAMED}hints_name_commands_and_options_that_exist",
+    ),
     "4 a code is explained offline": (
         f"{ASK}every_code_is_explained",
         "house/test_manners::test_every_code_in_the_sources_is_explained",
@@ -99,10 +106,12 @@ HABITS: dict[str, tuple[str, ...]] = {
     "5 did you mean": (
         f"{WORDS}almost_every_typo_is_met_with_the_right_word",
         f"{VOICE}the_users_shell_is_taken_where_none_is_named",
+        f"{NEXT}the_fix_says_what_to_type",
     ),
     "6 machine output": (
         f"{WORDS}every_help_page_has_examples_exit_codes_and_fits_a_screen",
         f"{WORDS}with_json_an_error_is_one_object_on_standard_output",
+        "cli/test_cli_json_fields::test_every_field_of_every_answer_is_still_there",
         LINES,
     ),
     "7 the answer on one stream, talk on the other": (
@@ -146,14 +155,19 @@ HABITS: dict[str, tuple[str, ...]] = {
         f"{VOICE}bash_takes_the_script_and_completes_by_it",
         f"{ASK}settings_come_before_defaults_and_options_before_settings",
         "FILE cli/test_cli_report",
-        "COMMAND config",
+        "COMMAND config show",
     ),
 }
 
 #: The acceptance list.
 ACCEPTED: dict[str, tuple[str, ...]] = {
     "ten silent failures": (f"{TRAPS}the_tables_are_whole", f"{LIST}all_mistakes_are_in_the_index"),
-    "one test a mistake": (f"{TRAPS}every_row_is_met_by_tests_of_the_default_suite", BAD, BLOCKS),
+    "one test a mistake": (
+        f"{TRAPS}every_row_is_met_by_tests_of_the_default_suite",
+        BAD,
+        BLOCKS,
+        f"{NEXT}a_used_up_plan_leads_to_what_is_left_of_the_budget",
+    ),
     "the plan of task 1": (
         f"{HERE}the_noise_for_epsilon_three_is_that_of_the_survey",
         f"{HERE}planner_trainer_and_verifier_name_one_epsilon",
@@ -195,15 +209,20 @@ def has_command(words: str) -> bool:
     return group is not None
 
 
+def _has(path: Path, pattern: re.Pattern[str]) -> bool:
+    return pattern.search(path.read_text(encoding="utf-8")) is not None
+
+
 @pytest.mark.parametrize(("table", "row"), ROWS)
 def test_every_row_is_held_by_tests(table: str, row: str) -> None:
     assert TABLES[table][row]
     for held in TABLES[table][row]:
         kind, _, name = held.rpartition(" ")
-        if held.startswith("COMMAND "):  # as soon as it exists, some file of tests is about it
+        if held.startswith("COMMAND "):  # as soon as it exists, some file of tests types it
             words = held.removeprefix("COMMAND ")
-            named = [path for path in TESTS.glob("cli/test_*.py") if words.split()[-1] in path.name]
-            assert named or not has_command(words), f"dpbudget {words} has no file of tests"
+            typed = re.compile(r'["\s,]+'.join(words.split()))
+            named = [path for path in TESTS.glob("cli/test_*.py") if path != Path(__file__) and _has(path, typed)]
+            assert named or not has_command(words), f"dpbudget {words} is typed in no file of tests"
             continue
         file, _, test = name.partition("::")
         if kind == "FILE":

@@ -105,7 +105,7 @@ def check(line: Line, result: Result) -> None:
         assert all(number >= 0 for number in numbers_called_epsilon(answer)), answer
         assert "error" in answer or result.exit_code in (0, 1, 5), answer
     elif result.exit_code in (2, 3, 4, 6) and "Usage: " not in said:  # a group without a command shows its help
-        assert re.search(r"^error DP\d{3}: \S", result.stderr, re.MULTILINE), said
+        assert re.search(r"^error DP\d{3}: \S.*\nFix: \S", result.stderr, re.MULTILINE), said
 
 
 @pytest.mark.parametrize("part", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in range(1, 21))])

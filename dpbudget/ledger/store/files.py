@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +22,8 @@ _NETWORK = frozenset({
 # fmt: on
 #: Of the user-space file systems only these are known to be local.
 _LOCAL_FUSE = frozenset({"fuseblk", "fuse.fuse-overlayfs", "fuse.ntfs", "fuse.ntfs-3g"})
+#: Names of a folder that are compared with one that is missing.
+_MOST_NAMES = 2000
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -32,6 +35,27 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.abspath(text))
 
 
+def check_path(path: str | os.PathLike[str]) -> str:
+    """The way out where a file cannot be had: its path, and the name of a file beside it that is nearly the same."""
+    from difflib import get_close_matches
+
+    folder, name = os.path.split(os.fspath(path))
+    try:
+        with os.scandir(folder or ".") as entries:
+            names = [entry.name for entry in islice(entries, _MOST_NAMES)]
+    except (OSError, ValueError):
+        return "check the path"
+    close = [] if name in names else get_close_matches(name, names, n=1, cutoff=0.75)
+    return f"check the path. Did you mean {os.path.join(folder, close[0])}?" if close else "check the path"
+
+
+def name_a_ledger(path: Path) -> str:
+    """The way out where another file stands in a ledger's place: an export, most likely, which nobody spends from."""
+    if path.suffix == ".jsonl":  # not by what is in it: to close a file gives up SQLite's locks on it
+        return f"an export is read and verified alone; to spend from it, dpbudget ledger import {path.name} NEW.ledger"
+    return "name the ledger file or an export of it"
+
+
 def identity(path: Path) -> tuple[int, int]:
     """Device and inode of a regular file with one name.
 
@@ -41,7 +65,7 @@ def identity(path: Path) -> tuple[int, int]:
     try:
         status = os.lstat(path)
     except OSError as error:
-        raise Unreadable(f"{path}: {error.strerror}", hint="check the path") from None
+        raise Unreadable(f"{path}: {error.strerror}", hint=check_path(path)) from None
     if not stat.S_ISREG(status.st_mode):
         raise Unreadable(f"{path} is not a regular file", code="DP083", hint="name the file itself, not a link to it")
     if status.st_nlink == 0:
@@ -109,7 +133,7 @@ def open_regular(path: Path, limit: int) -> BinaryIO:
         # O_NONBLOCK: opening a FIFO must not wait for its other end.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise Unreadable(f"{path}: {error.strerror}", hint="check the path") from None
+        raise Unreadable(f"{path}: {error.strerror}", hint=check_path(path)) from None
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)

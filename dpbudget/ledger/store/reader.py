@@ -73,7 +73,7 @@ def _live(place: Path) -> SqliteStore | None:
     try:
         status = os.stat(place)
     except OSError as error:
-        raise Unreadable(f"{place}: {error.strerror}", hint="check the path") from None
+        raise Unreadable(f"{place}: {error.strerror}", hint=files.check_path(place)) from None
     if not stat.S_ISREG(status.st_mode):
         raise Unreadable(f"{place} is not a regular file", code="DP083", hint="name a file made by dpbudget")
     return live_store((status.st_dev, status.st_ino))

@@ -333,11 +333,13 @@ def check_schema(connection: sqlite3.Connection, path: Path) -> None:
         encoding = connection.execute("PRAGMA encoding").fetchone()[0]
     except sqlite3.Error as error:
         refuse_busy(error, path)
-        raise Unreadable(f"{path} is not a dpbudget ledger: {error}") from None
+        raise Unreadable(f"{path} is not a dpbudget ledger: {error}", hint=files.name_a_ledger(path)) from None
     except UnicodeDecodeError:  # of a name in the schema, or in SQLite's complaint about it
-        raise Unreadable(f"{path} is not a dpbudget ledger: its schema is not text") from None
+        raise Unreadable(
+            f"{path} is not a dpbudget ledger: its schema is not text", hint=files.name_a_ledger(path)
+        ) from None
     if application != APPLICATION_ID:
-        raise Unreadable(f"{path} is not a dpbudget ledger", hint="name the ledger file or an export of it")
+        raise Unreadable(f"{path} is not a dpbudget ledger", hint=files.name_a_ledger(path))
     expected = [("table", name, name, sql) for name, sql in SCHEMA]
     if version != SCHEMA_VERSION or found != expected or encoding != "UTF-8":
         raise Unreadable(f"{path} has an unexpected database schema (version {version})", code="DP083")
@@ -427,7 +429,7 @@ def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
     except sqlite3.Error as error:
         connection.close()
         refuse_busy(error, path)
-        raise Unreadable(f"{path} is not a dpbudget ledger: {error}") from None
+        raise Unreadable(f"{path} is not a dpbudget ledger: {error}", hint=files.name_a_ledger(path)) from None
     if mode != "delete" or level != 3:
         connection.close()
         raise Unreadable(

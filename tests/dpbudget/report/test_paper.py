@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from reportkit import Shelf
 
-from dpbudget.errors import InvalidParameter
+from dpbudget.errors import InvalidParameter, NotComputable
 from dpbudget.report import paper
 from dpbudget.report.paper import (
     MOST_LINES,
@@ -94,6 +94,13 @@ def test_every_ledger_with_a_plan_can_be_drawn(shelf: Shelf, tmp_path: Path, nam
 def test_a_ledger_without_a_plan_has_nothing_to_draw(shelf: Shelf) -> None:
     with pytest.raises(InvalidParameter, match="nothing to draw"):
         line_of_report(shelf.report("empty"), None)
+
+
+def test_what_was_not_computed_in_time_is_not_taken_for_an_empty_ledger(shelf: Shelf) -> None:
+    late = "the privacy profile: not computed in 6 s"
+    document = shelf.report("one").model_copy(update={"profile": (), "left_out": (late,)})
+    with pytest.raises(NotComputable, match=late):
+        line_of_report(document, None)
 
 
 def test_more_lines_than_can_be_told_apart_are_refused(lines: list[Line], tmp_path: Path) -> None:
