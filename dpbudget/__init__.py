@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpbudget._calibrate import calibrate, delta_of, epsilon_of, max_steps, noise_for, plan_for
     from dpbudget._environment import start_from_environment
+    from dpbudget._explore import Sweep, explore
     from dpbudget._surface import create_ledger, open_ledger, start
     from dpbudget._verify import Report, verify
     from dpbudget.accountants import get_accountant
@@ -52,10 +53,12 @@ _HOMES = {
     "RunReplay": "dpbudget.ledger.replay",
     "SealedKeys": "dpbudget.ledger.sealed",
     "StepKey": "dpbudget.ledger.replay",
+    "Sweep": "dpbudget._explore",
     "calibrate": "dpbudget._calibrate",
     "create_ledger": "dpbudget._surface",
     "delta_of": "dpbudget._calibrate",
     "epsilon_of": "dpbudget._calibrate",
+    "explore": "dpbudget._explore",
     "get_accountant": "dpbudget.accountants",
     "load_auditor_key": "dpbudget.ledger.auditor",
     "load_auditor_public_key": "dpbudget.ledger.auditor",
@@ -96,10 +99,12 @@ __all__ = [
     "RunReplay",
     "SealedKeys",
     "StepKey",
+    "Sweep",
     "calibrate",
     "create_ledger",
     "delta_of",
     "epsilon_of",
+    "explore",
     "get_accountant",
     "load_auditor_key",
     "load_auditor_public_key",

@@ -320,8 +320,15 @@ def _quick_plan(draft: _Draft, target: float, guess: float) -> Plan | None:
     if epsilon <= 0.0:
         return None
     sigma = quick_noise(draft.curve, epsilon, draft.ideal_delta, guess)
-    plan = None if sigma is None else draft.plan(sigma)
-    return plan if plan is not None and plan.claim.epsilon <= target else None
+    if sigma is None:
+        return None
+    try:
+        plan = draft.plan(sigma)
+    except InvalidParameter as error:
+        if error.code != "DP053":
+            raise
+        return None  # epsilon would allow less noise than the bounded tail does: the claim jumps
+    return plan if plan.claim.epsilon <= target else None
 
 
 def _careful_plan(draft: _Draft, target: float, guess: float) -> Plan:

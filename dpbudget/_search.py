@@ -16,6 +16,8 @@ _TOLERANCE, _PATIENCE, _COARSE = 5e-10, 16, 1e-6
 
 # Questions that the quick search may ask in each of its parts, and where the first two end.
 _ROUGH_STEPS, _NEWTON_STEPS, _RAISES, _ROUGH, _CLOSE = 14, 8, 6, 0.02, 1e-6
+# Where a search for a picture ends: relative to sigma, and after so many questions.
+_NEAR, _NEAR_STEPS = 0.01, 12
 # Part of delta left unused so that the first certified question mostly holds.
 _SPARE = 3e-11
 
@@ -31,8 +33,8 @@ class QuickCurve(Protocol):
     def rough_epsilon(self, delta: float) -> float:
         """An estimate of epsilon, within a few percent."""
 
-    def estimate_log_delta(self, epsilon: float) -> tuple[float, float]:
-        """Estimates of log delta(epsilon) and of its derivative."""
+    def estimate_log_delta(self, epsilon: float, tolerance: float = 1e-11) -> tuple[float, float]:
+        """Estimates of log delta(epsilon) and of its derivative, good to about ``tolerance`` where the law is kind."""
 
     def epsilon_between(self, smaller: float, delta: float) -> Bounds:
         """The certified lower end of epsilon at ``delta`` and the upper one at ``smaller`` <= delta."""
@@ -46,7 +48,7 @@ def quick_noise(
     Rough estimates lead to within a percent, estimates of delta to the root of log delta, and from there sigma is
     raised until the certified upper end of both directions holds. Typically 1e-11 above the smallest such sigma.
     """
-    rough = _rough_root(curve_of, epsilon, delta_of, min(max(math.log(guess), _BOTTOM), _TOP))
+    rough = rough_noise(curve_of, epsilon, delta_of, guess)
     if rough is None:
         return None
     point = _newton_root(curve_of, epsilon, delta_of, rough)
@@ -65,10 +67,11 @@ def quick_noise(
     return None
 
 
-def _rough_root(
-    curve_of: Callable[[float], PrivacyCurve], epsilon: float, delta_of: Callable[[float], float], x: float
+def rough_noise(
+    curve_of: Callable[[float], PrivacyCurve], epsilon: float, delta_of: Callable[[float], float], guess: float
 ) -> tuple[float, float] | None:
     """(log sigma, d log epsilon / d log sigma) where the rough epsilon is within a percent of ``epsilon``."""
+    x = min(max(math.log(guess), _BOTTOM), _TOP)
     before: _Point | None = None
     for _ in range(_ROUGH_STEPS):
         sigma = _sigma(x)
@@ -120,6 +123,60 @@ def _newton_root(
     return None
 
 
+def near_noise(
+    curve_of: Callable[[float], PrivacyCurve],
+    epsilon: float,
+    delta_of: Callable[[float], float],
+    start: tuple[float, float],
+    least: float,
+    tolerance: float,
+) -> tuple[float, float] | None:
+    """(sigma, power) near the smallest sigma >= ``least``; numerical, it proves nothing.
+
+    ``start`` is a guess of both: the answer to a neighbouring question, moved here, takes one or two questions, each
+    good to about ``tolerance`` in log delta. None where the estimates lead nowhere.
+    """
+    bottom, power = math.log(least), start[1]
+    x = min(max(math.log(start[0]), bottom), _TOP)
+    if x < bottom + 0.3 and _is_enough(curve_of(least), epsilon, delta_of(least)):
+        return least, power
+    low: _Point | None = None
+    high: _Point | None = None
+    for _ in range(_NEAR_STEPS):
+        curve = curve_of(_sigma(x))
+        if not isinstance(curve, QuickCurve):
+            return None
+        log_delta, slope = curve.estimate_log_delta(epsilon, tolerance)
+        if not math.isfinite(log_delta) or slope >= 0.0:
+            return None
+        # A weak Gaussian has delta = f(epsilon sigma) / sigma, hence d log delta / d log sigma = -1 + slope * epsilon;
+        # others are steeper by a power.
+        weak = 1.0 - slope * epsilon
+        here = (x, (log_delta - math.log(delta_of(_sigma(x)))) / weak)
+        low, high = (here, high) if here[1] > 0.0 else (low, here)
+        other = high if here is low else low
+        if other is not None and abs(other[0] - x) > 3e-3:
+            power = min(max((other[1] - here[1]) / (here[0] - other[0]), 1.0), 50.0)
+        if abs(here[1]) < _NEAR or (here[1] <= 0.0 and x <= bottom):
+            return _sigma(max(x + here[1] / power, bottom)), power
+        x = _between(low, high, x + min(max(here[1] / power, -1.5), 1.5))
+        x = min(max(x, bottom), _TOP)
+    return None
+
+
+def _is_enough(curve: PrivacyCurve, epsilon: float, delta: float) -> bool:
+    """Whether a rough epsilon is clearly below the target."""
+    return isinstance(curve, QuickCurve) and curve.rough_epsilon(delta) < 0.9 * epsilon
+
+
+def _between(low: _Point | None, high: _Point | None, x: float) -> float:
+    """``x``, or the middle of a bracket that it does not fall well inside."""
+    if low is None or high is None:
+        return x
+    width = high[0] - low[0]
+    return x if low[0] + 0.02 * width < x < high[0] - 0.02 * width else 0.5 * (low[0] + high[0])
+
+
 def smallest_noise(claim: Callable[[float], float], target: float, guess: float) -> float | None:
     """The smallest sigma with claim(sigma) <= target, on the safe side; None where none was found up to the largest.
 
@@ -136,7 +193,7 @@ def smallest_noise(claim: Callable[[float], float], target: float, guess: float)
     low, high = _bracket(excess, min(max(math.log(guess), _BOTTOM), _TOP))
     if high is None:
         return None
-    return MIN_NOISE_MULTIPLIER if low is None else _sigma(_narrow(excess, low, high, min(unit, 0.1)))
+    return MIN_NOISE_MULTIPLIER if low is None else _sigma(narrow(excess, low, high, min(unit, 0.1)))
 
 
 def _sigma(log_sigma: float) -> float:
@@ -166,8 +223,11 @@ def _bracket(f: Callable[[float], float], x: float) -> tuple[_Point | None, _Poi
     return (here, high) if here[1] > 0.0 else (None, here)
 
 
-def _narrow(f: Callable[[float], float], low: _Point, high: _Point, unit: float) -> float:
-    """The upper end of a bracket after secant steps towards f = -unit, kept honest by bisection."""
+def narrow(f: Callable[[float], float], low: _Point, high: _Point, unit: float) -> float:
+    """The upper end of a bracket after secant steps towards f = -unit, kept honest by bisection.
+
+    The points are (x, f(x)) with f > 0 at the lower and f <= 0 at the upper, and x is a logarithm; f(result) <= 0.
+    """
     before, last = low, high
     slow = asked = 0
     while high[0] - low[0] > (_TOLERANCE if asked < _PATIENCE else _COARSE) and high[1] < -3.0 * unit:
@@ -211,3 +271,17 @@ def most_steps(fits: Callable[[int], bool], start: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def least_count(fits: Callable[[int], bool], start: int, lowest: int, highest: int) -> int:
+    """The smallest count in [lowest, highest] that fits, for a property that is won as the count grows; 0 if none."""
+    high = min(max(start, lowest), highest)
+    while not fits(high):
+        if high == highest:
+            return 0
+        lowest, high = high + 1, min(2 * high, highest)
+    low = lowest - 1  # nothing up to here fits, or is asked for
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high

@@ -14,17 +14,17 @@ from statistics import NormalDist
 from typing import Any
 
 from dpbudget._calibrate import _Draft, _draft
-from dpbudget._checks import as_count, as_epsilon, as_noise_multiplier
+from dpbudget._checks import as_count, as_epochs, as_epsilon, as_noise_multiplier
 from dpbudget._guarantee import as_real
 from dpbudget._schedule import Schedule, make_schedule
-from dpbudget._search import most_steps, smallest_noise
+from dpbudget._search import least_count, most_steps, smallest_noise
 from dpbudget._truncation import truncation_delta, truncation_factor_log
 from dpbudget.curve import Bounds, PrivacyCurve
 from dpbudget.errors import InvalidParameter, NotComputable
 from dpbudget.filters import PortfolioFilter
 from dpbudget.mechanisms import Adjacency
 from dpbudget.mechanisms.gaussian import MAX_NOISE_MULTIPLIER, MIN_NOISE_MULTIPLIER
-from dpbudget.plan import MAX_SIZE, Phase, Plan
+from dpbudget.plan import DEFAULT_MAX_PARAMETERS, MAX_SIZE, MAX_STEPS, Phase, Plan
 from dpbudget.risk import Profile, power_bound
 
 _NORMAL = NormalDist()
@@ -241,3 +241,44 @@ def max_batch_size(
     # With epochs fixed the steps shrink as the batch grows, and epsilon is about sqrt(rate); else about the rate.
     share = target / per_rate if epochs is None else (target / per_rate) ** 2
     return most_steps(fits, int(min(max(share * size, 1.0), size, 1e9)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The smallest dataset
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def min_dataset_size(
+    *,
+    epsilon: float,
+    noise_multiplier: float,
+    batch_size: int,
+    steps: int | None = None,
+    epochs: float | Fraction | None = None,
+    delta: float | None = None,
+    adjacency: str = "add-remove",
+    accountant: str = "prv",
+    max_parameters: int = DEFAULT_MAX_PARAMETERS,
+    noise: str = "secure",
+) -> int:
+    """The smallest public dataset size, at least ``batch_size``, whose plan claims at most ``epsilon``; 0 if none.
+
+    Without ``delta`` each size has its own default. The returned size was itself seen to fit. Arguments and errors are
+    those of ``calibrate``.
+    """
+    target, sigma = as_epsilon(epsilon), as_noise_multiplier(noise_multiplier)
+    batch = as_count("batch size", batch_size, MAX_SIZE)
+
+    def draft(size: int) -> _Draft:
+        schedule = make_schedule(batch_size=batch, dataset_size=size, steps=steps, epochs=epochs)
+        return _draft(schedule, delta, 1.0, adjacency, accountant, max_parameters, noise)
+
+    def fits(size: int) -> bool:
+        return draft(size).claim(sigma) <= target
+
+    whole = draft(batch)
+    largest = MAX_SIZE if epochs is None else min(MAX_SIZE, max(int(MAX_STEPS * batch / as_epochs(epochs)), batch))
+    # Epsilon is about the rate, or its root where epochs are given, since then the steps grow with the dataset.
+    excess = math.sqrt(2.0 * whole.schedule.steps * math.log(1.25 / whole.delta)) / sigma / target
+    start = batch * (excess if epochs is None else excess * excess)
+    return least_count(fits, int(min(max(start, batch), largest)), batch, largest)

@@ -204,13 +204,34 @@ def _adjacency_and(accountant: Checked, choices: str, command: _Command) -> _Com
     return command
 
 
+class TwoNames(click.Option):
+    """An option with a second name, by which newcomers look for it; help shows the first as usual."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """The line of the first name."""
+        record = super().get_help_record(ctx)
+        return None if record is None else (record[0].replace(f", {self.opts[1]}", ""), record[1])
+
+
+#: The option's name, and what newcomers call it.
+SIZE, BATCH = ("--dataset-size", "--examples"), ("--batch-size", "--batch")
+ADVANTAGE = click.option(
+    "--advantage",
+    "--max-attack-advantage",
+    cls=TwoNames,
+    type=INSIDE,
+    metavar="A",
+    help="Instead of epsilon: largest TPR - FPR of an attack.",
+)
+
+
 def schedule_options(command: _Command) -> _Command:
     """The options that say how often each record is used."""
     for option in (
         click.option("--epochs", type=EPOCHS, metavar="K", help="Expected uses of each record."),
         click.option("--steps", type=COUNT, metavar="T", help="Number of steps."),
-        click.option("--batch-size", type=COUNT, metavar="B", help="Expected batch size."),
-        click.option("--dataset-size", type=COUNT, metavar="N", help="Public nominal size of the dataset."),
+        click.option(*BATCH, cls=TwoNames, type=COUNT, metavar="B", help="Expected batch size."),
+        click.option(*SIZE, cls=TwoNames, type=COUNT, metavar="N", help="Public nominal size of the dataset."),
         click.option("--sample-rate", type=RATE, metavar="Q", help="Probability that a record enters a batch."),
     ):
         command = option(command)
@@ -225,8 +246,8 @@ def mechanism_options(command: _Command) -> _Command:
         ),
         click.option("--epochs", type=EPOCHS, metavar="K", help="Expected uses of each record, instead of --steps."),
         click.option("--steps", type=COUNT, metavar="T", help="Number of steps."),
-        click.option("--batch-size", type=COUNT, metavar="B", help="Expected batch size, instead of --sample-rate."),
-        click.option("--dataset-size", type=COUNT, metavar="N", help="Public nominal size, with --batch-size."),
+        click.option(*BATCH, cls=TwoNames, type=COUNT, metavar="B", help="Expected batch size."),
+        click.option(*SIZE, cls=TwoNames, type=COUNT, metavar="N", help="Public nominal size, with --batch-size."),
         click.option("--noise-multiplier", type=NOISE, metavar="S", help="Noise standard deviation / clipping norm."),
         click.option("--sample-rate", type=RATE, metavar="Q", help="Probability that a record enters a batch."),
     ):

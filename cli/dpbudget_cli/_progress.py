@@ -1,4 +1,4 @@
-"""How ``dpbudget train`` shows that it goes on, and when it ends early: by public facts alone."""
+"""How a command shows that it goes on, and when ``dpbudget train`` ends early: by public facts alone."""
 
 from __future__ import annotations
 
@@ -95,22 +95,24 @@ class StopRule:
 @contextmanager
 def progress(run: Run) -> Iterator[Callable[[Bounds | None], None]]:
     """A bar with live epsilon on a terminal; silence elsewhere. It shows the run's clock, which is public."""
+    target = round_up(run.plan.claim.epsilon, 3)
+    with bar(run.planned, f"epsilon 0 of {target}", done=run.planned - run.remaining) as advance:
+        yield lambda epsilon: advance("" if epsilon is None else f"epsilon {round_up(epsilon.upper, 3)} of {target}")
+
+
+@contextmanager
+def bar(total: int, text: str, done: int = 0) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal, which moves on with each call and shows its text; silence in a pipe and with --quiet."""
     if out.VOICE.quiet or not sys.stderr.isatty():
-        yield lambda epsilon: None
+        yield lambda text: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    target = round_up(run.plan.claim.epsilon, 3)
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"epsilon 0 of {target}", total=run.planned, completed=run.planned - run.remaining)
-
-        def show(epsilon: Bounds | None) -> None:
-            text = "" if epsilon is None else f"epsilon {round_up(epsilon.upper, 3)} of {target}"
-            bar.update(task, advance=1, description=text)
-
-        yield show
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(text, total=total, completed=done)
+        yield lambda text: shown.update(task, advance=1, description=text)
 
 
 @dataclass

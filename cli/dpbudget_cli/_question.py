@@ -62,10 +62,13 @@ def refuse_together(values: dict[str, Any], first: str, second: str) -> None:
         )
 
 
-def ask_schedule(question: Question, *, solve_steps: bool = False, solve_batch: bool = False) -> None:
+def ask_schedule(
+    question: Question, *, solve_steps: bool = False, solve_batch: bool = False, solve_size: bool = False
+) -> None:
     """Complete sampling rate, steps, public size and delta.
 
-    With ``solve_steps`` the length is what is asked for, with ``solve_batch`` the expected batch size.
+    With ``solve_steps`` the length is what is asked for, with ``solve_batch`` the expected batch size, with
+    ``solve_size`` the dataset size, which then chooses delta too if nothing else does.
     """
     values = question.values
     refuse_together(values, "sample_rate", "batch_size")
@@ -76,28 +79,33 @@ def ask_schedule(question: Question, *, solve_steps: bool = False, solve_batch: 
                 raise InvalidParameter(
                     f"--{name.replace('_', '-')}, --noise-multiplier and --epsilon leave nothing to solve for",
                     code="DP064",
-                    hint="exactly one of noise, length and batch is solved for: leave one out, or ask dpbudget epsilon",
+                    hint="exactly one is solved for: leave one out, or --dataset-size where --batch-size is given",
                 )
     question.need("delta")
+    if solve_size:
+        question.need("accountant", "adjacency")
+        return
     if not question.has("sample_rate") or not question.has("delta"):
         question.need("dataset_size")
     if not question.has("sample_rate") and not solve_batch:
-        _ask_batch(question)
+        ask_batch(question)
     if not solve_steps and not question.has("steps"):
         question.need("epochs")
     if not question.has("delta"):
-        _ask_delta(question)
+        ask_delta(question)
     question.need("accountant", "adjacency")
 
 
-def _ask_batch(question: Question) -> None:
+def ask_batch(question: Question) -> None:
+    """Take the batch size of the settings, or the whole dataset where that is smaller."""
     found, size = question.settings.assume("batch_size"), question.values["dataset_size"]
     if not question.has("batch_size") and found is not None and found.value > size:
         question.note("batch_size", size, "the whole dataset, since it is smaller than the default batch")
     question.need("batch_size")
 
 
-def _ask_delta(question: Question) -> None:
+def ask_delta(question: Question) -> None:
+    """Take the default delta for the dataset size."""
     from dpbudget._schedule import default_delta
 
     size = question.values["dataset_size"]

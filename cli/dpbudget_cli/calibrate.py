@@ -1,4 +1,4 @@
-"""``dpbudget calibrate``: the smallest noise, the most steps or the largest batch for a budget."""
+"""``dpbudget calibrate``: the one unknown among noise, length, batch, dataset size and epsilon."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dpbudget.curve import round_up, show_delta
 from dpbudget.errors import InvalidParameter
 from dpbudget_cli import _output as out
 from dpbudget_cli._options import (
+    ADVANTAGE,
     CLIP,
     DELTA,
     EPSILON,
@@ -28,33 +29,42 @@ if TYPE_CHECKING:
     from dpbudget_cli._question import Question
 
 
+#: What may be unknown, as --json names it.
+_SOLVED = {
+    "noise": "noise_multiplier",
+    "steps": "steps",
+    "batch": "batch_size",
+    "size": "dataset_size",
+    "epsilon": "epsilon",
+}
+
+
 @click.command("calibrate", cls=Leaf)
 @click.option("--epsilon", type=EPSILON, metavar="E", help="What the run may claim.")
-@click.option("--advantage", type=INSIDE, metavar="A", help="Instead of epsilon: largest TPR - FPR of an attack.")
+@ADVANTAGE
 @click.option("--tpr", type=INSIDE, metavar="R", help="Instead of epsilon: largest TPR of an attack at --fpr.")
 @click.option("--fpr", type=INSIDE, metavar="F", help="The false positive rate of --tpr.")
 @click.option("--delta", type=DELTA, metavar="D", help="Delta; 1 / dataset-size^1.1 if not given.")
 @schedule_options
-@click.option("--noise-multiplier", type=NOISE, metavar="S", help="Solve for steps or batch at this noise.")
+@click.option("--noise-multiplier", type=NOISE, metavar="S", help="Solve for another unknown at this noise.")
 @click.option("--clip-norm", type=CLIP, metavar="C", help="L2 bound of each record's gradient.")
 @MODE
 @accounting_options
 @meaning_options
 @JSON
 def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> None:
-    """The smallest noise multiplier whose certified claim is at most epsilon.
+    """The smallest noise multiplier whose certified claim is at most epsilon, or another unknown.
 
-    With --noise-multiplier it solves for the largest number of steps instead, or, where --steps or --epochs is given,
-    for the largest batch: exactly one of noise, length and batch is unknown. --advantage, or --tpr with --fpr, takes
-    the place of --epsilon: no membership attack does better. The claim covers the bounded tail of secure noise. What is
-    not given comes from [tool.dpbudget] in pyproject.toml or dpbudget.toml, else from documented defaults, and is
-    reported as assumed. The dataset size is nominal, public.
+    --epsilon with --noise-multiplier asks for the most steps; with --steps or --epochs too, for the largest batch; with
+    --batch-size too, for the smallest dataset. --noise-multiplier alone asks for epsilon. --advantage, or --tpr with
+    --fpr, takes the place of --epsilon: no membership attack does better. The claim covers the bounded tail of secure
+    noise. What is not given comes from the settings or documented defaults, and is reported as assumed.
 
     Examples:
       dpbudget calibrate --epsilon 3
-      dpbudget calibrate --epsilon 3 --dataset-size 60000 --batch-size 256 --epochs 10
       dpbudget calibrate --epsilon 3 --delta 1e-5 --sample-rate 256/60000 --noise-multiplier 1.1
-      dpbudget calibrate --epsilon 3 --noise-multiplier 1.1 --epochs 10
+      dpbudget calibrate --epsilon 3 --noise-multiplier 1.1 --epochs 10 --batch-size 256
+      dpbudget calibrate --noise-multiplier 1.1 --dataset-size 60000
       dpbudget calibrate --advantage 0.1 --explain
       dpbudget calibrate --tpr 0.05 --fpr 0.01
     """
@@ -63,7 +73,7 @@ def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> No
 
     question = Question(values)
     solving = _unknown(question)
-    ask_schedule(question, solve_steps=solving == "steps", solve_batch=solving == "batch")
+    ask_schedule(question, solve_steps=solving == "steps", solve_batch=solving == "batch", solve_size=solving == "size")
     question.need("clip_norm", "max_parameters", "noise")
     plan = _solve(question, solving)
     if plot is not None:
@@ -77,7 +87,8 @@ def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> No
     if as_json:
         more = {"explain": meaning_json(meaning)} if explain else {}
         warning = delta_warning(plan.claim.delta, plan.nominal_size)
-        out.emit_json({**describe(plan, question, [warning] if warning else []), **more})
+        answer = describe(plan, question, [warning] if warning else [])
+        out.emit_json({**answer, "solved_for": _SOLVED[solving], **more})
         return
     out.talk_assumed(question.assumed)
     phase = plan.phases[0]
@@ -88,6 +99,7 @@ def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> No
             ("delta", show_delta(plan.claim.delta)),
             ("sampling rate", f"{phase.rate:.10g}"),
             *([("batch size", round(phase.rate * plan.nominal_size))] if plan.nominal_size else []),
+            *([("dataset size", plan.nominal_size)] if solving == "size" else []),
             ("steps", plan.steps),
             ("clip norm", f"{plan.clip_norm:g}"),
             ("noise", plan.noise),
@@ -100,11 +112,14 @@ def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> No
 
 
 def _unknown(question: Question) -> str:
-    """Whether ``noise``, ``steps`` or ``batch`` is solved for; raises InvalidParameter (DP064) for a muddled target."""
+    """What is solved for, a key of :data:`_SOLVED`; raises InvalidParameter (DP064) for a muddled target."""
     attack = [name for name in ("advantage", "tpr", "fpr") if question.has(name)]
+    noise = question.has("noise_multiplier")
+    if noise and not attack and not question.has("epsilon"):
+        return "epsilon"
     if attack not in ([], ["advantage"], ["tpr", "fpr"]) or bool(attack) == question.has("epsilon"):
         raise _muddled_target([*attack, *(["epsilon"] if question.has("epsilon") else [])])
-    if not question.has("noise_multiplier"):
+    if not noise:
         return "noise"
     if attack:
         raise InvalidParameter(
@@ -113,6 +128,8 @@ def _unknown(question: Question) -> str:
             hint="leave --noise-multiplier out, or ask dpbudget epsilon --explain",
         )
     length, batch = (any(map(question.has, names)) for names in (("steps", "epochs"), ("batch_size", "sample_rate")))
+    if length and question.has("batch_size") and not question.has("dataset_size"):
+        return "size"
     return "batch" if length and not batch else "steps"
 
 
@@ -133,21 +150,28 @@ def _muddled_target(given: list[str]) -> InvalidParameter:
 
 def _solve(question: Question, solving: str) -> Plan:
     from dpbudget._calibrate import calibrate, max_steps, plan_for
-    from dpbudget._targets import max_batch_size
+    from dpbudget._targets import max_batch_size, min_dataset_size
+    from dpbudget_cli._question import ask_delta
 
     shared = question.pick("adjacency", "accountant", "max_parameters", "noise")
     rate = question.pick("delta", "sample_rate", "dataset_size", "batch_size")
+    length = question.pick("steps", "epochs")
     if solving == "noise":
-        target = question.pick("epsilon", "advantage", "tpr", "fpr", "steps", "epochs", "clip_norm")
-        return calibrate(**rate, **target, **shared)
+        target = question.pick("epsilon", "advantage", "tpr", "fpr", "clip_norm")
+        return calibrate(**rate, **length, **target, **shared)
     given = question.pick("epsilon", "noise_multiplier")
-    found: dict[str, Any]
+    found: dict[str, Any] = length
     if solving == "steps":
-        found = {"steps": _some(max_steps(**given, **rate, **shared), "step", question)}
-    else:
-        length = question.pick("steps", "epochs")
-        found = {"batch_size": _some(max_batch_size(**given, **length, **rate, **shared), "record a batch", question)}
-        found |= length
+        found = {"steps": _some(max_steps(**given, **rate, **shared), "one step", question)}
+    elif solving == "batch":
+        size = max_batch_size(**given, **length, **rate, **shared)
+        found = {**length, "batch_size": _some(size, "one record a batch", question)}
+    elif solving == "size":
+        size = min_dataset_size(**given, **length, **rate, **shared)
+        found = {**length, "dataset_size": _some(size, "the largest dataset", question)}
+        question.values["dataset_size"] = size
+        if not question.has("delta"):
+            ask_delta(question)
     noise = question.pick("noise_multiplier", "clip_norm")
     return plan_for(**noise, **found, **rate, **shared)
 
@@ -158,7 +182,7 @@ def _some(count: int, what: str, question: Question) -> int:
 
     if count == 0:
         raise NotComputable(
-            f"not even one {what} fits epsilon {question.values['epsilon']:g} at noise multiplier "
+            f"not even {what} fits epsilon {question.values['epsilon']:g} at noise multiplier "
             f"{question.values['noise_multiplier']:g}",
             code="DP004",
             hint="pass a larger noise multiplier, epsilon or delta",

@@ -18,7 +18,7 @@ from dpbudget.errors import InvalidParameter, Unreadable
 from dpbudget_cli import _output as out
 from dpbudget_cli._files import write_new
 from dpbudget_cli._keys import local_name, shown
-from dpbudget_cli._options import COUNT, DELTA, EPOCHS, EPSILON, JSON
+from dpbudget_cli._options import BATCH, COUNT, DELTA, EPOCHS, EPSILON, JSON, SIZE, TwoNames
 from dpbudget_cli.ledger_init import ONE_PERSON, TWO_LEDGERS, make_ledger
 from dpbudget_cli.main import Leaf
 
@@ -62,10 +62,10 @@ ASKS = {
 
 @click.command("init", cls=Leaf)
 @click.argument("path", required=False)
-@click.option("--dataset-size", type=COUNT, metavar="N", help="Public nominal size: declared, never counted.")
+@click.option(*SIZE, cls=TwoNames, type=COUNT, metavar="N", help="Public nominal size: declared, never counted.")
 @click.option("--epsilon", type=EPSILON, metavar="E", help="Total epsilon of all runs: 1 is strong, 3 common, 8 weak.")
 @click.option("--delta", type=DELTA, metavar="D", help="Total delta; 1 / dataset-size^1.1 is proposed.")
-@click.option("--batch-size", type=COUNT, metavar="B", help="Expected batch size; 256 is proposed.")
+@click.option(*BATCH, cls=TwoNames, type=COUNT, metavar="B", help="Expected batch size; 256 is proposed.")
 @click.option("--epochs", type=EPOCHS, metavar="K", help="Expected uses of each record; 10 is proposed.")
 @click.option("--yes", is_flag=True, help="Take what is proposed for everything that is not given.")
 @JSON

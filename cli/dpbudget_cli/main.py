@@ -35,27 +35,29 @@ app = Root(
     ],
     sections={
         "Begin": ("init", "doctor"),
-        "Plan": ("calibrate", "epsilon", "delta", "plan"),
+        "Plan": ("calibrate", "epsilon", "delta", "compare", "plan"),
         "Budget and ledger": ("ledger", "verify", "report", "plot"),
         "Train": ("train", "run"),
         "Keys": ("key",),
-        "Help": ("explain", "completion"),
+        "Help": ("explain", "config", "completion"),
     },
     lazy={
         "init": (_leaf("init"), "A few questions, and a ledger, its keys and settings from them."),
         "doctor": (_leaf("doctor"), "Whether everything here is in order, and what to do if not."),
-        "calibrate": (_leaf("calibrate"), "The smallest noise (or the most steps) for a budget."),
+        "calibrate": (_leaf("calibrate"), "The smallest noise for a budget, or another unknown."),
         "epsilon": (_leaf("epsilon"), "The epsilon of a schedule at a delta."),
         "delta": (_leaf("delta"), "The delta of a schedule at an epsilon."),
+        "compare": (_leaf("compare"), "One schedule, counted by every accountant."),
         "key": ("dpbudget_cli.main:key", "Make, show and rotate signing keys."),
         "ledger": ("dpbudget_cli.main:ledger", "Grant a budget; show, export, prove and verify its ledger."),
-        "plan": ("dpbudget_cli.main:plan", "Sign a training plan into a ledger."),
+        "plan": ("dpbudget_cli.main:plan", "Explore, sign and show training plans."),
         "train": (_leaf("train"), "Train a model on a file under a signed plan."),
         "run": (_leaf("run"), "Run a script of yours under a signed plan."),
         "verify": (_leaf("ledger_verify"), "Check a ledger, recompute its epsilon (ledger verify)."),
         "report": (_leaf("report"), "What a ledger guarantees, as one page (or JSON, Markdown, PDF)."),
         "plot": (_leaf("plot"), "Figures of ledgers, plans and schedules for a paper."),
         "explain": (_leaf("explain"), "What an error code means."),
+        "config": ("dpbudget_cli.main:config", "What holds for everything that is not said."),
         "completion": (_leaf("completion"), "A script by which your shell completes commands."),
     },
 )
@@ -107,14 +109,25 @@ ledger = LazyGroup(
 plan = LazyGroup(
     "plan",
     context_settings=CONTEXT,
-    help="Sign a training plan into a ledger.\n\n"
-    "\b\nExamples:\n  dpbudget plan new --ledger budget.ledger --epochs 10\n"
+    help="Explore what training costs, and sign a plan into a ledger.\n\n"
+    "\b\nExamples:\n  dpbudget plan explore --epsilon 3 --dataset-size 60000\n"
+    "  dpbudget plan new --ledger budget.ledger --epochs 10\n"
     "  dpbudget plan show --ledger budget.ledger",
     epilog=EXIT_CODES,
     lazy={
+        "explore": (_leaf("plan_explore"), "What batch size and epochs cost in noise, and which are worth it."),
         "new": (_leaf("plan_new"), "Calibrate a plan and sign it in."),
         "show": (_leaf("plan_show"), "Show the plans of a ledger."),
     },
+)
+
+config = LazyGroup(
+    "config",
+    context_settings=CONTEXT,
+    help="The settings: flags, then dpbudget.toml or [tool.dpbudget], then documented defaults.\n\n"
+    "\b\nExamples:\n  dpbudget config show\n  dpbudget config show --json",
+    epilog=EXIT_CODES,
+    lazy={"show": (_leaf("config_show"), "Every setting, its value, and where it comes from.")},
 )
 
 #: The script and the tests' name of the same command.

@@ -12,7 +12,7 @@ from dpbudget.errors import BudgetExceeded, InvalidParameter
 from dpbudget_cli import _output as out
 from dpbudget_cli._files import write_new
 from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, read_passphrases, require_ledger, shown
-from dpbudget_cli._options import ACCOUNTANT, CLIP, COUNT, EPSILON, JSON, MODE, NOISE, schedule_options
+from dpbudget_cli._options import ACCOUNTANT, ADVANTAGE, CLIP, COUNT, EPSILON, JSON, MODE, NOISE, schedule_options
 from dpbudget_cli._owner import REQUEST
 from dpbudget_cli._standing import usable
 from dpbudget_cli.ledger_init import USERS_TRAIN
@@ -37,6 +37,7 @@ _DELTA = (
 @click.option("--owner-key", metavar="FILE", help="The owner's key; PATH.owner.key, else owner.key beside PATH.")
 @click.option("--writer-key", metavar="FILE", help="The writer's key; PATH.writer.key, else writer.key beside PATH.")
 @click.option("--epsilon", type=EPSILON, metavar="E", help="What the plan may claim; all that is left if not given.")
+@ADVANTAGE
 @schedule_options
 @click.option("--noise-multiplier", type=NOISE, metavar="S", help="Use this noise; epsilon follows from it.")
 @click.option("--clip-norm", type=CLIP, metavar="C", help="L2 bound of each record's gradient.")
@@ -107,6 +108,8 @@ def _plan(question: Question, ledger: Ledger, path: str) -> Plan:
 
     values, state = question.values, ledger.state
     refuse_together(values, "epsilon", "noise_multiplier")
+    refuse_together(values, "epsilon", "advantage")
+    refuse_together(values, "noise_multiplier", "advantage")
     if not state.portfolios:
         return _adaptive_plan(question, ledger)
     newest = state.portfolios[-1]
@@ -121,8 +124,8 @@ def _plan(question: Question, ledger: Ledger, path: str) -> Plan:
     facts["unit"] = state.genesis.unit
     if question.has("noise_multiplier"):
         return plan_for(noise_multiplier=values["noise_multiplier"], **facts)
-    if question.has("epsilon"):
-        return calibrate(epsilon=values["epsilon"], **facts)
+    if question.has("epsilon") or question.has("advantage"):
+        return calibrate(**question.pick("epsilon", "advantage"), **facts)
     beside = () if newest.frozen else state.plans_of(newest)
     _refuse_crumbs(beside, room, ledger.plan_delta, path)
     question.note("epsilon", room, "all that is left of the budget; pass --epsilon to leave some")
@@ -171,12 +174,12 @@ def _adaptive_plan(question: Question, ledger: Ledger) -> Plan:
     facts["unit"] = ledger.state.genesis.unit
     if question.has("noise_multiplier"):
         return plan_for(noise_multiplier=values["noise_multiplier"], **facts)
-    if question.has("epsilon"):
-        return calibrate(epsilon=values["epsilon"], **facts)
+    if question.has("epsilon") or question.has("advantage"):
+        return calibrate(**question.pick("epsilon", "advantage"), **facts)
     raise InvalidParameter(
         "a plan for a ledger with the filter rdp needs its noise or its own epsilon",
         code="DP064",
-        hint="pass --noise-multiplier S, or --epsilon E for what the plan alone may cost",
+        hint="pass --noise-multiplier S, or --epsilon E or --advantage A for what the plan alone may cost",
     )
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Interval = tuple[float, float]
 
 # Aimed at, relative to delta: sums in double precision gain nothing from less. A comparison needs far less.
-_LOG_TOLERANCE, _ESTIMATE_TOLERANCE, _ROUGH_TOLERANCE = math.log(1e-14), math.log(1e-11), math.log(1e-3)
+_LOG_TOLERANCE, _ROUGH_TOLERANCE = math.log(1e-14), math.log(1e-3)
 # A bracket of this relative width is not refined, one wider than the second is intersected with the fallback.
 _GOOD, _FAIR, _POOR = 1e-10, 3e-10, 1e-6
 # One narrower than this shows where epsilon is.
@@ -52,6 +52,8 @@ _MAX_NODES = 90_000
 # Below exp(-746) no float but 0 and the smallest one is left.
 _VANISHED = -746.0
 _PAD = 64.0 * UNIT
+# Over which a closed form is differentiated.
+_NUDGE = 1e-6
 
 
 class DirectionCurve:
@@ -120,11 +122,16 @@ class DirectionCurve:
         rows, chernoff = self._rows_at_delta(self._table, math.log(delta))
         return min(max(guess_epsilon(rows, math.log(delta)), 1e-3 * chernoff), max(chernoff, 0.0))
 
-    def estimate_log_delta(self, epsilon: float) -> tuple[float, float]:
-        """Estimates of log delta and of its derivative, good to 1e-9 where a plain contour works; no bound."""
+    def estimate_log_delta(self, epsilon: float, tolerance: float) -> tuple[float, float]:
+        """Estimates of log delta and of its derivative, as good as asked where a plain contour works; no bound."""
+        if self._closed is not None and not self._table.laws[0].plain:
+            # One sampled step: no contour is short, but the closed form is at hand.
+            here, there = (self._closed(value)[1] for value in (epsilon, epsilon + _NUDGE))
+            if here > 1e-300 and there < here:
+                return math.log(here), math.log(there / here) / _NUDGE
         rows, chernoff = self._rows_at_epsilon(self._table, epsilon)
         log_delta = min(guess_log_delta(rows, epsilon), chernoff)
-        contour = plan_contour(self._table, rows, epsilon, log_delta, _ESTIMATE_TOLERANCE)
+        contour = plan_contour(self._table, rows, epsilon, log_delta, math.log(tolerance))
         return (-math.inf, -1.0) if contour is None else contour.log_delta(epsilon)
 
     def _rows_at_delta(self, table: MomentTable, log_delta: float) -> tuple[Rows, float]:

@@ -89,7 +89,8 @@ def contract(pair: DominatingPair, direction: Direction, nodes: Array) -> Law:
     certain = float(profile[-1]) if second_upper[-1] == 0.0 else 0.0
     profile = np.maximum((profile - certain) * (1.0 - 2.0 * UNIT), 0.0)
     # The tangent at each node, at the next one and at the one before: -S(L > t) is a slope of h at e^t.
-    lengths = ratios[:-1] * np.expm1(np.diff(nodes))
+    # e^b - e^a as e^b (1 - e^(a - b)), for a step from far below zero is no reason to overflow.
+    lengths = -ratios[1:] * np.expm1(-np.diff(nodes))
     ahead = profile[:-1] - second_upper[:-1] * lengths * (1.0 + 2.0 * _PRODUCT) - 4.0 * UNIT * profile[:-1]
     back = (profile[1:] + second_lower[1:] * lengths * (1.0 - 2.0 * _PRODUCT)) * (1.0 - 4.0 * UNIT)
     index, points = _walk(profile.tolist(), ahead.tolist(), back.tolist())

@@ -68,9 +68,11 @@ class PRVCurve(PrivacyCurve):
         """Saddle-point estimate of epsilon, typically within one percent; a start for searches and no bound."""
         return self._directions[0].rough_epsilon(check_delta(delta)) if self._directions else 0.0
 
-    def estimate_log_delta(self, epsilon: float) -> tuple[float, float]:
+    def estimate_log_delta(self, epsilon: float, tolerance: float = 1e-11) -> tuple[float, float]:
         """Estimates of log delta(epsilon) and its derivative from the costlier direction; for searches, no bound."""
-        return self._directions[0].estimate_log_delta(check_epsilon(epsilon)) if self._directions else (-math.inf, -1.0)
+        if not self._directions:
+            return -math.inf, -1.0
+        return self._directions[0].estimate_log_delta(check_epsilon(epsilon), tolerance)
 
     def delta(self, epsilon: float) -> Bounds:
         """Smallest delta at ``epsilon``; raises InvalidParameter (DP001) unless epsilon is finite and >= 0."""

@@ -94,7 +94,7 @@ class TestTargets:
             "--fpr 0.1",
             "--advantage 0.1 --tpr 0.1 --fpr 0.01",
             "--advantage 0.1 --noise-multiplier 1",
-            "--epsilon 3 --noise-multiplier 1 --epochs 2 --batch-size 10",
+            "--epsilon 3 --noise-multiplier 1 --epochs 2 --batch-size 10 --dataset-size 99",
         ],
     )
     def test_exactly_one_thing_is_unknown(self, run_cli: Cli, empty: Path, arguments: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -24,11 +25,14 @@ def test_a_picture_is_there_and_can_be_heard(page: str, alt: str, source: str) -
 
 
 @pytest.mark.slow
-def test_the_program_draws_every_picture_of_the_concepts(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, str(DOCS / "images" / "concepts.py"), str(tmp_path)], capture_output=True)
+@pytest.mark.parametrize("page", ["concepts", "planning"])
+def test_the_program_of_a_page_draws_all_its_pictures(page: str, tmp_path: Path) -> None:
+    program = str(DOCS / "images" / f"{page}.py")
+    env = {**os.environ, "PYTHONPATH": str(DOCS.parent)}
+    done = subprocess.run([sys.executable, program, str(tmp_path)], capture_output=True, env=env)
     assert done.returncode == 0, done.stderr.decode()
     drawn = {path.name for path in tmp_path.iterdir()}
-    assert drawn == {Path(source).name for page, _, source in SHOWN if page == "concepts.md"}
+    assert drawn == {Path(source).name for name, _, source in SHOWN if name == f"{page}.md"}
     for name in drawn:
         text = (tmp_path / name).read_text(encoding="utf-8")
         assert text.startswith("<?xml")

@@ -480,3 +480,11 @@ class TestMeter:
         assert len(meter.steps) > 10
         for bounds in meter.bounds:
             assert 0.0 < bounds.lower <= bounds.upper <= plan.claim.epsilon
+
+
+def test_where_epsilon_asks_for_less_noise_than_the_tail_the_tail_decides() -> None:
+    plan = calibrate(epsilon=1000.0, dataset_size=60000, batch_size=20000, epochs=10)
+    sigma = plan.phases[0].noise_multiplier
+    assert plan.claim.epsilon <= 1000.0
+    with pytest.raises(DPBudgetError, match="DP053"):
+        plan_for(noise_multiplier=0.999 * sigma, dataset_size=60000, batch_size=20000, epochs=10)

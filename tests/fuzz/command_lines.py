@@ -52,7 +52,7 @@ WORDS += ["0.1,1,10", "1,2,3,4", "3f9c", "0" * 64, f"3:{'a' * 64}", "é", "", "%
 #: By metavar; an option without one takes words.
 VALUES = {"FILE": FILES, "PATH": FILES, "KEY": FILES}
 VALUES |= dict.fromkeys(["E", "D", "S", "Q", "C", "A", "R", "F"], NUMBERS)
-VALUES |= dict.fromkeys(["N", "B", "K", "T"], COUNTS)
+VALUES |= dict.fromkeys(["N", "B", "K", "T", "P"], COUNTS)
 VALUES["Q,S,T"] = ["0.01,1,10", "1,1,1", "0.5,2,1e3", "1,0,1", "2,1,1", "0.1,1", ",,", "1e-9,0.5,1e9", "x,y,z"]
 #: Of these a large value is honest, and takes memory or time in proportion: a width, a wait, a descriptor to read.
 SMALL = {name: ["0", "1", "3", "64", "-1", "x", ""] for name in ("hidden", "classes", "physical_batch_size")}
@@ -67,11 +67,12 @@ TIDY |= {"owner_key": ["budget.ledger.owner.key"], "writer_key": ["budget.ledger
 TIDY |= {"trust": ["budget.ledger.owner.key.pub"], "key": ["budget.ledger.owner.key"], "output": ["new.weights"]}
 TIDY |= {"E": ["0.5", "1", "3", "8"], "D": ["1e-5", "1/60000"], "S": ["1.1", "4"], "Q": ["0.01", "20/100"], "C": ["1"]}
 TIDY |= {"N": ["100", "60000"], "B": ["20", "64"], "K": ["1", "5"], "T": ["3", "20"], "A": ["0.1"], "R": ["0.2"]}
-TIDY |= {"F": ["0.01"], "PATH": ["budget.ledger"], "FILE": ["new.out"], "KEY": ["budget.ledger.owner.key.pub"]}
+TIDY |= {"P": ["2", "5"], "F": ["0.01"], "PATH": ["budget.ledger"], "FILE": ["new.out"]}
+TIDY |= {"KEY": ["budget.ledger.owner.key.pub"]}
 #: Lines in which nothing is odd but their combination.
 TIDY_SHARE = 0.4
-#: What would go on until somebody ends it is told to end.
-ALWAYS = {("ledger", "watch"): ["--once"]}
+#: What would go on until somebody ends it is told to end, and a sweep of hundreds of cells to have few.
+ALWAYS = {("ledger", "watch"): ["--once"], ("plan", "explore"): ["--points", "3"]}
 STRAY = ["--", "-", "--nothing", "--epsilonn", "-x", "surplus", "ledger", "--epsilon", "--json=1", "=", "-qv", "-h"]
 
 

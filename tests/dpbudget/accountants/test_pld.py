@@ -212,6 +212,17 @@ def test_every_corner_gets_an_answer(pair, count):
         assert 0.0 <= bounds.lower <= bounds.upper <= 1.0
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize("name", ["pld", "prv"])
+def test_noise_that_hides_nothing_is_answered_where_losses_begin_far_below_zero(name, epsilon):
+    """A record that was in any batch is as good as named: delta is 1 - (1 - q)^T but for what epsilon covers."""
+    answer = get_accountant(name).curve([sampled(0.5, 1e-3, 10)], Adjacency.ADD_REMOVE).delta(epsilon)
+    seen = -math.expm1(epsilon + 10 * math.log(0.5))
+    assert answer.lower <= seen + 1e-9
+    assert seen <= answer.upper
+    assert answer.lower == pytest.approx(seen, rel=1e-3)
+
+
 def test_nothing_charged_is_nothing_spent():
     empty = curve()
     assert (empty.epsilon(1e-5).upper, empty.delta(0.0).upper) == (0.0, 0.0)
