@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.typed import COMMON
+from tests.docs.typed import COMMON, TRAINING
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "adr").glob("*.md")])
@@ -29,13 +29,13 @@ _typed = partial(typed, {run})
 warnings.simplefilter('error')
 """
 #: The page that is typed into a shell. The others are not, because a command that starts anew takes half a second.
-IN_A_SHELL = ROOT / "docs" / "commands.md"
+IN_A_SHELL = ROOT / "README.md"
 
 
 def modules_of(page: Path) -> list[str]:
     """What is loaded before the page is run: PyTorch only where its blocks or commands train."""
     trains = re.search(r"dptrainer|dpbudget train", page.read_text(encoding="utf-8"))
-    return [*COMMON, *(["dptrainer"] if trains else [])]
+    return [*COMMON, *(TRAINING if trains else ())]
 
 
 def steps_of(page: Path) -> list[str]:

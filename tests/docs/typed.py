@@ -25,6 +25,8 @@ from multiprocessing.connection import Connection
 #: What nearly every command imports, most of it on first use.
 COMMON = ("dpbudget_cli.main", "dpbudget.ledger", "dpbudget.accountants.prv", "dpbudget.accountants.rdp", "numpy")
 COMMON += ("dpbudget.accountants.pld", "scipy.special", "cryptography.hazmat.primitives.asymmetric.ed25519", "mpmath")
+#: What training imports beside them.
+TRAINING = ("dptrainer.trainer", "dptrainer.noise.source", "dptrainer.clipping.native", "safetensors.torch")
 #: A line with one of these, within quotes or not, may mean something to a shell alone.
 FOR_A_SHELL = set("|&;<>$`*?(){}~!")
 
@@ -42,6 +44,8 @@ def loaded(modules: Iterable[str]) -> Run:
     """Begin the process with ``modules``; what runs a line in a copy of it. Lines for a shell go to one."""
     for module in modules:
         importlib.import_module(module)
+    if clipping := sys.modules.get("dptrainer.clipping.native"):
+        clipping.LIBRARY.get()  # each process compiles its own otherwise, for a second
     here, there = Pipe()
     process = _fork()
     if not process:
