@@ -21,6 +21,7 @@ def pytest_collection_finish() -> None:
     """What importing and collecting made, more than a million objects, is looked through no more.
 
     Every trainer that is made searches all objects for trainable tensors, and the garbage collector does for garbage.
+    A test that means a tensor of its module to be found thaws it.
     """
     gc.collect()
     gc.freeze()
