@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,16 @@ from tests.postgres_server import Server, running, why_not
 # threads, and beside other work they lose a hundredfold by them. A test of threads sets their number itself.
 for _library in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_library, "1")
+
+
+def pytest_collection_finish() -> None:
+    """What importing and collecting made, more than a million objects, is looked through no more.
+
+    Every trainer that is made searches all objects for trainable tensors, and the garbage collector does for garbage.
+    A test that means a tensor of its module to be found thaws it.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -166,12 +166,12 @@ class TestTheScore:
     def test_where_the_owner_declared_the_data_public_it_is_free_and_exact(self, run_cli: Cli, folder: Path) -> None:
         made = ("ledger", "init", "open.ledger", "--epsilon", "3", "--delta", "1e-5", "--public-data")
         assert run_cli(*made).code == 0
-        small = ("--dataset-size", "100", "--batch-size", "20", "--steps", "5", "--epsilon", "1")
+        small = ("--dataset-size", "100", "--batch-size", "20", "--steps", "8", "--epsilon", "1")
         assert run_cli("plan", "new", "--ledger", "open.ledger", *small).code == 0
         answer = run_cli(*TRAIN, "--ledger", "open.ledger", "--hold-out", "0.5", "--json")
         assert answer.json["held_out"]["run"] is None
         assert 0.0 <= answer.json["held_out"]["accuracy"] <= 1.0
-        assert verify("open.ledger").steps == 5
+        assert verify("open.ledger").steps == 8
 
     def test_a_score_plan_with_exact_noise_is_refused_with_the_plan_that_would_do(
         self, run_cli: Cli, folder: Path, seen: Seen

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs.typed import COMMON, TRAINING
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "adr").glob("*.md")])
 BLOCK = re.compile(r"^```(python|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -19,26 +21,30 @@ def blocks_of(page: Path) -> list[tuple[str, str]]:
     return [(kind, body) for kind, body in BLOCK.findall(page.read_text(encoding="utf-8"))]
 
 
-#: Runs a command of a console block: it ends with its exit code and says every line that the page shows of it.
-PRELUDE = """import re, subprocess, warnings
+#: Before the first block; a line of a console block is given to ``run``.
+PRELUDE = """import warnings
+from functools import partial
+from tests.docs.typed import in_a_shell, loaded, typed
+_typed = partial(typed, {run})
 warnings.simplefilter('error')
-def typed(command, code, shown):
-    done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    said = done.stdout + done.stderr
-    assert done.returncode == code, f'{command} ended with {done.returncode}: {said}'
-    for line in shown:
-        pattern = '.*'.join(map(re.escape, line.rstrip().split('…')))
-        assert re.search(f'^{pattern}$', said, re.MULTILINE), f'{command} did not say {line!r}: {said}'
 """
+#: The page that is typed into a shell. The others are not, because a command that starts anew takes half a second.
+IN_A_SHELL = ROOT / "README.md"
 
 
-def script_of(page: Path) -> str:
+def modules_of(page: Path) -> list[str]:
+    """What is loaded before the page is run: PyTorch only where its blocks or commands train."""
+    trains = re.search(r"dptrainer|dpbudget train", page.read_text(encoding="utf-8"))
+    return [*COMMON, *(TRAINING if trains else ())]
+
+
+def steps_of(page: Path) -> list[str]:
     """One Python program for a page: python blocks share a namespace, console commands run in between.
 
     ``$ dpbudget ... # exits 2`` is expected to fail so. Lines below a command are lines that it says, with ``…`` for
     what differs from time to time; lines above the first command are for readers alone.
     """
-    lines = [PRELUDE]
+    lines = []
     for kind, body in blocks_of(page):
         if kind == "python":
             lines.append(body)
@@ -47,8 +53,14 @@ def script_of(page: Path) -> str:
             line, *shown = command.rstrip().splitlines()
             code = re.search(r"# exits ([0-9]+)$", line)
             if line.startswith("dpbudget "):
-                lines.append(f"typed({line!r}, {int(code[1]) if code else 0}, {shown!r})")
-    return "\n".join(lines)
+                lines.append(f"_typed({line!r}, {int(code[1]) if code else 0}, {shown!r})")
+    return lines
+
+
+def script_of(page: Path) -> str:
+    """The program with what comes before it."""
+    run = "in_a_shell" if page == IN_A_SHELL else f"loaded({modules_of(page)!r})"
+    return "\n".join([PRELUDE.format(run=run), *steps_of(page)])
 
 
 def run_script(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -64,7 +76,7 @@ def run_script(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if script_of(p) != PRELUDE], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [p for p in PAGES if steps_of(p)], ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_blocks_of_a_page_run_as_written(page: Path, tmp_path: Path) -> None:
     done = run_script(page, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -57,7 +57,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kept")
     for words in (
         "ledger init {0}/budget.ledger --epsilon 3 --delta 1e-5",
-        "plan new --ledger {0}/budget.ledger --epsilon 1 --dataset-size 99 --batch-size 9 --steps 3 --max-parameters 9",
+        "plan new --ledger {0}/budget.ledger --epsilon 1 --dataset-size 99 --batch-size 9 --epochs 3",
         "key new {0}/owner.key",
         "ledger export {0}/budget.ledger {0}/budget.jsonl",
         "plan new --ledger {0}/budget.ledger --epsilon 1 --dataset-size 100 --epochs 1 --request {0}/plan.request",

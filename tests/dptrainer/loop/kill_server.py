@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from loopkit import linear_data, linear_model, reopen
 
 from dpbudget.ledger.receipt import Receipt
+from dptrainer.clipping import native
 from dptrainer.noise.source import SecureNoise
 from dptrainer.trainer import PrivateTrainer
 from dptrainer.values import ClippedSum, NoisySum
@@ -44,6 +45,7 @@ def train(order: dict[str, str]) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    native.LIBRARY.get()  # each child would compile its own, for a second
     print("ready", flush=True)
     for line in sys.stdin:
         child = os.fork()

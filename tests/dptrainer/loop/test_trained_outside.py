@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -32,6 +33,15 @@ USES: dict[str, Callable[[Tensor], Tensor]] = {
     "weights of a module that is not called": lambda h: F.linear(h, head.weight),
     "a module": lambda h: head(h),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _objects_of_this_module_are_seen() -> Iterator[None]:
+    """What was made while tests were collected is frozen, and nobody finds it (``tests/conftest.py``)."""
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.mark.parametrize("kind", USES)
