@@ -155,8 +155,7 @@ class TrainerBase:
             self._run.next_receipt()
         self._others = trainable_outside(self._model)
         try:
-            with lent_streams(self._device):
-                yield
+            yield
         finally:
             self._draws.close()
             self._engine.detach()
@@ -168,8 +167,9 @@ class TrainerBase:
             return self._clip_each(indices, self._engine, receipt)
         total: ClippedSum | None = None
         for piece in physical_batches(indices, self._physical):
-            self._draws.begin(receipt, self._device)
-            part = self._clip_piece(piece, self._engine)
+            with lent_streams(self._device):
+                self._draws.begin(receipt, self._device)
+                part = self._clip_piece(piece, self._engine)
             total = part if total is None else add_clipped(total, part)
         assert total is not None  # noqa: S101 - an empty draw is one empty piece
         return total
@@ -181,6 +181,7 @@ class TrainerBase:
             return engine.finish()
         self._require_training()
         batch, grouping = self._records.drawn(indices, self._fill_to)
+        self._draws.go_on(self._device)
         rows = size if grouping is None else grouping.rows
         with torch.enable_grad(), engine.record(rows, grouping=grouping):
             losses = self._losses(batch, rows)

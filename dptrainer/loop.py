@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from dptrainer.noise.choice import require_secure, source_for
 from dptrainer.noise.source import NoiseSource
 from dptrainer.outside import OutsideWatch
 from dptrainer.probe import calls_with, probe_again, probe_batch
+from dptrainer.streams import lent_streams
 from dptrainer.update import check_noise, check_run, release
 from dptrainer.validation import check, check_step
 from dptrainer.values import ClippedSum
@@ -111,6 +113,7 @@ class PrivateLoop:
         self._discard_outside, self._given, self._reused = discard_outside, GivenBatch(), False
         self._record_outputs = record_outputs
         self._step: Step | None = None
+        self._borrowed = ExitStack()
         self._outside = OutsideWatch()
         self._watched: dict[int, RemovableHandle] = {}
         self._handle: RemovableHandle | None = optimizer.register_step_pre_hook(self._before_step)
@@ -153,6 +156,11 @@ class PrivateLoop:
         self._step = Step(receipt)
         return self._step
 
+    def borrow_streams(self) -> None:
+        """Have the program's random streams for the next batch, until it is taken or dropped."""
+        self._borrowed.close()
+        self._borrowed.enter_context(lent_streams(self.device))
+
     def open(self, step: Step, batch: Any, size: int, *, last: bool, grouping: Grouping | None = None) -> None:
         """Open the next physical batch of ``step``, of ``size`` records (0: a synthetic example stands in).
 
@@ -188,6 +196,7 @@ class PrivateLoop:
         self._engine.abort()
         self._outside.stop()
         self._step = None
+        self._borrowed.close()
 
     @property
     def holds_gradient(self) -> bool:
@@ -273,6 +282,7 @@ class PrivateLoop:
             self._outside.check(self._engine.task, self._engine.latest)
             self._outside.close()
             self._finish(step)
+            self._borrowed.close()
         except BaseException:
             self.drop()
             raise

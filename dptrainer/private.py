@@ -25,7 +25,6 @@ from dptrainer.noise.source import NoiseSource
 from dptrainer.outside import refuse_trainable_criterion
 from dptrainer.own_draws import BatchDraws
 from dptrainer.sampling import PoissonSampler, physical_batches
-from dptrainer.streams import lent_streams
 from dptrainer.untested import callers_level, tell_untested
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -80,13 +79,12 @@ class PrivateLoader:
         """
         steps = 0
         self._loop.look_around()
-        with lent_streams(self._loop.device):
-            while self._epoch is None or steps < self._epoch:
-                receipt = self._next_receipt(first=steps == 0)
-                if receipt is None:
-                    return
-                yield from self._step(receipt)
-                steps += 1
+        while self._epoch is None or steps < self._epoch:
+            receipt = self._next_receipt(first=steps == 0)
+            if receipt is None:
+                return
+            yield from self._step(receipt)
+            steps += 1
 
     @property
     def epsilon(self) -> Bounds | None:
@@ -157,10 +155,12 @@ class PrivateLoader:
         pieces = list(physical_batches(self._sampler.draw(receipt, self._records.population), self._physical))
         try:
             for number, piece in enumerate(pieces):
+                self._loop.borrow_streams()
                 draws.begin(receipt, self._loop.device)
                 batch, groups = self._records.drawn(piece, self._physical if self._static else None)
                 size = len(piece) if groups is None else groups.units  # rows of padding go the way of ordinary ones
                 self._loop.open(step, batch, size, last=number + 1 == len(pieces), grouping=groups)
+                draws.go_on(self._loop.device)
                 yield batch
                 self._loop.check_outside()
                 if not step.took(number):

@@ -45,15 +45,18 @@ def replayed_batch(step: StepKey, population: int) -> Indices:
 
 
 @contextmanager
-def replayed_draws(step: StepKey, device: torch.device | str = "cpu", *, batch: int = 0) -> Iterator[None]:
+def replayed_draws(
+    step: StepKey, device: torch.device | str = "cpu", *, batch: int = 0, reading: bool = False
+) -> Iterator[None]:
     """Within the block, dropout and augmentation draw what they drew for a batch of a plan of ``secure`` noise.
 
-    Read the records and call the model within it, as the trainer did.
+    Read the records in a block with ``reading``, then call the model in another without it.
 
     Args:
         step: a key of purpose ``record-draws``.
         device: of the model, of the kind that it was trained on.
         batch: which of the step's physical batches, or of a pass's steps; 0-based.
+        reading: what the dataset and its collation drew, and not what the model did.
 
     Raises:
         InvalidParameter: the key is of another purpose (DP060).
@@ -61,7 +64,7 @@ def replayed_draws(step: StepKey, device: torch.device | str = "cpu", *, batch: 
     _check_purpose(step, Purpose.RECORD_DRAWS)
     place = torch.device(device)
     with lent_streams(place):
-        begin_batch(step.key, batch, place)
+        begin_batch(step.key, batch, place, reading=reading)
         yield
 
 

@@ -1,7 +1,8 @@
 """The streams of random numbers that models and datasets draw from: lent to a run that begins them from secret words.
 
 They are torch's on the CPU and on the device of the model, that of ``random`` and NumPy's global one. Generators of
-other objects are not reached. Where the program goes on afterwards does not tell how much was drawn, which is private.
+other objects are not reached. They are lent while a batch is read and goes through the model, and at no other time:
+where a stream stands tells how much was drawn, hence how many records, and programs save it (``torch.get_rng_state``).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class _Lent:
         self.times = 0
         self.plain: tuple[Any, ...] = ()
         self.bits: Any = None
+        self.spare: Any = None
         self.states: dict[torch.device, torch.Tensor] = {}
 
 
@@ -65,7 +67,8 @@ def _lend(device: torch.device) -> None:
         _lent.plain = random.getstate()
         _lent.bits = np.random.get_bit_generator()  # type: ignore[attr-defined]  # not in its stubs
         # Another generator, and not the state of this one, which takes longer to read and may be of any kind.
-        np.random.set_bit_generator(np.random.MT19937())  # type: ignore[attr-defined]
+        _lent.spare = _lent.spare or np.random.MT19937()  # made once: that takes longer than all else here
+        np.random.set_bit_generator(_lent.spare)  # type: ignore[attr-defined]
     for place in (torch.device("cpu"), device):
         if place not in _lent.states:
             _lent.states[place] = _generator(place).get_state()
@@ -77,10 +80,19 @@ def _give_back() -> None:
     if _lent.times:
         return
     random.setstate(_lent.plain)
+    _forget()
     np.random.set_bit_generator(_lent.bits)  # type: ignore[attr-defined]
     for device, state in _lent.states.items():
         _generator(device).set_state(state)
     _lent.plain, _lent.bits, _lent.states = (), None, {}
+
+
+def _forget() -> None:
+    """Let the generator that stood in for NumPy's keep nothing of what it drew from."""
+    if np.random.get_bit_generator() is _lent.spare:  # type: ignore[attr-defined]
+        np.random.seed(0)
+    else:  # somebody exchanged it meanwhile, and has what was drawn from
+        _lent.spare = None
 
 
 def begin_short_streams(device: torch.device, word: int) -> None:

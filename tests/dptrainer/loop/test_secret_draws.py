@@ -14,8 +14,11 @@ from loopkit import linear_data, linear_model, make_run, private, refused
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from dpbudget.ledger.replay import StepKey
+from dpbudget.ledger.step_keys import Purpose
 from dptrainer import PrivateTrainer, TreeTrainer, streams
 from dptrainer.own_draws import BatchDraws
+from dptrainer.replay import replayed_draws
 
 CPU = torch.device("cpu")
 ROWS = 40
@@ -116,6 +119,57 @@ def test_afterwards_the_streams_of_the_program_go_on_as_if_nothing_had_been_draw
     assert one_of_each() == expected[1]
 
 
+def standing() -> tuple[bytes, object, int, bytes]:
+    """Where every stream of the program stands."""
+    state = np.random.get_state(legacy=False)["state"]  # type: ignore[call-overload]  # of NumPy's stubs
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), state["pos"], state["key"].tobytes()
+
+
+@pytest.mark.parametrize("size", [None, 10])
+@pytest.mark.parametrize("fit", [with_trainer, with_loop])
+def test_where_the_streams_stand_after_a_step_does_not_tell_how_much_its_batch_drew(fit: Any, size: int | None) -> None:
+    seed_all(7)
+    seen = [standing()]
+    fit(Drawing(), lambda: seen.append(standing()), size=size)
+    assert len(seen) >= 5
+    assert len(set(map(hash, seen))) == 1
+
+
+def test_where_the_streams_stand_after_a_step_of_a_pass_tells_nothing() -> None:
+    seed_all(7)
+    seen = [standing()]
+    with_passes(Drawing(), lambda: seen.append(standing()))
+    assert len(seen) == 5
+    assert len(set(map(hash, seen))) == 1
+
+
+class Seeding(Drawing):
+    """Seeds everything for each batch that is read, as datasets do whose augmentation shall be the same every time."""
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, ...]]:
+        found = super().__getitems__(indices)
+        seed_all()
+        return found
+
+
+@each_way
+def test_a_dataset_that_seeds_does_not_tell_what_the_model_draws(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[float, float, float]] = []
+
+    def drawing(self: nn.Linear, x: Tensor) -> Tensor:
+        drawn.append(one_of_each())
+        return F.linear(x, self.weight, self.bias)
+
+    monkeypatch.setattr(nn.Linear, "forward", drawing)
+    data = Seeding()
+    fit(data, nothing)
+    trained = drawn[-4:]
+    for numbers in zip(*trained, strict=True):
+        assert len(set(numbers)) == 4
+    seed_all()
+    assert not set(one_of_each()) & {number for numbers in trained for number in numbers}
+
+
 def test_a_generator_of_another_kind_that_numpy_was_given_comes_back() -> None:
     before, other = np.random.get_bit_generator(), np.random.PCG64(5)  # type: ignore[attr-defined]
     np.random.set_bit_generator(other)  # type: ignore[attr-defined]
@@ -181,6 +235,24 @@ def test_dropout_of_a_seeded_program_is_another_in_every_step_and_run() -> None:
         trainer.fit()
         masks += model.masks
     assert len(masks) == len(set(masks)) == 8
+
+
+def test_a_replay_finds_what_reading_a_batch_drew_beside_what_the_model_drew(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = StepKey("0" * 64, "1" * 32, 0, Purpose.RECORD_DRAWS, 1 << 64, 1.0, 1.0, None, b"k" * 32)
+    monkeypatch.setattr("dptrainer.own_draws.step_key", lambda receipt, purpose: key.key)
+    data, drawn = Drawing(), []
+
+    def drawing(self: nn.Linear, x: Tensor) -> Tensor:
+        drawn.append(one_of_each())
+        return F.linear(x, self.weight, self.bias)
+
+    monkeypatch.setattr(nn.Linear, "forward", drawing)
+    with_trainer(data, nothing, size=10)
+    for batch in range(4):  # of the last step, whose key is that of all others here
+        with replayed_draws(key, batch=batch, reading=True):
+            assert one_of_each() == data.drawn[batch - 4]
+        with replayed_draws(key, batch=batch):
+            assert one_of_each() == drawn[batch - 4]
 
 
 # ---------------------------------------------------------------------- the streams themselves
@@ -262,9 +334,10 @@ def test_words_of_two_batches_of_a_receipt_and_of_two_receipts_differ(monkeypatc
     monkeypatch.setattr("dptrainer.own_draws.begin_streams", lambda device, words: seen.append(bytes(words)))
     run, draws = make_run(), BatchDraws()
     for receipt in (run.next_receipt(), run.next_receipt()):
-        draws.begin(receipt, CPU)
-        draws.begin(receipt, CPU)
-    assert len(set(seen)) == 4
+        for _ in range(2):
+            draws.begin(receipt, CPU)
+            draws.go_on(CPU)
+    assert len(set(seen)) == 8
     assert all(len(set(words)) > 200 for words in seen)
 
 
