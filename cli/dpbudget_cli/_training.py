@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dpbudget.errors import DPBudgetError, InvalidParameter
+import click
+
+from dpbudget.errors import DPBudgetError, InvalidParameter, NotComputable
 from dpbudget_cli import _output as out
 from dpbudget_cli._progress import Interrupt, StopRule, progress
 
@@ -82,9 +85,8 @@ def train_private(
             checkpoints.keep(model, optimizer, steps)
             return not (interrupt.asked or rule.ends(run, steps))
 
-        return _fitted(
-            job,
-            lambda: PrivateTrainer(
+        with blaming(job.model, "during training"):
+            return PrivateTrainer(
                 model,
                 optimizer,
                 torch.nn.CrossEntropyLoss(),
@@ -94,8 +96,7 @@ def train_private(
                 record_outputs=noise.replayable,
                 callbacks=[each],
                 note=out.talk,
-            ),
-        )
+            ).fit()
 
 
 def _dataset(job: Job, table: Table) -> torch.utils.data.Dataset[Any]:
@@ -111,19 +112,48 @@ def _dataset(job: Job, table: Table) -> torch.utils.data.Dataset[Any]:
     return UserDataset(rows, table.users.tolist(), max_examples=job.max_examples)
 
 
-def _fitted(job: Job, make_trainer: Callable[[], Any]) -> TrainingResult:
-    """What the trainer's ``fit`` returns; a failure of the user's model is told without what it says of the data."""
+@contextmanager
+def blaming(model: str, when: str) -> Iterator[None]:
+    """A failure of the user's model is told without what it says of the data, a batch size or a value."""
     try:
-        result: TrainingResult = make_trainer().fit()
+        yield
     except DPBudgetError:
         raise
     except Exception as error:
-        if os.environ.get("DPBUDGET_TRACEBACK") or ":" not in job.model:
+        if os.environ.get("DPBUDGET_TRACEBACK") or ":" not in model:
             raise
-        # The message could show a batch size or a value, so only its type is told.
         raise InvalidParameter(
-            f"the model {job.model} failed with {type(error).__name__} during training",
-            code="DP093",
-            hint="set DPBUDGET_TRACEBACK=1 on data that are not private to see where",
+            f"the model {model} failed with {type(error).__name__} {when}", code="DP093", hint=_ON_OTHER_DATA
         ) from None
-    return result
+
+
+@contextmanager
+def nothing_of_the_data() -> Iterator[None]:
+    """Within the block a failure that nobody foresaw is told by its kind alone.
+
+    Its message could hold the size of the data: NumPy's of too little memory has the shape of the array.
+    """
+    try:
+        yield
+    except (DPBudgetError, click.ClickException, click.Abort):
+        raise
+    except OSError as error:
+        if error.errno is None:  # its words are somebody's, not the system's
+            raise _failed(error) from None
+        raise
+    except Exception as error:
+        if os.environ.get("DPBUDGET_TRACEBACK"):
+            raise
+        raise _failed(error) from None
+
+
+_ON_OTHER_DATA = "set DPBUDGET_TRACEBACK=1 on data that are not private to see where"
+
+
+def _failed(error: Exception) -> NotComputable:
+    short = isinstance(error, MemoryError)
+    return NotComputable(
+        f"training failed with {type(error).__name__}; what it says is not shown, since it may be of the data",
+        code="DP099",
+        hint=f"there was too little memory; {_ON_OTHER_DATA}" if short else _ON_OTHER_DATA,
+    )

@@ -24,7 +24,7 @@ from dpbudget_cli._noise_keys import NoiseKeys, kept_keys, open_plan_key
 from dpbudget_cli._progress import Clock, last_line, stop_on_interrupt
 from dpbudget_cli._runs import choose_run, used_up
 from dpbudget_cli._train_options import train_options
-from dpbudget_cli._training import train_private
+from dpbudget_cli._training import blaming, nothing_of_the_data, train_private
 from dpbudget_cli._weights import card_of, check_output, save_weights, write_whole
 from dpbudget_cli.ledger_init import USERS_TRAIN
 
@@ -115,6 +115,7 @@ def command(
         check_score(job, ledger.state, chosen, score_run)
         output = job.output or f"{local_name(path)}.{chosen[:8]}.safetensors"
         held.enter_context(hold_output(output))  # until the weights are written
+        held.enter_context(nothing_of_the_data())
         prepared = _prepare(job, ledger.state)
         noise = NoiseKeys(keep, key, expect_head)
         try:
@@ -200,7 +201,8 @@ def _train(
         if prepared.public is not None:
             public = public_score(model, prepared.public.scaled(job.feature_scale)).accuracy
         if not interrupt.asked:
-            score = _score(job, prepared, ledger, score_run)
+            with blaming(job.model, "on the held-out records"):
+                score = _score(job, prepared, ledger, score_run)
     finally:
         facts = Facts.of(ledger, location, result)
         text = card(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,22 @@ class TestTheScore:
         answer = run_cli(*TRAIN, "--public-eval", "wide.npz")
         assert (answer.code, "DP091" in answer.err, "[5]" in answer.err) == (2, True, True)
         assert seen(folder) == before
+
+
+def test_a_model_that_fails_on_held_out_records_does_not_tell_how_many_there_are(
+    run_cli: Cli, folder: Path, paying: str
+) -> None:
+    (folder / "picky.py").write_text(
+        "import torch\n"
+        "class Picky(torch.nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x if self.training or len(x) <= 2 else x.reshape(7, -1, 11))\n"
+        "def make(features, classes):\n"
+        "    return Picky(features, classes)\n"
+    )
+    answer = run_cli(*TRAIN, "--model", "picky:make", "--hold-out", "0.5", "--score-plan", paying)
+    assert (answer.code, "DP093" in answer.err, "RuntimeError" in answer.err) == (2, True, True)
+    assert not re.search(r"input of size|[0-9]{2,} *$", answer.err.split("error DP093", 1)[1])
 
 
 def test_a_score_that_fails_still_leaves_weights_and_their_card(

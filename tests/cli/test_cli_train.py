@@ -201,6 +201,34 @@ class TestUserModels:
         assert verify("budget.ledger").steps <= 1
 
 
+def test_too_little_memory_for_the_data_does_not_tell_their_size(
+    run_cli: Cli, job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*args: object) -> None:
+        raise MemoryError("Unable to allocate 1.84 GiB for an array with shape (1234567, 400) and data type float32")
+
+    monkeypatch.setattr("dpbudget_cli._data.Table.scaled", short)
+    answer = run_cli(*TRAIN)
+    assert (answer.code, "DP099" in answer.err, "MemoryError" in answer.err) == (6, True, True)
+    assert "1234567" not in answer.err
+    assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(OSError(5, "Input/output error"), True), (OSError("record 77 of 100"), False)]
+)
+def test_of_what_the_system_says_nothing_is_hidden(
+    run_cli: Cli, job: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, told: bool
+) -> None:
+    def failing(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("dpbudget_cli._data.Table.scaled", failing)
+    answer = run_cli(*TRAIN)
+    assert ("Input/output error" in answer.err) == told
+    assert "77" not in answer.err.split("error DP", 1)[1]
+
+
 class TestInterrupts:
     def test_the_first_interrupt_keeps_the_weights_and_the_second_call_goes_on(self, run_cli: Cli, job: Path) -> None:
         code = f"""
