@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -22,7 +22,21 @@ _NOT_SHOWN = (
 )
 
 
-def read_report(path: str, seconds: float = SECONDS) -> tuple[Document, list[str]]:
+class Read(NamedTuple):
+    """A report that was read.
+
+    Attributes:
+        document: its numbers and words.
+        problems: what of them does not follow from its plans.
+        unseen: it is a page of another version, which is not made anew here, so that it may show other numbers.
+    """
+
+    document: Document
+    problems: list[str]
+    unseen: bool
+
+
+def read_report(path: str, seconds: float = SECONDS) -> Read:
     """The report in a JSON file or a page, and what of its numbers and words does not follow from its plans.
 
     Raises:
@@ -40,13 +54,16 @@ def read_report(path: str, seconds: float = SECONDS) -> tuple[Document, list[str
     document = read_page(data) if is_page else read(data)
     problems = check_report(document, Clock(seconds))
     # A page is made of numbers that hold, and of no others.
-    if is_page and not problems and document.dpbudget == this_version() and page(document) != data:
+    other_version = document.dpbudget != this_version()
+    if is_page and not problems and not other_version and page(document) != data:
         problems.append("the page says something else than its own numbers: it was changed after it was written")
-    return document, problems
+    return Read(document, problems, is_page and other_version)
 
 
 def show_report(path: str, demands: Demands) -> None:
-    """Check the report in ``path`` and say what follows from it; the exit code is 1 if something does not.
+    """Check the report in ``path`` and say what follows from it.
+
+    The exit code is 1 if something does not, and 5 where nobody looked at what a page of another version shows.
 
     Raises:
         Tampered: its digest or form does not hold (DP071, DP082), or it names another owner than the trusted one
@@ -56,7 +73,7 @@ def show_report(path: str, demands: Demands) -> None:
     from dpbudget.ledger.keys import load_public_key
     from dpbudget.report.make import this_version
 
-    document, problems = read_report(path, click.get_current_context().params.get("time_limit") or SECONDS)
+    document, problems, unseen = read_report(path, click.get_current_context().params.get("time_limit") or SECONDS)
     other_version = document.dpbudget != this_version()
     if demands.trust is not None and document.owner not in (None, load_public_key(demands.trust).hex):
         raise Tampered(
@@ -70,10 +87,12 @@ def show_report(path: str, demands: Demands) -> None:
         problems = problems or ["the ledger did not hold when the report was made"]
     ends = document.epsilon
     notes = [f"its words are those of dpbudget {document.dpbudget}, and were not compared"] if other_version else []
+    if unseen:
+        notes.append("what the page shows may be something else: verify it with that version, or make it anew")
     if demands.as_json:
         out.emit_json(
             {
-                "ok": not problems,
+                "ok": not problems and not unseen,
                 "problems": problems,
                 "notes": notes,
                 "epsilon": ends and {"lower": ends.lower, "upper": ends.upper, "kind": ends.kind},
@@ -86,7 +105,7 @@ def show_report(path: str, demands: Demands) -> None:
             }
         )
     else:
-        _tell(document.name, problems, notes)
+        _tell(document.name, problems, notes, unseen=unseen)
         if not problems and ends is not None and document.delta is not None:
             upper, lower = round_up(ends.upper, 10), round_down(ends.lower, 10)
             spent = f"epsilon <= {upper} at delta {show_delta(document.delta)}, lower bound {lower}"
@@ -94,12 +113,14 @@ def show_report(path: str, demands: Demands) -> None:
             click.echo(out.clean(f"  head {document.head}"))
             for line in _NOT_SHOWN:
                 click.echo(f"  not shown: {line}")
-    if problems:
-        click.get_current_context().exit(1)
+    if problems or unseen:
+        click.get_current_context().exit(1 if problems else 5)
 
 
-def _tell(name: str, problems: list[str], notes: list[str]) -> None:
+def _tell(name: str, problems: list[str], notes: list[str], *, unseen: bool) -> None:
     said = "NOT CONFIRMED" if problems else "CONFIRMED: every number follows from the plans and charges that are stated"
+    if unseen and not problems:
+        said = "NOT COMPARED: the numbers in its data follow from their plans and charges; what it shows was not read"
     click.echo(out.clean(f"{said}; report of {name}"))
     for problem in problems:
         click.echo(out.clean(f"  problem: {problem}"))

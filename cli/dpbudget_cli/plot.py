@@ -120,7 +120,7 @@ def _document(source: str) -> Document:
     from dpbudget_cli._reports import read_report
 
     if is_report(source):
-        document, problems = read_report(source)
+        document, problems = read_report(source)[:2]
     else:
         document, problems = make_report(source, time_limit=_FOR_A_LEDGER), []
     problems += [] if document.ok else document.problems

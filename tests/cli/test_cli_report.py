@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -77,15 +78,23 @@ def test_an_edited_digit_ends_with_exit_code_1(run_cli: Cli, spent: Path, name: 
         assert "Traceback" not in answer.err
 
 
-def test_a_page_of_another_version_is_not_compared_word_by_word(
+def test_what_a_page_of_another_version_shows_is_not_confirmed(
     run_cli: Cli, spent: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("dpbudget.report.make.this_version", lambda: "0.0.9")
         assert run_cli("report", LEDGER, *TRUST).code == 0
+        assert run_cli("report", LEDGER, *TRUST, "-o", "r.json").code == 0
+    page = spent / "report.html"
+    shown = re.sub("ε ≤ [0-9.]+", "ε ≤ 0.01", page.read_text(encoding="utf-8"))
+    assert "ε ≤ 0.01" in shown
+    page.write_text(shown, encoding="utf-8")
     answer = run_cli("verify", "report.html")
-    assert answer.code == 0
+    assert answer.code == 5
     assert "0.0.9" in answer.out
+    assert not answer.out.startswith("CONFIRMED")
+    assert run_cli("verify", "report.html", "--json").json["ok"] is False
+    assert run_cli("verify", "r.json").code == 0  # whose numbers are all there is
 
 
 def test_a_report_under_another_owner_or_head_is_refused(run_cli: Cli, spent: Path) -> None:

@@ -164,6 +164,7 @@ CHANGES = {
     "no claim of the portfolio": _set("portfolios", 0, "claim", to=None),
     "another delta of the portfolio": _set("portfolios", 0, "delta", to=9e-6),
     "a smaller epsilon": _set("epsilon", "upper", to=_scaled(0.9999)),
+    "an epsilon that is smaller by a billionth": _set("epsilon", "upper", to=_scaled(1.0 - 1e-9)),
     "a larger epsilon": _set("epsilon", "upper", to=_scaled(1.0001)),
     "another lower bound": _set("epsilon", "lower", to=_scaled(0.9999)),
     "another kind": _set("epsilon", "kind", to="numerical"),
