@@ -7,7 +7,9 @@ where a stream stands tells how much was drawn, hence how many records, and prog
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -37,19 +39,32 @@ class _Lent:
 
 
 _lent = _Lent()
+_lock = threading.RLock()  # of one thread again and again, for the same reason
+
+
+def _unlock() -> None:
+    """A lock that another thread held when the process forked is held for ever."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)
 
 
 @contextmanager
 def lent_streams(device: torch.device) -> Iterator[None]:
     """Within the block the streams may be begun anew; after the last of several they are where the first found them.
 
-    Blocks may be left in any order, as those of two loaders in one loop are.
+    Blocks may be left in any order, as those of two loaders in one loop are, and begun and left in several threads.
     """
-    _lend(device)
+    with _lock:
+        _lend(device)
     try:
         yield
     finally:
-        _give_back()
+        with _lock:
+            _give_back()
 
 
 def check_streams(device: torch.device) -> None:
@@ -63,16 +78,18 @@ def check_streams(device: torch.device) -> None:
 
 
 def _lend(device: torch.device) -> None:
-    if not _lent.times:
+    generators = {place: _generator(place) for place in (torch.device("cpu"), device)}
+    first = not _lent.times
+    _lent.times += 1  # at once: a loader that is collected as garbage gives back in the middle of this
+    if first:
         _lent.plain = random.getstate()
         _lent.bits = np.random.get_bit_generator()  # type: ignore[attr-defined]  # not in its stubs
         # Another generator, and not the state of this one, which takes longer to read and may be of any kind.
         _lent.spare = _lent.spare or np.random.MT19937()  # made once: that takes longer than all else here
         np.random.set_bit_generator(_lent.spare)  # type: ignore[attr-defined]
-    for place in (torch.device("cpu"), device):
+    for place, generator in generators.items():
         if place not in _lent.states:
-            _lent.states[place] = _generator(place).get_state()
-    _lent.times += 1
+            _lent.states[place] = generator.get_state()
 
 
 def _give_back() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -206,6 +208,33 @@ def test_of_two_loaders_at_once_the_last_to_end_gives_the_streams_back() -> None
     first.close()  # type: ignore[attr-defined]
     assert one_of_each() != expected  # the second has a batch out, which may still draw
     second.close()  # type: ignore[attr-defined]
+    assert one_of_each() == expected
+
+
+def test_runs_in_several_threads_give_the_streams_back() -> None:
+    failed: list[BaseException] = []
+
+    def lend() -> None:
+        try:
+            for _ in range(2000):
+                with streams.lent_streams(CPU):
+                    streams.begin_short_streams(CPU, 5)
+        except BaseException as error:
+            failed.append(error)
+
+    seed_all(3)
+    expected, often = one_of_each(), sys.getswitchinterval()
+    seed_all(3)
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=lend) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(often)
+    assert not failed
     assert one_of_each() == expected
 
 
