@@ -114,12 +114,19 @@ def public_score(model: torch.nn.Module, table: Table) -> Score:
     return Score(float(right.mean()) if len(right) else None, 0.0, None)
 
 
-def charged_score(model: torch.nn.Module, table: Table, run: Run) -> Score:
+def charged_score(model: torch.nn.Module, table: Table, run: Run, *, alone: bool = False) -> Score:
     """A noisy accuracy, for which the one step of ``run`` pays.
 
     Guarantee: that of the run's plan, for one unit of the held-out records. Each unit adds (right, wrong) with right +
     wrong = C, so at most C in the Euclidean norm; both sums get the noise of the receipt, and the accuracy is computed
     from the noisy sums.
+
+    Args:
+        model: whose answers are counted.
+        table: the held-out records.
+        run: pays.
+        alone: give the model one record at a time. Training tests that a model keeps records apart, and not that it
+            does so in eval mode: one that looks at its whole batch there lets a record change all answers.
     """
     import torch
 
@@ -127,7 +134,7 @@ def charged_score(model: torch.nn.Module, table: Table, run: Run) -> Score:
     from dptrainer.sampling import PoissonSampler
     from dptrainer.values import ClippedSum
 
-    units = _per_unit(_right_answers(model, table), table)
+    units = _per_unit(_right_answers(model, table, 1 if alone else _ROWS_AT_ONCE), table)
     receipt = run.next_receipt()
     drawn = units[PoissonSampler().draw(receipt, len(units))]
     norm = receipt.clip_norm
@@ -148,7 +155,7 @@ def _score(right: float, wrong: float, std: float, run: str) -> Score:
     return Score(accuracy, 2.0 * spread, run)
 
 
-def _right_answers(model: torch.nn.Module, table: Table) -> Any:
+def _right_answers(model: torch.nn.Module, table: Table, at_once: int = _ROWS_AT_ONCE) -> Any:
     """``[rows]`` 1 where the largest score is that of the label, else 0. Private."""
     import numpy as np
     import torch
@@ -156,8 +163,8 @@ def _right_answers(model: torch.nn.Module, table: Table) -> Any:
     model.eval()
     guesses = []
     with torch.no_grad():
-        for first in range(0, len(table.labels), _ROWS_AT_ONCE):
-            piece = torch.from_numpy(table.features[first : first + _ROWS_AT_ONCE])
+        for first in range(0, len(table.labels), at_once):
+            piece = torch.from_numpy(table.features[first : first + at_once])
             guesses.append(model(piece).argmax(dim=1).numpy())
     found = np.concatenate(guesses) if guesses else np.empty(0, dtype=np.int64)
     return (found == table.labels).astype(np.float64)

@@ -18,7 +18,7 @@ from dpbudget_cli._heldout import Score, Split, charged_score, check_score, publ
 from dpbudget_cli._job import Job
 from dpbudget_cli._keys import key_path, load_signer, local_name, read_passphrases, require_ledger, shown
 from dpbudget_cli._lock import hold_output
-from dpbudget_cli._models import make_model
+from dpbudget_cli._models import BUILT_IN, make_model
 from dpbudget_cli._more import LongLeaf
 from dpbudget_cli._noise_keys import NoiseKeys, kept_keys, open_plan_key
 from dpbudget_cli._progress import Clock, last_line, stop_on_interrupt
@@ -221,7 +221,7 @@ def _score(job: Job, prepared: _Prepared, ledger: Ledger, score_run: str | None)
     table = prepared.split.held_out.scaled(job.feature_scale)
     if score_run is not None:
         with start(ledger, score_run) as run:
-            return charged_score(prepared.model, table, run)
+            return charged_score(prepared.model, table, run, alone=job.model not in BUILT_IN)
     if ledger.state.genesis.public_data:
         return public_score(prepared.model, table)
     out.talk("no accuracy on the held-out records was computed: --score-plan RUN would pay for it")

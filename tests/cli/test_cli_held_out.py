@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,17 +234,38 @@ class TestTheScore:
         assert seen(folder) == before
 
 
+def test_a_model_of_the_user_answers_for_one_held_out_record_at_a_time(
+    run_cli: Cli, folder: Path, paying: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "together.py").write_text(
+        "import torch\n"
+        "rows = []\n"
+        "class Together(torch.nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        if not self.training:\n"
+        "            rows.append(len(x))\n"
+        "        return super().forward(x if self.training else x - x.mean(0))\n"
+        "def make(features, classes):\n"
+        "    return Together(features, classes)\n"
+    )
+    monkeypatch.delitem(sys.modules, "together", raising=False)
+    answer = run_cli(*TRAIN, "--model", "together:make", "--hold-out", "0.5", "--score-plan", paying)
+    assert answer.code == 0, answer.err
+    assert set(sys.modules["together"].rows[1:]) == {1}  # the first call is with zeros
+
+
 def test_a_model_that_fails_on_held_out_records_does_not_tell_how_many_there_are(
-    run_cli: Cli, folder: Path, paying: str
+    run_cli: Cli, folder: Path, paying: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "picky.py").write_text(
         "import torch\n"
         "class Picky(torch.nn.Linear):\n"
         "    def forward(self, x):\n"
-        "        return super().forward(x if self.training or len(x) <= 2 else x.reshape(7, -1, 11))\n"
+        "        return super().forward(x if self.training or len(x) == 2 else x.reshape(7, -1, 11))\n"
         "def make(features, classes):\n"
         "    return Picky(features, classes)\n"
     )
+    monkeypatch.delitem(sys.modules, "picky", raising=False)
     answer = run_cli(*TRAIN, "--model", "picky:make", "--hold-out", "0.5", "--score-plan", paying)
     assert (answer.code, "DP093" in answer.err, "RuntimeError" in answer.err) == (2, True, True)
     assert not re.search(r"input of size|[0-9]{2,} *$", answer.err.split("error DP093", 1)[1])
