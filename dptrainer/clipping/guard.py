@@ -229,19 +229,22 @@ def every_module(model: nn.Module) -> list[nn.Module]:
 
 
 class BufferWatch:
-    """Notices buffers and frozen parameters that a forward pass replaced or wrote: statistics without noise."""
+    """Notices buffers and parameters that a forward pass replaced or wrote, trained ones too: a release without noise.
+
+    It goes by identity and version, which writing through ``.data`` or NumPy leaves as they are; set-up tests see that.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         #: Referred to, so that no other tensor can take the identity of one that is replaced.
-        self._alive = [held for module in every_module(model) for _, held in _untrained(module)]
+        self._alive = [held for module in every_module(model) for _, held in _held(module)]
         self._before = self._state()
 
     def _state(self) -> dict[tuple[int, str], tuple[int, int]]:
         return {
             (id(module), name): (id(held), 0 if held.is_inference() else held._version)
             for module in every_module(self._model)
-            for name, held in _untrained(module)
+            for name, held in _held(module)
         }
 
     def _full_name(self, module: int, local: str) -> str:
@@ -252,7 +255,7 @@ class BufferWatch:
         """Compares with the state at construction.
 
         Raises:
-            PrivacyViolation: (DP013) one changed, appeared or vanished.
+            PrivacyViolation: one changed, appeared or vanished (DP013; DP031 where it is trained).
         """
         after = self._state()
         if after == self._before:
@@ -260,7 +263,14 @@ class BufferWatch:
         changed = [place for place in {**self._before, **after} if self._before.get(place) != after.get(place)]
         if changed:
             name = self._full_name(*changed[0])
-            kind = "frozen parameter" if name in dict(self._model.named_parameters()) else "buffer"
+            parameter = dict(self._model.named_parameters()).get(name)
+            if parameter is not None and parameter.requires_grad:
+                raise PrivacyViolation(
+                    f'parameter "{name}" was changed during forward, from private data and without noise.',
+                    hint="let only the optimizer change parameters; F.embedding without max_norm.",
+                    code="DP031",
+                )
+            kind = "buffer" if parameter is None else "frozen parameter"
             raise PrivacyViolation(
                 f'{kind} "{name}" was updated during forward, from private data and without '
                 "noise" + (f" (and {len(changed) - 1} more)." if len(changed) > 1 else "."),
@@ -269,11 +279,11 @@ class BufferWatch:
             )
 
 
-def _untrained(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Buffers and frozen parameters of its own."""
+def _held(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers and parameters of its own."""
     found = [(name, held) for name, held in module._buffers.items() if held is not None] if module._buffers else []
     if module._parameters:
-        found += [(name, p) for name, p in module._parameters.items() if p is not None and not p.requires_grad]
+        found += [(name, p) for name, p in module._parameters.items() if p is not None]
     return found
 
 

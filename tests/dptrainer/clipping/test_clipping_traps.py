@@ -209,6 +209,42 @@ def test_a_bad_input_cell_leaves_convolution_and_embedding_untouched(bad):
     assert norm({n: found[n].double() - expected[n] for n in expected}) <= 1e-6 * norm(expected)
 
 
+# ---------------------------------------------------------------------- parameters that the forward pass changes
+
+
+class Writing(nn.Module):
+    """A table of words, and what a forward pass does to it."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.table, self.out, self.write = nn.Parameter(torch.randn(9, 4) * 3.0), nn.Linear(4, 2), write
+
+    def forward(self, word):
+        with torch.no_grad():
+            self.write(self, word)
+        return self.out(torch.ones(len(word), 1) * self.out.weight.new_ones(4))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda model, word: F.embedding(word, model.table, max_norm=1.0),  # rewrites the rows of the words that occur
+        lambda model, word: model.out.bias.add_(word.float().mean()),
+        lambda model, word: setattr(model, "table", nn.Parameter(model.table + word.sum())),
+    ],
+    ids=["max_norm", "in place", "replaced"],
+)
+def test_a_trained_parameter_that_forward_changes_is_refused_before_anything_is_released(write):
+    model = Writing(write)
+    engine = BookKeeping(model, clip_norm=1.0)
+
+    def forward():
+        with engine.record(3):
+            model(torch.randint(0, 9, (3, 5)))
+
+    assert "changed during forward" in refused("DP031", forward)
+
+
 # ---------------------------------------------------------------------- empty batches, unused and frozen parameters
 
 
