@@ -7,6 +7,7 @@ pass runs as it is, under the hooks of the engine: slower, and with the same sum
 
 from __future__ import annotations
 
+import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -139,12 +140,15 @@ class CompiledForward:
             raise NotCompilable(self.reason or "it was not tested yet")
         self._session, self._allowed, self.marks.on = session, allowed, True
         try:
-            with without_global_hooks():
+            with without_global_hooks(), _sizes_unsaid():
                 return self._fast(self._model, args, kwargs)
         except NotCompilable as error:
             self.give_up(str(error))
             raise
-        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            self.give_up("it was compiled for too many sizes")  # the compiler names those of private batches
+            raise NotCompilable(self.reason) from None
+        except torch._dynamo.exc.TorchDynamoException as error:
             self.give_up(str(error))
             raise NotCompilable(str(error)) from error
         finally:
@@ -168,6 +172,24 @@ class CompiledForward:
     def _open(self) -> Session:
         assert self._session is not None  # noqa: S101 - graphs are run by __call__ alone
         return self._session
+
+
+@contextmanager
+def _sizes_unsaid() -> Iterator[None]:
+    """Within the block the compiler does not log why it compiles anew: one batch was of 33 rows, and another of 42."""
+    loggers = [logging.getLogger(f"torch.{name}") for name in _TELL_SIZES]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
+#: Loggers that name sizes of inputs in warnings.
+_TELL_SIZES = ("_dynamo.convert_frame", "_dynamo.guards", "fx.experimental.symbolic_shapes")
 
 
 @contextmanager

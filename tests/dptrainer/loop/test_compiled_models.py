@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from typing import Any
 
@@ -359,3 +360,28 @@ def test_inductor_releases_what_the_model_itself_does(half: bool) -> None:
         found.append(noise.sums)
     assert counters["inductor"]["extern_calls"] > 0
     assert_same(found[1], found[0], 5e-2 if half else 1e-4)
+
+
+def test_a_compiler_that_makes_a_graph_for_every_size_does_not_log_the_sizes_of_private_batches() -> None:
+    told: list[str] = []
+
+    class Teller(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record.getMessage())
+
+    model = network()
+    shown = as_given(model, "wrapped", dynamic=False)
+    data = TensorDataset(torch.randn(90, 5), torch.randint(0, 3, (90,)))
+    trainer = PrivateTrainer(
+        shown, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), data, make_run(20), note=told.append
+    )
+    told.clear()
+    logger, teller = logging.getLogger("torch._dynamo.convert_frame"), Teller()
+    logger.addHandler(teller)
+    try:
+        trainer.fit()
+    finally:
+        logger.removeHandler(teller)
+    assert told == []
+    assert not logger.disabled
+    assert counters["aot_autograd"]["total"] > 5  # it was compiled for several
