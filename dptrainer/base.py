@@ -168,7 +168,7 @@ class TrainerBase:
         total: ClippedSum | None = None
         for piece in physical_batches(indices, self._physical):
             with lent_streams(self._device):
-                self._draws.begin(receipt, self._device)
+                self._draws.begin(receipt, self._device, reading=self._records.may_draw)
                 part = self._clip_piece(piece, self._engine)
             total = part if total is None else add_clipped(total, part)
         assert total is not None  # noqa: S101 - an empty draw is one empty piece

@@ -56,6 +56,11 @@ class Records:
         return len(self._dataset) if self._users is None else len(self._users)
 
     @property
+    def may_draw(self) -> bool:
+        """Whether reading runs code of the dataset or of a collation, which may draw random numbers."""
+        return self._whole is None
+
+    @property
     def most_rows(self) -> int:
         """Largest number of rows that one record can have in a batch: public."""
         return self._views * (1 if self._users is None else self._users.max_examples)

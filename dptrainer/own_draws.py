@@ -46,16 +46,18 @@ class BatchDraws:
         if receipt is not self._receipt:
             self._key, self._receipt, self._next = step_key(receipt, Purpose.RECORD_DRAWS), receipt, 0
 
-    def begin(self, receipt: Receipt, device: torch.device) -> None:
+    def begin(self, receipt: Receipt, device: torch.device, *, reading: bool = True) -> None:
         """Begin the streams that reading the next batch of a receipt draws from.
 
-        Within :func:`~dptrainer.streams.lent_streams`, as :meth:`go_on`.
+        Within :func:`~dptrainer.streams.lent_streams`, as :meth:`go_on`. Without ``reading``, for records that are
+        rows of tensors, none are begun, which saves time.
 
         Raises:
             ReceiptSpent: as :meth:`open`.
         """
         self.open(receipt)
-        begin_batch(self._key, self._next, device, reading=True)
+        if reading:
+            begin_batch(self._key, self._next, device, reading=True)
         self._next += 1
 
     def go_on(self, device: torch.device) -> None:

@@ -156,7 +156,7 @@ class PrivateLoader:
         try:
             for number, piece in enumerate(pieces):
                 self._loop.borrow_streams()
-                draws.begin(receipt, self._loop.device)
+                draws.begin(receipt, self._loop.device, reading=self._records.may_draw)
                 batch, groups = self._records.drawn(piece, self._physical if self._static else None)
                 size = len(piece) if groups is None else groups.units  # rows of padding go the way of ordinary ones
                 self._loop.open(step, batch, size, last=number + 1 == len(pieces), grouping=groups)

@@ -100,6 +100,7 @@ class PrivateTrainer(TrainerBase):
             for receipt in run:
                 check_step(self._model, self._optimizer)  # a callback may have changed it
                 clipped = self._clip(self._sampler.draw(receipt, self._records.population), receipt)
+                self._draws.close()  # callbacks may look around
                 digest = release(
                     self._model, clipped, receipt, self._noise, with_digest=self._record_outputs,
                     optimizer=self._optimizer, clipping=self._engine.clipping,

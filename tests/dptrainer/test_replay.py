@@ -135,7 +135,7 @@ def test_every_release_is_its_clipped_sum_with_the_noise_of_its_key(trained: Tra
 
 def test_another_record_another_step_or_other_weights_do_not_match(trained: Trained) -> None:
     data = some_data()
-    data.tensors[0][trained.drawn[1][0], 2] += 1e-3
+    data.tensors[0][trained.drawn[1], 2] += 1e-3  # of one alone dropout may hide it
     assert not output_matches(trained.key(1), trained.clipped(1, data))
     assert not output_matches(trained.key(2), trained.clipped(1))
     clipped = trained.clipped(1)

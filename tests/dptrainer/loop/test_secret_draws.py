@@ -375,3 +375,27 @@ def test_a_receipt_gives_its_draws_once() -> None:
     BatchDraws().open(receipt)
     with refused("DP077"):
         BatchDraws().open(receipt)
+
+
+def test_rows_of_tensors_are_read_without_streams_of_their_own_and_the_model_draws_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[bool] = []
+    monkeypatch.setattr(
+        "dptrainer.own_draws.begin_batch", lambda key, number, device, reading=False: begun.append(reading)
+    )
+    draws, receipt = BatchDraws(), make_run().next_receipt()
+    for reading in (True, False):
+        draws.begin(receipt, CPU, reading=reading)
+        draws.go_on(CPU)
+    assert begun == [True, False, False]
+
+
+def test_callbacks_find_no_key_of_what_was_drawn() -> None:
+    model, keys = linear_model(), []
+    trainer = PrivateTrainer(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), linear_data(), make_run(rate=1.0),
+        callbacks=[lambda steps, epsilon: keys.append(trainer._draws._key)],
+    )  # fmt: skip
+    trainer.fit()
+    assert keys == [b""] * 4
