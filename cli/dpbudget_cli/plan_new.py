@@ -36,7 +36,7 @@ _DELTA = (
 @click.option("--ledger", "path", required=True, metavar="PATH", help="The ledger that pays for the plan.")
 @click.option("--owner-key", metavar="FILE", help="The owner's key; PATH.owner.key, else owner.key beside PATH.")
 @click.option("--writer-key", metavar="FILE", help="The writer's key; PATH.writer.key, else writer.key beside PATH.")
-@click.option("--epsilon", type=EPSILON, metavar="E", help="What the plan may claim; all that is left if not given.")
+@click.option("--epsilon", type=EPSILON, metavar="E", help="What the plan may claim; else all that is left.")
 @ADVANTAGE
 @schedule_options
 @click.option("--noise-multiplier", type=NOISE, metavar="S", help="Use this noise; epsilon follows from it.")

@@ -41,7 +41,7 @@ NEXT = {
     "ledger help": "write dpbudget ledger --help",
     "show budget.ledger": "write dpbudget key show or dpbudget ledger show or dpbudget plan show",
     "calibrate --eps 3": "write --epsilon",
-    "calibrate -e 3": "write --epsilon or --epochs",
+    "calibrate -e 3": "write --epsilon or --examples or --epochs",
     "calibrate 3": "name the option of every value",
     "ledger grant budget.ledger --epsilon 4 --owner-key sealed.key": "--passphrase-fd FD",
     f"{TRAIN} train.npz --init none.safetensors": "check the path",
