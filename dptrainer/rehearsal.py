@@ -55,6 +55,9 @@ def rehearse(
 def _try(
     engine: BookKeeping, forward: CompiledForward, model: nn.Module, calls: Sequence[Call], rows: int | None
 ) -> None:
+    if rows is None and forward.sizes_are_fixed:
+        forward.give_up("dynamic=False compiles for each size anew, and sizes vary without static_shapes=True")
+        return
     found = next((found for found in (callable_with(model, *call) for call in calls) if found is not None), None)
     if found is None:
         forward.give_up("it could not be called with synthetic records")

@@ -252,6 +252,47 @@ def test_the_tests_at_set_up_look_inside(kind: str, build: Any, code: str) -> No
     assert run.charged == 0
 
 
+@pytest.mark.parametrize("when", ["before", "between", "within", "forward"])
+def test_what_a_wrapper_does_around_the_model_is_refused(when: str) -> None:
+    """Its hooks run outside of everything that is tested, and may mix the records."""
+    model, run = network(), make_run(4)
+    shown, optimizer = as_given(model, "wrapped"), torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def mix() -> None:
+        if when == "forward":
+            shown.forward = lambda x: model(x - x.mean(0))  # type: ignore[method-assign]
+        else:
+            shown.register_forward_hook(lambda module, args, output: output - output.mean(0))
+
+    if when == "before":
+        mix()
+        with refused("DP019"):
+            private(shown, optimizer, run=run, note=lambda _: None)
+        assert run.charged == 0
+        return
+    _, _, loader = private(shown, optimizer, run=run, note=lambda _: None)
+    with refused("DP019"):
+        for number, batch in enumerate(loader):
+            if number == 2:
+                assert when == "within", "a change between batches is refused before the next one"
+            if number == 2 or (number == 1 and when != "within"):
+                before = snapshot(model)
+                mix()
+            if number != 1 or when == "within":
+                step(shown, optimizer, batch)
+    assert same(model, before)
+
+
+def test_dynamic_sizes_as_the_program_asked_for_them() -> None:
+    for dynamic, facts in ((True, {}), (False, {"physical_batch_size": 40, "static_shapes": True}), (False, {})):
+        said: list[str] = []
+        shown = torch.compile(network(), backend="aot_eager", dynamic=dynamic)
+        loader = private(shown, loss_fn=nn.CrossEntropyLoss(), note=said.append, **facts)[2]
+        assert loader.compiled == (dynamic or bool(facts))
+        assert loader.compiled or any("static_shapes" in line for line in said)
+        loader.detach()
+
+
 def test_what_else_a_private_batch_trains_is_refused() -> None:
     model, head = network(), nn.Linear(3, 3)
     shown, optimizer = as_given(model, "wrapped"), torch.optim.SGD(model.parameters(), lr=0.1)
