@@ -200,9 +200,10 @@ def test_what_cannot_be_compiled_is_said_at_set_up_and_released_all_the_same() -
         private(as_given(model, "wrapped"), torch.optim.SGD(model.parameters(), lr=0.1), loss_fn=nn.CrossEntropyLoss())
 
 
-def test_a_compiler_that_is_wrong_is_found_at_set_up() -> None:
+@pytest.mark.parametrize("rows", [13, 2])
+def test_a_compiler_that_is_wrong_is_found_at_set_up(rows: int) -> None:
     def wrong(graph: Any, inputs: Any) -> Any:
-        return lambda *given: tuple(out * 1.5 if out.is_floating_point() else out for out in graph.forward(*given))
+        return lambda *given: tuple(out * (1.5 if out.shape[:1] == (rows,) else 1) for out in graph.forward(*given))
 
     said: list[str] = []
     expected, _ = sums_of("as it is")
