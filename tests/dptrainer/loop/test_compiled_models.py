@@ -418,6 +418,8 @@ def test_a_compiler_that_makes_a_graph_for_every_size_does_not_log_the_sizes_of_
         shown, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), data, make_run(20), note=told.append
     )
     told.clear()
+    assert trainer._entry is not None
+    trainer._entry.forward.reason = None  # set-up leaves such a model uncompiled
     logger, teller = logging.getLogger("torch._dynamo.convert_frame"), Teller()
     logger.addHandler(teller)
     try:
