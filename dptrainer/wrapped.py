@@ -13,12 +13,15 @@ from typing import Any
 
 from torch import nn
 
+from dpbudget.errors import PrivacyViolation
 from dptrainer.clipping.bookkeeping import BookKeeping
 from dptrainer.clipping.compiled import CompiledForward, settings_of, without_global_hooks
 from dptrainer.clipping.engine import plain
+from dptrainer.clipping.recording import Hook
 from dptrainer.probe import Call
 from dptrainer.rehearsal import rehearse
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _TWICE = r"Using `torch\.compile\(module\)` when there are global hooks"
 
 
@@ -30,6 +33,9 @@ class Entry:
         original: what stood there.
         forward: the compiled forward pass of private batches.
         engine: of the private training, once there is one.
+
+    Raises:
+        PrivacyViolation: (DP019) a wrapper has hooks.
     """
 
     def __init__(self, shown: nn.Module) -> None:
@@ -39,6 +45,28 @@ class Entry:
         self.original: Callable[..., Any] = held.original if isinstance(held, Entry) else held
         self.forward = CompiledForward(self.model, settings_of(self.original if shown is self.model else shown))
         self.engine: BookKeeping | None = None
+        self._placed = False
+        self.forward.look = self._refuse_untested
+        self._refuse_untested()
+
+    def _refuse_untested(self) -> None:
+        """What a wrapper does around the model is neither tested nor watched.
+
+        Raises:
+            PrivacyViolation: (DP019) it has hooks, or another ``forward`` than it had at set-up.
+        """
+        exchanged = self._placed and vars(self.shown).get(self._place) is not self
+        wrapper = self.shown
+        while wrapper is not self.model and not exchanged:
+            exchanged = any(not isinstance(hook, Hook) for name in _HOOKS for hook in vars(wrapper)[name].values())
+            wrapper = wrapper._orig_mod  # type: ignore[assignment]  # a module
+        if exchanged:
+            raise PrivacyViolation(
+                "what torch.compile returned has hooks of its own, or its forward was exchanged; nobody tests them.",
+                hint="register hooks on the model that was given to torch.compile, and compile it before its private "
+                "training is set up.",
+                code="DP019",
+            )
 
     def attach(
         self, engine: BookKeeping, calls: Sequence[Call], rows: int | None, note: Callable[[str], None] | None
@@ -48,13 +76,13 @@ class Entry:
         self.forward.rows = rows
         self.forward.rehearse = partial(rehearse, engine, self.forward, self.model, calls, rows, note)
         self.forward.ready()
-        vars(self.shown)[self._place] = self
+        vars(self.shown)[self._place], self._placed = self, True
         if self.shown is not self.model:  # our global hooks know the wrapper, and pass over it
             warnings.filterwarnings("ignore", _TWICE, UserWarning)
 
     def release(self) -> None:
         """Gives the model back as it was."""
-        self.engine = None
+        self.engine, self._placed = None, False
         if vars(self.shown).get(self._place) is self:
             vars(self.shown)[self._place] = self.original
 
@@ -63,6 +91,7 @@ class Entry:
         if self.engine is None or not self.engine.batch_is_open:
             with without_global_hooks():
                 return self.original(*args, **kwargs)
+        self._refuse_untested()
         return self.engine.call(*args, **kwargs)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,8 @@ def _filled(cell: Any) -> bool:
 
 
 def _call(model: Any, args: Any, kwargs: Any) -> Any:
+    if not torch.compiler.is_dynamo_compiling():  # a constant in what is compiled; the guard is not watching here
+        raise NotCompilable("the compiler was told to leave code as it is")
     return model.forward(*args, **kwargs)
 
 
@@ -71,6 +73,7 @@ class CompiledForward:
         rows: rows of every private batch; None where they vary. Then batches of one row run uncompiled: the compiler
             makes a graph of its own for one, and nobody shall wait for it in a batch that is private.
         rehearse: tries it out on synthetic records; called before the first batch of a model, and of a changed one.
+        look: refuses what stands around the model and was not tested; called before each batch.
         marks: what tells the hooks of layers to leave marks.
     """
 
@@ -79,6 +82,7 @@ class CompiledForward:
         self.marks = Marks()
         self.reason: str | None = "it was not tested yet"
         self.rehearse: Callable[[], object] | None = None
+        self.look: Callable[[], object] | None = None
         self.rows: int | None = None
         self._untried = False
         self._layers: list[tuple[nn.Module, Layer]] = []
@@ -91,9 +95,14 @@ class CompiledForward:
         """Whether the program left it to the compiler which sizes are variable."""
         return self._settings.dynamic is None
 
+    @property
+    def sizes_are_fixed(self) -> bool:
+        """Whether the program asked for a graph of its own for each size."""
+        return self._settings.dynamic is False
+
     def takes(self, batch_size: int) -> bool:
-        """Whether it runs batches of this size."""
-        return self.reason is None and (batch_size > 1 or self.rows == 1)
+        """Whether it runs batches of this size, here and now: a checkpointed forward pass is run again uncompiled."""
+        return self.reason is None and (batch_size > 1 or self.rows == 1) and not _checkpointing()
 
     def forget(self) -> None:
         """The model is another one; what was compiled may be untrue of it."""
@@ -112,11 +121,21 @@ class CompiledForward:
         self._fast = self._compiled_call(self._graph)
 
     def ready(self) -> None:
-        """Has it tried out, if that was not done yet."""
-        if self._untried:
-            self._untried = False
-            if self.rehearse is not None:
-                self.rehearse()
+        """Has it tried out, if that was not done yet.
+
+        Raises:
+            PrivacyViolation: what was not tested stands around the model.
+        """
+        if self.look is not None:
+            self.look()
+        if not self._untried or self.rehearse is None:
+            return
+        before, self._untried = self.reason, False
+        try:
+            self.rehearse()
+        except BaseException:  # someone interrupted it: it is yet to be tried out
+            self.reason, self._untried = before, True
+            raise
 
     def give_up(self, reason: str) -> None:
         """From now on the model runs uncompiled."""
@@ -140,7 +159,7 @@ class CompiledForward:
             raise NotCompilable(self.reason or "it was not tested yet")
         self._session, self._allowed, self.marks.on = session, allowed, True
         try:
-            with without_global_hooks(), _sizes_unsaid():
+            with without_global_hooks(), self._numbers_fixed(), _sizes_unsaid():
                 return self._fast(self._model, args, kwargs)
         except NotCompilable as error:
             self.give_up(str(error))
@@ -153,6 +172,13 @@ class CompiledForward:
             raise NotCompilable(str(error)) from error
         finally:
             self._session, self._allowed, self.marks.on = None, frozenset(), False
+
+    def _numbers_fixed(self) -> AbstractContextManager[object]:
+        """Under ``dynamic=True`` numbers, an ``eps`` for example, would be tensors, which have no value in the walk."""
+        if not self._settings.dynamic:
+            return nullcontext()
+        patched: AbstractContextManager[object] = torch._dynamo.config.patch(specialize_float=True)
+        return patched
 
     def _graph(self, module: Any, inputs: Any) -> RecordingGraph:
         """The backend that the compiler hands graphs to."""
@@ -188,8 +214,24 @@ def _sizes_unsaid() -> Iterator[None]:
             logger.disabled = disabled
 
 
-#: Loggers that name sizes of inputs in warnings.
-_TELL_SIZES = ("_dynamo.convert_frame", "_dynamo.guards", "fx.experimental.symbolic_shapes")
+#: Loggers that name sizes of inputs in warnings and errors.
+_TELL_SIZES = (
+    "_dynamo.convert_frame",
+    "_dynamo.guards",
+    "_subclasses.fake_tensor",
+    "fx.experimental.symbolic_shapes",
+)
+
+
+#: The hooks that tensors saved for a backward pass go through; not in every version of torch.
+_saving: Callable[[bool], tuple[Any, ...] | None] = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None
+)
+
+
+def _checkpointing() -> bool:
+    """Whether what runs now will be run again within the backward pass."""
+    return any(getattr(hook, "__module__", "") == "torch.utils.checkpoint" for hook in _saving(True) or ())
 
 
 @contextmanager

@@ -136,6 +136,10 @@ class RecordingGraph:
             call.grads.append(None)
             calls.append(call)
         session.calls += calls
+        for output in outputs:
+            # Taps are left out of autograd.grad(loss, x), which is a backward pass all the same.
+            if isinstance(output, Tensor) and output.grad_fn is not None and all(output is not x for x in given):
+                output.register_hook(lambda grad: session.note_backward(None))  # type: ignore[no-untyped-call]
         return outputs
 
     def _mark_dynamic(self, given: Sequence[Any], zeros: Sequence[Tensor]) -> None:

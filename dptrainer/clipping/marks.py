@@ -24,7 +24,13 @@ def enter(index: int, given: Tensor) -> Tensor:
 
 
 def leave(index: int, output: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Layer ``index`` was given these arguments and returned ``output``. Stands in graphs, by its identity."""
+    """Layer ``index`` was given these arguments and returned ``output``. Stands in graphs, by its identity.
+
+    What it returns requires a gradient where that of a recorded layer does, since code may ask: a hook on the gradient,
+    or an ``autograd.Function``, whose own backward pass is left out where nothing requires one.
+    """
+    if torch.is_grad_enabled() and output.is_floating_point():
+        return output.detach().requires_grad_().clone()
     return output.clone()
 
 

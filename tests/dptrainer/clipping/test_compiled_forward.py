@@ -10,6 +10,7 @@ from clipping_oracle import losses, microbatch, norm, row_loss, typical_norm
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dpbudget.errors import PrivacyViolation
@@ -307,6 +308,137 @@ def test_a_second_backward_pass_and_one_after_the_batch_are_refused():
     engine.abort()
     with pytest.raises(PrivacyViolation, match="DP031"):
         out.sum().backward()
+    assert forward.reason is None
+
+
+class Toggled(Places):
+    """Looks up positions only when told to; five of them, which may be taken for the rows of a batch of five."""
+
+    late = False
+
+    def forward(self, x):
+        return super().forward(x) if self.late else self.last(x[:, :4])
+
+
+@pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile"])
+def test_a_compiler_that_is_told_to_leave_code_alone_leaves_the_guard_in_place(stance):
+    model = Toggled()
+    engine, forward = compiled(model, 0.2)
+    sums_of(engine, [torch.randn(5, 5)])
+    with torch.compiler.set_stance(stance):
+        x = torch.randn(5, 5)
+        assert_close(sums_of(engine, [x]), microbatch(model, [x], 0.2))
+        model.late = True
+        with pytest.raises(PrivacyViolation, match="DP030"):
+            sums_of(engine, [x])
+    assert "leave code as it is" in forward.reason
+
+
+def test_inside_what_the_compiler_keeps_away_from_the_model_runs_uncompiled():
+    class Nothing(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    model, x = MODELS["perceptron"][0](), torch.randn(6, 5)
+    engine, forward = compiled(model, 0.2)
+    with Nothing():
+        found = sums_of(engine, [x])
+    assert_close(found, microbatch(model, [x], 0.2))
+    assert forward.reason
+
+
+class Gentle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clamp(-0.01, 0.01)
+
+
+class OwnBackward(Outside):
+    def forward(self, x):
+        return self.last(Gentle.apply(self.first(x)))
+
+
+class Asks(Outside):
+    def forward(self, x):
+        h = self.first(x)
+        if h.requires_grad:
+            h.register_hook(lambda grad: 2 * grad)
+        return self.last(h)
+
+
+class Changes(Outside):
+    def forward(self, x):
+        h = self.first(x)
+        h += 1
+        h[:, 0] = 2 * h[:, 1]
+        return self.last(h if h.requires_grad else h.detach())
+
+
+@pytest.mark.parametrize("build", [OwnBackward, Asks, Changes])
+def test_outputs_of_layers_require_a_gradient_for_the_compiler_too(build):
+    model, x = build(), torch.randn(6, 4)
+    engine, forward = compiled(model, 0.2)
+    assert_close(sums_of(engine, [x]), microbatch(model, [x], 0.2))
+    assert (forward.reason is None) == (build is Changes)
+
+
+def test_a_gradient_of_the_inputs_alone_is_a_backward_pass_too():
+    model = MODELS["perceptron"][0]()
+    for engine in (BookKeeping(model, clip_norm=1.0), compiled(model)[0]):
+        x = torch.randn(6, 5, requires_grad=True)
+        engine.begin(6)
+        (grad,) = torch.autograd.grad(engine.call(x).square().mean(), x)
+        with pytest.raises(PrivacyViolation, match="DP031"):
+            engine.call((x + grad).detach()).square().mean().backward()
+        engine.detach()
+
+
+def test_a_model_that_is_checkpointed_as_a_whole_runs_uncompiled_meanwhile():
+    model, x = MODELS["perceptron"][0](), torch.randn(6, 5)
+    engine, forward = compiled(model, 0.2)
+    found = sums_of(engine, [x], lambda x: checkpoint(engine.call, x, use_reentrant=False))
+    assert_close(found, microbatch(model, [x], 0.2))
+    assert_close(sums_of(engine, [x]), found)
+    assert forward.reason is None
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_what_the_compiler_has_to_say_of_a_batch_is_not_said(dynamic, capfd, caplog):
+    """It names sizes: "size mismatch at index 0. expected 5, actual 7"."""
+    model = MODELS["decoder"][0]()
+    engine, forward = compiled(model, 0.3, dynamic=dynamic)
+    forward.rehearse = lambda: None
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for size in (5, 7, 9):
+            x = torch.randint(0, 11, (size, 4))
+            assert_close(sums_of(engine, [x]), microbatch(model, [x], 0.3))
+    assert (forward.reason is None) == dynamic
+    assert capfd.readouterr() == ("", "")
+    # Traces are written by whoever sets TORCH_TRACE.
+    assert not [record for record in caplog.records if record.name != "torch.__trace"]
+
+
+def test_a_rehearsal_that_was_interrupted_is_held_again():
+    model, x, held = MODELS["perceptron"][0](), torch.randn(6, 5), []
+    engine, forward = compiled(model, 0.2)
+    forward._untried = True
+
+    def rehearse():
+        held.append(forward.reason)
+        if len(held) == 1:
+            forward.reason = "it is compared with"
+            raise KeyboardInterrupt
+
+    forward.rehearse = rehearse
+    with pytest.raises(KeyboardInterrupt):
+        sums_of(engine, [x])
+    for _ in range(2):
+        assert_close(sums_of(engine, [x]), microbatch(model, [x], 0.2))
+    assert held == [None, None]
     assert forward.reason is None
 
 

@@ -200,9 +200,10 @@ def test_what_cannot_be_compiled_is_said_at_set_up_and_released_all_the_same() -
         private(as_given(model, "wrapped"), torch.optim.SGD(model.parameters(), lr=0.1), loss_fn=nn.CrossEntropyLoss())
 
 
-def test_a_compiler_that_is_wrong_is_found_at_set_up() -> None:
+@pytest.mark.parametrize("rows", [13, 2])
+def test_a_compiler_that_is_wrong_is_found_at_set_up(rows: int) -> None:
     def wrong(graph: Any, inputs: Any) -> Any:
-        return lambda *given: tuple(out * 1.5 if out.is_floating_point() else out for out in graph.forward(*given))
+        return lambda *given: tuple(out * (1.5 if out.shape[:1] == (rows,) else 1) for out in graph.forward(*given))
 
     said: list[str] = []
     expected, _ = sums_of("as it is")
@@ -250,6 +251,47 @@ def test_the_tests_at_set_up_look_inside(kind: str, build: Any, code: str) -> No
     with refused(code):
         private(as_given(model, kind), torch.optim.SGD(model.parameters(), lr=0.1), run=run)
     assert run.charged == 0
+
+
+@pytest.mark.parametrize("when", ["before", "between", "within", "forward"])
+def test_what_a_wrapper_does_around_the_model_is_refused(when: str) -> None:
+    """Its hooks run outside of everything that is tested, and may mix the records."""
+    model, run = network(), make_run(4)
+    shown, optimizer = as_given(model, "wrapped"), torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def mix() -> None:
+        if when == "forward":
+            shown.forward = lambda x: model(x - x.mean(0))  # type: ignore[method-assign]
+        else:
+            shown.register_forward_hook(lambda module, args, output: output - output.mean(0))
+
+    if when == "before":
+        mix()
+        with refused("DP019"):
+            private(shown, optimizer, run=run, note=lambda _: None)
+        assert run.charged == 0
+        return
+    _, _, loader = private(shown, optimizer, run=run, note=lambda _: None)
+    with refused("DP019"):
+        for number, batch in enumerate(loader):
+            if number == 2:
+                assert when == "within", "a change between batches is refused before the next one"
+            if number == 2 or (number == 1 and when != "within"):
+                before = snapshot(model)
+                mix()
+            if number != 1 or when == "within":
+                step(shown, optimizer, batch)
+    assert same(model, before)
+
+
+def test_dynamic_sizes_as_the_program_asked_for_them() -> None:
+    for dynamic, facts in ((True, {}), (False, {"physical_batch_size": 40, "static_shapes": True}), (False, {})):
+        said: list[str] = []
+        shown = torch.compile(network(), backend="aot_eager", dynamic=dynamic)
+        loader = private(shown, loss_fn=nn.CrossEntropyLoss(), note=said.append, **facts)[2]
+        assert loader.compiled == (dynamic or bool(facts))
+        assert loader.compiled or any("static_shapes" in line for line in said)
+        loader.detach()
 
 
 def test_what_else_a_private_batch_trains_is_refused() -> None:
@@ -376,6 +418,8 @@ def test_a_compiler_that_makes_a_graph_for_every_size_does_not_log_the_sizes_of_
         shown, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), data, make_run(20), note=told.append
     )
     told.clear()
+    assert trainer._entry is not None
+    trainer._entry.forward.reason = None  # set-up leaves such a model uncompiled
     logger, teller = logging.getLogger("torch._dynamo.convert_frame"), Teller()
     logger.addHandler(teller)
     try:
