@@ -99,6 +99,9 @@ def load_settings(folder: Path | None = None) -> Settings:
     return Settings()
 
 
+_WHERE = "only pyproject.toml has a section for them, [tool.dpbudget]"
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_BYTES:
@@ -118,6 +121,10 @@ def _checked(table: Any, path: Path) -> Settings:
     for key, value in table.items():
         name = key.replace("-", "_")
         if name not in _CHECKS:
+            if isinstance(value, dict):
+                raise Unreadable(
+                    f"{path} has a section [{key}]", code="DP092", hint=f"write the keys without [{key}]; {_WHERE}"
+                )
             hint = f"{did_you_mean(name, tuple(_CHECKS))} The keys are {', '.join(_CHECKS)}".strip()
             raise Unreadable(f"{path} sets an unknown key {key!r}", code="DP092", hint=hint)
         try:

@@ -84,8 +84,11 @@ def require_ledger(ledger: str) -> None:
     from dpbudget.ledger.store.postgres_url import is_database
 
     if not is_database(ledger) and not os.path.lexists(ledger):
-        new = f"dpbudget ledger init {ledger} --epsilon E --delta D"
-        raise Unreadable(f"{ledger}: no such ledger", hint=f"{check_path(ledger)}; a new one is made by {new}")
+        new = f"dpbudget init {ledger}, or dpbudget ledger init {ledger} --epsilon E --delta D"
+        raise Unreadable(
+            f"{ledger}: no such ledger",
+            hint=f"{check_path(ledger)}; a new one is made by {new}",
+        )
 
 
 def key_path(given: str | None, ledger: str, role: str) -> str:

@@ -34,11 +34,18 @@ class NoiseKeys:
         """Whether every step is settled with a hash of its output, to compare a replay with."""
         return self.keep is not None or self.plan_key is not None
 
-    def start(self, ledger: Ledger, run_id: str) -> Run:
-        """Start the run with them."""
+    def start(self, ledger: Ledger, run_id: str, lease_steps: int | None = None) -> Run:
+        """Start the run with them, and with leases of so many steps."""
         from dpbudget._surface import start
 
-        return start(ledger, run_id, keep_keys=self.keep, plan_key=self.plan_key, expect_head=self.expect_head)
+        return start(
+            ledger,
+            run_id,
+            lease_steps=lease_steps,
+            keep_keys=self.keep,
+            plan_key=self.plan_key,
+            expect_head=self.expect_head,
+        )
 
 
 def keep_options(command: _Command) -> _Command:

@@ -204,6 +204,12 @@ def _adjacency_and(accountant: Checked, choices: str, command: _Command) -> _Com
     return command
 
 
+#: What decides about no budget, and where it is said.
+NO_PRIVACY = dict.fromkeys(
+    ("--lr", "--learning-rate", "--momentum"), "leave it out: privacy does not depend on it; dpbudget train takes it"
+)
+
+
 class TwoNames(click.Option):
     """An option with a second name, by which newcomers look for it; help shows the first as usual."""
 

@@ -50,6 +50,20 @@ def stop_on_interrupt() -> Iterator[Interrupt]:
         signal.signal(signal.SIGINT, before)
 
 
+def lease_steps(planned: int, most: int | None) -> int | None:
+    """Steps a lease where a call takes at most ``most``, so that few are charged in vain; None for the usual number.
+
+    A function of public numbers alone, as the default is: as many leases as usual, all of one size.
+    """
+    from dpbudget.ledger.run import default_lease_steps
+
+    if most is None:
+        return None
+    most = min(most, planned)
+    leases = -(-most // default_lease_steps(planned))
+    return -(-most // leases)
+
+
 @dataclass(frozen=True)
 class StopRule:
     """An end before that of the plan, which is decided without looking at the data.
@@ -86,9 +100,10 @@ class StopRule:
         """Whether one step more would charge a lease that goes beyond epsilon."""
         from dpbudget.ledger.run import default_lease_steps
 
+        count = lease_steps(run.planned, self.max_steps) or default_lease_steps(run.planned)
         if run.charged > run.planned - run.remaining or run.meter is None or self.epsilon is None:
             return False  # steps that are charged already, or nobody can say
-        after = min(run.charged + default_lease_steps(run.planned), run.planned)
+        after = min(run.charged + count, run.planned)
         return run.meter.epsilon(after).upper > self.epsilon
 
 

@@ -18,12 +18,13 @@ def used_up(message: str, ledger: str) -> PlanExhausted:
     )
 
 
-def choose_run(state: LedgerState, text: str | None, *, but: str | None = None) -> str:
+def choose_run(state: LedgerState, text: str | None, *, ledger: str, but: str | None = None) -> str:
     """The named run, else the only one with steps left; the newest where none has, which is refused later (DP050).
 
     Args:
         state: of the ledger.
         text: the run's id, or the beginning of it.
+        ledger: its location, as it may be shown.
         but: a run that is not meant, whatever is left of it.
 
     Raises:
@@ -41,10 +42,18 @@ def choose_run(state: LedgerState, text: str | None, *, but: str | None = None) 
         return runs[-1].run_id
     if not unfinished:
         raise InvalidParameter(
-            "no plan is signed into this ledger yet", code="DP081", hint="sign one in: dpbudget plan new"
+            "no plan is signed into this ledger yet",
+            code="DP081",
+            hint=f"sign one in: dpbudget plan new --ledger {ledger}",
         )
     raise InvalidParameter(
         f"{len(unfinished)} runs of this ledger have steps left",
         code="DP081",
-        hint=f"name one with --plan: {', '.join(unfinished)}",
+        hint=f"name one with --plan: {', '.join(f'{run} ({_left(state, run)})' for run in unfinished)}",
     )
+
+
+def _left(state: LedgerState, run_id: str) -> str:
+    """By which somebody tells one run from another: its length, and what is left of it."""
+    run = state.runs[run_id]
+    return f"{run.plan.steps - run.charged} of {run.plan.steps} steps left"

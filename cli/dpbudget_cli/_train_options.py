@@ -9,7 +9,19 @@ import click
 
 from dpbudget_cli._keys import PASSPHRASE_FD
 from dpbudget_cli._noise_keys import committed_options, keep_options
-from dpbudget_cli._options import COUNT, EPSILON, INSIDE, JSON, POSITIVE, SEED, SHARE, Plain, to_count, to_float
+from dpbudget_cli._options import (
+    COUNT,
+    EPSILON,
+    INSIDE,
+    JSON,
+    POSITIVE,
+    SEED,
+    SHARE,
+    Plain,
+    TwoNames,
+    to_count,
+    to_float,
+)
 
 if TYPE_CHECKING:
     from dpbudget_cli._job import Classes
@@ -59,12 +71,24 @@ _OPTIONS = (
     _shown("--ledger", "path", required=True, metavar="PATH", help="The ledger that holds the plan."),
     _shown("--plan", "run_id", metavar="RUN", help="The run, if several have steps left."),
     _shown("--data", required=True, metavar="FILE", help="Private data: .csv, .npz or .parquet."),
-    _shown("--target", default="y", metavar="COL", help="Column or array with the labels (y)."),
+    _shown(
+        "--target", "--label", cls=TwoNames, default="y", metavar="COL", help="Column or array with the labels (y)."
+    ),
     _shown("--classes", type=ClassesType(), required=True, metavar="K", help="Number of classes, or names: no,yes."),
     _shown("--model", default="linear", metavar="M", help="linear, mlp, cnn or module:factory."),
-    _shown("--lr", type=POSITIVE, default=0.5, metavar="R", help="Learning rate of SGD (0.5)."),
+    _shown(
+        "--lr",
+        "--learning-rate",
+        "lr",
+        cls=TwoNames,
+        type=POSITIVE,
+        default=0.5,
+        metavar="R",
+        help="Learning rate of SGD (0.5).",
+    ),
+    _shown("--feature-scale", type=POSITIVE, default=1.0, metavar="F", help="Public factor for all features (1)."),
     _shown("--user-column", metavar="COL", help="Whose each row is, in a ledger for users."),
-    _shown("--max-examples", type=COUNT, metavar="K", help="Most rows of a user in a step: public."),
+    _hidden("--max-examples", type=COUNT, metavar="K", help="Most rows of a user in a step: public."),
     _shown("--output", metavar="FILE", help="New file for weights; FILE.md is their card."),
     _shown("--max-steps", type=COUNT, metavar="T", help="End after so many steps."),
     _shown("--public-eval", metavar="FILE", help="File that you declare public, for an accuracy."),
@@ -73,7 +97,6 @@ _OPTIONS = (
     _hidden("--writer-key", metavar="FILE", help="PATH.writer.key or writer.key beside it if not given."),
     _hidden("--hidden", type=COUNT, default=64, metavar="H", help="Width of the mlp (64)."),
     _hidden("--momentum", type=SHARE, default=0.0, metavar="M", help="Momentum (0)."),
-    _hidden("--feature-scale", type=POSITIVE, default=1.0, metavar="F", help="Public factor for all features (1)."),
     _hidden("--fill-missing", type=FINITE, metavar="V", help="Public value in the place of missing features."),
     _hidden("--validation", metavar="FILE", help="Private held-out records in a file of their own."),
     _hidden("--seed", type=SEED, default=0, metavar="N", help="Seed of the initial weights alone (0)."),

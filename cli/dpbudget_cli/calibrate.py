@@ -9,6 +9,7 @@ import click
 from dpbudget.curve import round_up, show_delta
 from dpbudget.errors import InvalidParameter
 from dpbudget_cli import _output as out
+from dpbudget_cli._next import following
 from dpbudget_cli._options import (
     ADVANTAGE,
     CLIP,
@@ -17,6 +18,7 @@ from dpbudget_cli._options import (
     INSIDE,
     JSON,
     MODE,
+    NO_PRIVACY,
     NOISE,
     accounting_options,
     meaning_options,
@@ -39,7 +41,7 @@ _SOLVED = {
 }
 
 
-@click.command("calibrate", cls=Leaf)
+@click.command("calibrate", cls=Leaf, elsewhere=NO_PRIVACY)
 @click.option("--epsilon", type=EPSILON, metavar="E", help="What the run may claim.")
 @ADVANTAGE
 @click.option("--tpr", type=INSIDE, metavar="R", help="Instead of epsilon: largest TPR of an attack at --fpr.")
@@ -80,6 +82,7 @@ def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> No
         from dpbudget.report.plots import figure_of_plan, save_figure
 
         save_figure(figure_of_plan(plan), plot)
+        out.talk(f"drawn into {plot}")
     if explain:
         from dpbudget_cli._meaning import meaning_json, meaning_of_plan, talk_meaning
 
@@ -94,6 +97,7 @@ def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> No
     phase = plan.phases[0]
     out.emit_table(
         [
+            ("solved for", _SOLVED[solving].replace("_", " ")),
             ("noise multiplier", f"{phase.noise_multiplier:.10g}"),
             ("epsilon", f"{round_up(plan.claim.epsilon)}  (certified claim)"),
             ("delta", show_delta(plan.claim.delta)),
@@ -101,14 +105,33 @@ def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> No
             *([("batch size", round(phase.rate * plan.nominal_size))] if plan.nominal_size else []),
             *([("dataset size", plan.nominal_size)] if solving == "size" else []),
             ("steps", plan.steps),
+            ("epochs", f"{plan.steps * phase.rate:.4g}"),
             ("clip norm", f"{plan.clip_norm:g}"),
             ("noise", plan.noise),
             ("accountant", plan.claim.accountant),
             ("adjacency", plan.adjacency),
+            *_following(question, plan),
         ]
     )
     if explain:
         talk_meaning(meaning)
+
+
+def _following(question: Question, plan: Plan) -> list[tuple[str, str]]:
+    """What to type next; nothing without a dataset size, which a signed plan needs."""
+    if plan.nominal_size is None:
+        return []
+    phase, values = plan.phases[0], question.values
+    if not question.has("noise_multiplier") and question.has("epsilon"):
+        target, total = f"--epsilon {values['epsilon']!r}", values["epsilon"]
+    else:
+        target, total = f"--noise-multiplier {phase.noise_multiplier!r}", plan.claim.epsilon
+    if question.has("sample_rate"):
+        batch = f"--sample-rate {values['sample_rate']!r}"
+    else:
+        batch = f"--batch-size {round(phase.rate * plan.nominal_size)}"
+    shape = f"--dataset-size {plan.nominal_size} {batch} --steps {plan.steps}"
+    return following(question, plan, target, shape, total)
 
 
 def _unknown(question: Question) -> str:

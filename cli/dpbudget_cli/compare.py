@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command("compare", cls=Leaf)
 @mechanism_options
-@click.option("--delta", type=DELTA, metavar="D", required=True, help="Delta, such as 1e-5 or 1/60000.")
+@click.option("--delta", type=DELTA, metavar="D", help="Delta; 1 / dataset-size^1.1 if not given.")
 @click.option("--adjacency", type=ADJACENCY, help="add-remove (default), zero-out or replace-one.")
 @click.option("--group", type=COUNT, metavar="K", help="Also for K records together.")
 @JSON
@@ -35,10 +35,14 @@ def command(as_json: bool, **values: Any) -> None:
     """
     from dpbudget._compare import compare
     from dpbudget._schedule import warn_of_delta
-    from dpbudget_cli._question import ask_mechanism
+    from dpbudget_cli._question import ask_delta, ask_mechanism
 
     accountant = values.setdefault("accountant", "prv")  # all of them are asked
     question = ask_mechanism(values)
+    question.need("delta")
+    if not question.has("delta"):
+        question.require("dataset_size", "pass --delta D, or --dataset-size N, from which delta follows")
+        ask_delta(question)
     warn_of_delta(values["delta"], values["dataset_size"])
     loader = None
     if all(map(question.has, ("dataset_size", "batch_size", "epochs"))):

@@ -41,6 +41,7 @@ def command(as_json: bool, explain: bool, plot: str | None, **values: Any) -> No
         from dpbudget.report.plots import figure_of_schedule, save_figure
 
         save_figure(figure_of_schedule(values["phases"], **shared), plot)
+        out.talk(f"drawn into {plot}")
     if explain:
         from dpbudget_cli._meaning import meaning_json, meaning_of_schedule, talk_meaning
 

@@ -186,7 +186,8 @@ def _folder(path: str) -> Path:
         raise InvalidParameter(
             f"{source.name} has settings already, and nothing is overwritten",
             code="DP074",
-            hint="make the ledger alone: dpbudget ledger init; or choose another folder",
+            hint=f"make it alone: dpbudget ledger init {shlex.quote(path)} --epsilon E --delta D --whole-budget; "
+            "or choose another folder",
         )
     return folder
 

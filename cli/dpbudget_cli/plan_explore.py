@@ -10,7 +10,20 @@ import click
 from dpbudget.curve import round_up, show_delta
 from dpbudget.errors import InvalidParameter, NotComputable
 from dpbudget_cli import _output as out
-from dpbudget_cli._options import ADJACENCY, BATCH, COUNT, DELTA, EPOCHS, EPSILON, JSON, MODE, SIZE, TwoNames
+from dpbudget_cli._next import exact, following, sign
+from dpbudget_cli._options import (
+    ADJACENCY,
+    BATCH,
+    COUNT,
+    DELTA,
+    EPOCHS,
+    EPSILON,
+    JSON,
+    MODE,
+    NO_PRIVACY,
+    SIZE,
+    TwoNames,
+)
 from dpbudget_cli._progress import bar
 from dpbudget_cli.main import Leaf
 
@@ -28,7 +41,7 @@ _ONCE = ("assumed", "warnings")
 _ESTIMATE = "an estimate, no guarantee"
 
 
-@click.command("explore", cls=Leaf)
+@click.command("explore", cls=Leaf, elsewhere=NO_PRIVACY)
 @click.option("--epsilon", type=EPSILON, multiple=True, metavar="E", help="What it may claim; repeat. 1, 3 and 8.")
 @click.option("--delta", type=DELTA, metavar="D", help="Delta; 1 / dataset-size^1.1 if not given.")
 @click.option(*SIZE, cls=TwoNames, type=COUNT, metavar="N", help="Public nominal size of the dataset.")
@@ -64,11 +77,13 @@ def command(plot: str | None, as_json: bool, **values: Any) -> None:
         from dpbudget.report.sweeps import SweepPicture, save_sweeps
 
         save_sweeps(SweepPicture(sweeps, values["min_steps"]), plot)
+        out.talk(f"drawn into {plot}")
     if as_json:
         _emit(question, sweeps, chosen)
         return
     out.talk_assumed(question.assumed)
     out.talk(f"signal/noise is {_SIGNAL}")
+    out.talk("records is batch size x steps, the compute; signal and compute are compared with the row above")
     out.talk("Delta and adjacency of a signed plan are its ledger's; if they differ from these, so does the noise.")
     for sweep, (members, best, plan) in zip(sweeps, chosen, strict=True):
         _show(question, sweep, members, best, plan)
@@ -171,27 +186,10 @@ def _why(member: Member, members: tuple[Member, ...], best: Member, *, in_full: 
     return "; ".join(words)
 
 
-def _next(question: Question, sweep: Sweep, cell: Cell, plan: Plan) -> str:
-    """The command that calibrates and signs the same plan."""
-    words = ["dpbudget plan new --ledger budget.ledger", f"--epsilon {_exact(Fraction(repr(sweep.epsilon)))}"]
-    words += [f"--dataset-size {sweep.dataset_size}", f"--batch-size {cell.batch_size}"]
-    words.append(f"--epochs {_exact(cell.epochs)}")
-    settings = question.settings
-    for name in ("max_parameters", "noise"):
-        here, there = question.values[name], settings.assume(name)
-        if there is None or here != there.value:
-            words.append(f"--{name.replace('_', '-')} {here}")
-    # The sweep counts with prv, whatever the settings say.
-    counts = settings.assume("accountant")
-    if counts is not None and counts.value != plan.claim.accountant:
-        words.append(f"--accountant {plan.claim.accountant}")
-    return " ".join(words)
-
-
-def _exact(number: Fraction) -> str:
-    """A number that reads back as the same one: 25, 2.7 or 1/3."""
-    short = f"{float(number):.12g}"
-    return short if Fraction(short) == number else str(number)
+def _words(sweep: Sweep, cell: Cell) -> tuple[str, str]:
+    """Target and shape of the chosen plan, as options of plan new."""
+    shape = f"--dataset-size {sweep.dataset_size} --batch-size {cell.batch_size} --epochs {exact(cell.epochs)}"
+    return f"--epsilon {exact(Fraction(repr(sweep.epsilon)))}", shape
 
 
 def _show(question: Question, sweep: Sweep, members: tuple[Member, ...], best: Member, plan: Plan) -> None:
@@ -214,7 +212,7 @@ def _show(question: Question, sweep: Sweep, members: tuple[Member, ...], best: M
             ("batch size", cell.batch_size),
             ("steps", plan.steps),
             ("adjacency", plan.adjacency),
-            ("next", _next(question, sweep, cell, plan)),
+            *following(question, plan, *_words(sweep, cell), sweep.epsilon),
         ]
     )
 
@@ -234,7 +232,7 @@ def _show_together(sweeps: tuple[Sweep, ...], chosen: list[tuple[tuple[Member, .
 def _row(cell: Cell) -> tuple[object, ...]:
     noise = "" if cell.noise_multiplier is None else f"~{cell.noise_multiplier:.3g}"
     signal = f"{cell.signal:.0f}" if cell.signal >= 100.0 else f"{cell.signal:.3g}"
-    return cell.batch_size, _exact(cell.epochs), cell.steps, noise, signal, cell.records
+    return cell.batch_size, exact(cell.epochs), cell.steps, noise, signal, cell.records
 
 
 def _emit(question: Question, sweeps: tuple[Sweep, ...], chosen: list[tuple[tuple[Member, ...], Member, Plan]]) -> None:
@@ -251,7 +249,7 @@ def _emit(question: Question, sweeps: tuple[Sweep, ...], chosen: list[tuple[tupl
                 "frontier": [_cell_json(m.cell) | {"why": _why(m, members, best, in_full=True)} for m in members],
                 "chosen": _cell_json(best.cell),
                 "plan": {name: fact for name, fact in describe(plan, question, []).items() if name not in _ONCE},
-                "next": _next(question, sweep, best.cell, plan),
+                "next": sign(question, plan, *_words(sweep, best.cell)),
             }
         )
     warning = delta_warning(sweeps[0].delta, sweeps[0].dataset_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,20 @@ from dpbudget.errors import BudgetExceeded, InvalidParameter
 from dpbudget_cli import _output as out
 from dpbudget_cli._files import write_new
 from dpbudget_cli._keys import PASSPHRASE_FD, key_path, load_signer, read_passphrases, require_ledger, shown
-from dpbudget_cli._options import ACCOUNTANT, ADVANTAGE, CLIP, COUNT, EPSILON, JSON, MODE, NOISE, schedule_options
+from dpbudget_cli._options import (
+    ACCOUNTANT,
+    ADVANTAGE,
+    CLIP,
+    COUNT,
+    EPSILON,
+    JSON,
+    MODE,
+    NO_PRIVACY,
+    NOISE,
+    schedule_options,
+)
 from dpbudget_cli._owner import REQUEST
-from dpbudget_cli._standing import usable
+from dpbudget_cli._standing import standing, usable
 from dpbudget_cli.ledger_init import USERS_TRAIN
 from dpbudget_cli.main import Leaf
 
@@ -32,7 +44,7 @@ _DELTA = (
 )
 
 
-@click.command("new", cls=Leaf, elsewhere={"--delta": _DELTA})
+@click.command("new", cls=Leaf, elsewhere={"--delta": _DELTA, **NO_PRIVACY})
 @click.option("--ledger", "path", required=True, metavar="PATH", help="The ledger that pays for the plan.")
 @click.option("--owner-key", metavar="FILE", help="The owner's key; PATH.owner.key, else owner.key beside PATH.")
 @click.option("--writer-key", metavar="FILE", help="The writer's key; PATH.writer.key, else writer.key beside PATH.")
@@ -85,10 +97,33 @@ def command(
         else:
             run_id, wish = ledger.request_plan(plan)
             write_new(str(request), wish)
-        head = str(ledger.head)
+        head, crumbs = str(ledger.head), "" if request else _lost_later(ledger)
     _report(plan, question, run_id, head, as_json)
+    if request is None and not as_json:
+        name = shlex.quote(shown(path))
+        out.talk(f"next: dpbudget train --ledger {name} --data FILE --target COL --classes K")
+        out.talk(f"or, with a script of your own: dpbudget run --ledger {name} -- python train.py")
+        if crumbs:
+            out.talk(crumbs)
     if request is not None and not as_json:
         out.talk(f"Nothing is written yet. The owner signs: dpbudget key sign {request} OUT --owner-key FILE")
+
+
+def _lost_later(ledger: Ledger) -> str:
+    """That room is left beside this plan which its first step takes away; empty where nothing is lost."""
+    from dpbudget.filters.portfolio import FULL
+
+    state = ledger.state
+    if not state.portfolios or state.portfolios[-1].frozen or state.remaining_delta > 0:
+        return ""
+    stands = standing(state, ledger.plan_delta)
+    (taken, delta), epsilon = stands.promised, stands.plannable[0]
+    if taken > FULL * (taken + epsilon):  # what a search leaves, as below
+        return ""
+    return (
+        f"warning epsilon {round_down(epsilon)} is left, and may be planned only until a first step is charged: plans "
+        f"signed until then share delta {show_delta(delta)}, and no delta is left for later ones"
+    )
 
 
 def _require_owner(ledger: Ledger, owner: Signer) -> None:

@@ -92,6 +92,7 @@ def command(
 
         rows = [(line.label, round_up(line.epsilon), show_delta(line.delta)) for line in lines]
         out.emit_columns(("line", "epsilon at most", "delta"), rows)
+        out.talk(f"drawn into {output}")
 
 
 def _lines_of(source: str, plans: bool) -> list[Line]:

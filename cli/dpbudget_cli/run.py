@@ -89,7 +89,7 @@ def _look_up(path: str, run_id: str | None, signer: Ed25519Signer | None = None)
     with Ledger.open(path) as ledger:
         if signer is not None:
             check_writer(ledger.state, signer)
-        return ledger.state.runs[choose_run(ledger.state, run_id)], str(ledger.head)
+        return ledger.state.runs[choose_run(ledger.state, run_id, ledger=shown(path))], str(ledger.head)
 
 
 def _absolute(location: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from dpbudget_cli._lock import hold_output
 from dpbudget_cli._models import BUILT_IN, make_model
 from dpbudget_cli._more import LongLeaf
 from dpbudget_cli._noise_keys import NoiseKeys, kept_keys, open_plan_key
-from dpbudget_cli._progress import Clock, last_line, stop_on_interrupt
+from dpbudget_cli._progress import Clock, last_line, lease_steps, stop_on_interrupt
 from dpbudget_cli._runs import choose_run, used_up
 from dpbudget_cli._train_options import train_options
 from dpbudget_cli._training import blaming, nothing_of_the_data, train_private
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
     from dptrainer.trainer import TrainingResult
 
 _SIGNED = "leave it out: the signed plan has it (dpbudget plan show); for another, dpbudget plan new"
+_UNSCALED = (
+    "features are used as the file has them; SGD wants about -1 to 1: scale columns by constants that are public, or "
+    "all of them by --feature-scale"
+)
 _IN_PLAN = (
     "epochs",
     "steps",
@@ -72,6 +77,7 @@ class _Done:
     public: float | None
     score: Score | None
     interrupted: bool
+    untaken: int
 
 
 @click.command("train", cls=LongLeaf, elsewhere={f"--{name}": _SIGNED for name in _IN_PLAN})
@@ -110,8 +116,8 @@ def command(
     writer = load_signer(key_path(writer_key, path, "writer"), passphrases)
     key = None if plan_key is None else open_plan_key(plan_key, passphrases)
     with ExitStack() as held, open_ledger(path, writer=writer) as ledger:
-        score_run = job.score_plan and choose_run(ledger.state, job.score_plan)
-        chosen = choose_run(ledger.state, run_id, but=score_run)
+        score_run = job.score_plan and choose_run(ledger.state, job.score_plan, ledger=shown(path))
+        chosen = choose_run(ledger.state, run_id, ledger=shown(path), but=score_run)
         check_score(job, ledger.state, chosen, score_run)
         output = job.output or f"{local_name(path)}.{chosen[:8]}.safetensors"
         held.enter_context(hold_output(output))  # until the weights are written
@@ -123,6 +129,10 @@ def command(
         except PlanExhausted as error:
             raise used_up(error.message, shown(path)) from None
     _report(done, as_json)
+    if done.untaken:
+        out.talk(f"{done.untaken} of the charged steps were not taken: the rest of a lease, which nobody gets back")
+    if done.result.charged == done.result.planned:
+        out.talk(f"next: dpbudget report {shlex.quote(shown(path))}, a page for the owner of the data")
     out.talk(last_line(done.result, done.public, clock))
     if done.result.charged < done.result.planned:
         out.talk(f"to go on, call it again with --init {output} and another --output")
@@ -147,6 +157,8 @@ def _prepare(job: Job, state: LedgerState) -> _Prepared:
     split = split_off(job, job.read(job.data), state)
     if job.hold_out is not None:
         out.talk(f"kept from training: {split_text(job.hold_out, 'user' if job.user_column else 'record')}")
+    if job.feature_scale == 1.0 and len(split.train.features.shape) == 2:
+        out.talk(_UNSCALED)
     public = job.read_public(job.public_eval) if job.public_eval else None
     shape = split.train.features.shape[1:]
     for name, other in ((job.validation, split.held_out), (job.public_eval, public)):
@@ -187,11 +199,12 @@ def _train(
     noise: NoiseKeys,
 ) -> _Done:
     """Train, write the weights, then measure what may be measured, and write the card."""
-    model = prepared.model
-    with stop_on_interrupt() as interrupt, noise.start(ledger, chosen) as run:
+    model, planned = prepared.model, ledger.state.runs[chosen].plan.steps
+    with stop_on_interrupt() as interrupt, noise.start(ledger, chosen, lease_steps(planned, job.max_steps)) as run:
         if run.remaining:
             check_output(output)
-        _say_before(run, str(ledger.head))
+        _say_before(run, str(ledger.head), location)
+        before = run.charged
         checkpoints = Checkpoints(output, run, job.checkpoint_every)
         result = train_private(model, job, prepared.split.train, run, noise, interrupt, checkpoints)
     digest = save_weights(model, output, Facts.of(ledger, location, result).metadata())
@@ -209,7 +222,7 @@ def _train(
             facts, output, digest, model=job.model, init=job.init, public=public, score=score, hold_out=job.hold_out
         )
         write_whole(card_of(output), text.encode())
-    return _Done(result, facts.head, output, public, score, interrupt.asked)
+    return _Done(result, facts.head, output, public, score, interrupt.asked, result.charged - before - result.steps)
 
 
 def _score(job: Job, prepared: _Prepared, ledger: Ledger, score_run: str | None) -> Score | None:
@@ -228,10 +241,12 @@ def _score(job: Job, prepared: _Prepared, ledger: Ledger, score_run: str | None)
     return None
 
 
-def _say_before(run: Run, head: str) -> None:
+def _say_before(run: Run, head: str, location: str) -> None:
     claim = run.plan.claim
     out.talk(f"run {run.run_id}: {run.charged} of {run.planned} steps charged; head {head}")
     out.talk(f"the plan claims epsilon {round_up(claim.epsilon)} at delta {show_delta(claim.delta)}")
+    if not sys.stderr.isatty():  # a terminal has a bar
+        out.talk(f"how far it is, from elsewhere: dpbudget ledger watch {shlex.quote(location)}")
 
 
 def _report(done: _Done, as_json: bool) -> None:

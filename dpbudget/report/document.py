@@ -318,13 +318,13 @@ def _exact_float(text: str) -> float:
     """A float in the one spelling that is written: several decimals stand for each, and none may take its place."""
     number = float(text)
     if repr(number) != text or number in (float("inf"), float("-inf")):
-        raise ValueError(f"number {text[:40]} is not spelt as it was written")
+        raise ValueError(f"number {text[:40]} is not spelt as it was written: the file was changed")
     return number
 
 
 def _exact_int(text: str) -> int:
     if not _INTEGER.fullmatch(text):
-        raise ValueError(f"number {text[:40]} is not spelt as it was written")
+        raise ValueError(f"number {text[:40]} is not spelt as it was written: the file was changed")
     return int(text)
 
 
