@@ -11,12 +11,13 @@ import os
 import pwd
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,15 @@ class Server:
             self.process.wait()
 
     def kill(self) -> None:
+        """End server and backends at once: a backend outlives the server for a moment, and answers."""
+        try:
+            backends = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        except OSError:  # no such file on this system
+            backends = []
         self.process.kill()
+        for backend in backends:
+            with suppress(ProcessLookupError):
+                os.kill(int(backend), signal.SIGKILL)
         self.process.wait()
 
 

@@ -212,18 +212,16 @@ def events_of_a_loop(bench: Bench, data: TensorDataset, capfd: Any) -> list[Any]
     return events
 
 
-#: Every model with the trainer, and with a loop those of which a step is short; the others in the slow suite.
 LONG = {"b WRN-16-4", "d decoder"}
+#: Every model with the trainer, and with a loop those of which a step is short; the others in the slow suite.
+WAYS = [
+    pytest.param(name, loop, marks=[pytest.mark.slow] if name in LONG and loop is events_of_a_loop else [])
+    for name in BENCHES
+    for loop in (events_of_a_trainer, events_of_a_loop)
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "loop"),
-    [
-        pytest.param(name, loop, marks=[pytest.mark.slow] if name in LONG and loop is events_of_a_loop else [])
-        for name in BENCHES
-        for loop in (events_of_a_trainer, events_of_a_loop)
-    ],
-)
+@pytest.mark.parametrize(("name", "loop"), WAYS)
 def test_neighbours_of_equal_size_cause_the_same_events(
     name: str, loop: Callable[..., list[Any]], capfd: pytest.CaptureFixture[str]
 ) -> None:
