@@ -16,7 +16,7 @@ from dptrainer.noise.source import SecureNoise
 
 Cli = Callable[..., Any]
 TOTAL = ("--epsilon", "3", "--delta", "1e-5", "--whole-budget")
-SIZES = ("--dataset-size", "40", "--batch-size", "10", "--steps", "3", "--epsilon", "2", "--max-parameters", "50000")
+SIZES = ("--dataset-size", "40", "--batch-size", "10", "--steps", "10", "--epsilon", "2", "--max-parameters", "50000")
 
 
 @pytest.fixture
@@ -47,9 +47,9 @@ def test_every_model_trains_with_the_noise_of_its_plan(
     line = ("train", "--ledger", "one.ledger", "--data", "images.npz", "--classes", "2", "--model", model, "--json")
     answer = run_cli(*line, "--hidden", "4", "--physical-batch-size", "8")
     assert answer.code == 0, answer.err
-    assert asked == [noise] * 3
+    assert asked == [noise] * 10
     (run,) = verify("one.ledger").runs
-    assert (run.noise, run.charged) == (noise, 3)
+    assert (run.noise, run.charged) == (noise, 10)
     assert f"add-remove, {noise} noise" in Path(answer.json["card"]).read_text(encoding="utf-8")
 
 
@@ -64,7 +64,7 @@ def test_users_get_the_noise_of_the_plan_or_an_answer_before_any_charge(
     line = ("train", "--ledger", "users.ledger", "--data", "rows.csv", "--target", "label", "--classes", "2")
     answer = run_cli(*line, "--user-column", "who", "--max-examples", "2")
     if answer.code == 0:
-        assert asked == [noise] * 3
+        assert asked == [noise] * 10
     else:
         assert (answer.code, asked, verify("users.ledger").steps) == (2, [], 0)
         assert "Fix: " in answer.err

@@ -404,6 +404,7 @@ def test_inductor_releases_what_the_model_itself_does(half: bool) -> None:
     assert_same(found[1], found[0], 5e-2 if half else 1e-4)
 
 
+@pytest.mark.slow
 def test_a_compiler_that_makes_a_graph_for_every_size_does_not_log_the_sizes_of_private_batches() -> None:
     told: list[str] = []
 
