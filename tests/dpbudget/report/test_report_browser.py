@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ pytestmark = [
 ]
 NAMES = ["two", "phases", "rdp", "waiting", "empty", "changed", "missed"]
 SIZES = {"phone": (390, 844), "desk": (1280, 900)}
+#: Each page once by default, "two" in all four ways; the rest in the slow suite.
+BY_DEFAULT = {
+    ("phases", "desk", "dark"), ("rdp", "phone", "light"), ("waiting", "desk", "light"), ("empty", "phone", "dark"),
+    ("changed", "phone", "dark"), ("missed", "phone", "light"),
+}  # fmt: skip
+WAYS = [
+    pytest.param(*way, marks=[] if way[0] == "two" or way in BY_DEFAULT else [pytest.mark.slow])
+    for way in product(NAMES, sorted(SIZES), ["light", "dark"])
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +67,7 @@ def axe() -> str:
     return Path(spec.origin).with_name("axe.min.js").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", sorted(SIZES))
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "size", "scheme"), WAYS)
 def test_a_page_is_quiet_fits_and_is_accessible(
     browser: Any, pages: dict[str, Path], name: str, size: str, scheme: str
 ) -> None:
