@@ -114,6 +114,10 @@ def posteriors(law: Law, x: Array) -> tuple[Array, Array]:
     return of(law.shift), of(-law.shift) if law.side == "replace" else np.zeros_like(x)
 
 
+#: Shares that a cut keeps are exact to roundoffs from here on.
+_TINY_SHARE = 1e-300
+
+
 @dataclass(frozen=True)
 class Losses:
     """Privacy losses of one step at nodes x, with bounds of their errors; all arrays have one entry a node.
@@ -150,13 +154,19 @@ def losses_at(law: Law, x: Array) -> Losses:
     lost = whole.weight * dropped
     lost_error = whole.weight_error + exponent_error + 80.0 * UNIT
     shift_error = lost_error * np.abs(whole.loss) + whole.loss_error
+    log_weight = whole.log_weight + law.cut.log_kept(x)
+    # A share below the normal numbers has fewer digits than its relative error says: there the logarithm is used.
+    tiny = kept < _TINY_SHARE
     return Losses(
-        whole.log_weight + law.cut.log_kept(x),
-        whole.weight * kept,
+        log_weight,
+        np.where(tiny, np.exp(np.minimum(log_weight, EXPONENT_CAP)), whole.weight * kept),
         whole.loss,
         whole.deviation - lost * whole.loss,
         whole.loss_error,
-        whole.weight_error + dropped * exponent_error + 40.0 * UNIT,
+        whole.weight_error
+        + dropped * exponent_error
+        + 40.0 * UNIT
+        + np.where(tiny, 9.0 * UNIT * np.abs(log_weight), 0.0),
         whole.deviation_error + lost * shift_error + 4.0 * UNIT * np.abs(whole.deviation),
         lost,
         lost_error,

@@ -45,7 +45,7 @@ def check_eight_writers(location: str, log: Path, asked: int, planned: int, leas
     ("asked", "planned", "lease_steps"),
     [
         (60, 480, 5),
-        (120, 480, 1),
+        (500, 2000, 1),
         pytest.param(500, 4000, 1, marks=pytest.mark.slow),
     ],
 )

@@ -60,7 +60,7 @@ def test_digits_with_a_noise_multiplier_of_ones_own() -> None:
     )
     criterion = nn.CrossEntropyLoss()
     epsilons = []
-    for _ in range(5):
+    for _ in range(7):
         model.train()
         losses = []
         for inputs, target in train_loader:
@@ -73,7 +73,7 @@ def test_digits_with_a_noise_multiplier_of_ones_own() -> None:
     model.eval()
     with torch.no_grad():
         right = sum(int((model(x).argmax(1) == y).sum()) for x, y in test_loader)
-    assert right >= 48  # of 64, where 32 is chance; of 25 trainings the worst had 57
+    assert right >= 56
     assert 0.0 < epsilons[0] < epsilons[-1] < 8.0
 
 
